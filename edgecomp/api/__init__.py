@@ -1,0 +1,43 @@
+"""The public functions of edgecomp, one a verb and a file; each returns a value and prints nothing.
+
+    from edgecomp import api
+    report = api.export("lookupvit", budget=[25, 49])
+    assert api.parity(report.bundle)
+
+Each is imported when it is first used, so that `edgecomp.api` costs nothing by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgecomp.api._build import build
+    from edgecomp.api._doctor import doctor
+    from edgecomp.api._export import export
+    from edgecomp.api._inspect import inspect
+    from edgecomp.api._listing import list_backbones, list_methods, list_targets
+    from edgecomp.api._parity import parity
+    from edgecomp.api._profile import profile
+    from edgecomp.api._run import run
+
+__all__ = [
+    "build",
+    "doctor",
+    "export",
+    "inspect",
+    "list_backbones",
+    "list_methods",
+    "list_targets",
+    "parity",
+    "profile",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'edgecomp.api' has no attribute {name!r}")
+    module = "_listing" if name.startswith("list_") else f"_{name}"
+    return getattr(importlib.import_module(f"edgecomp.api.{module}"), name)

@@ -1,0 +1,83 @@
+"""`edgecomp build`: a bundle's graphs become TensorRT engines for a target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgecomp.api._progress import Progress, silent
+from edgecomp.bundle import WEIGHTS, open_bundle
+from edgecomp.engines import build_engine, local_gpu_sm
+from edgecomp.errors import EdgecompError, TargetMismatch
+from edgecomp.report.build import BuildReport, EngineFile
+from edgecomp.specs import Target, load_target, target_names
+
+__all__ = ["build"]
+
+
+def build(
+    bundle: str | Path,
+    *,
+    target: str,
+    runtime: str = "auto",
+    budget: str | int | None = None,
+    batch: int | None = None,
+    workspace_mib: int = 0,
+    force: bool = False,
+    progress: Progress = silent,
+) -> BuildReport:
+    """Build an engine for each bucket, strongly typed, unless the one that is there was built from the same.
+
+    Args:
+        bundle: the folder; engines go to `engines/<target>/` in it.
+        target: a target's name, `auto` for the GPU of this machine, or the path of a target's TOML file.
+        runtime: `tensorrt`, `rtx` (TensorRT for RTX), or `auto`: full TensorRT where it is installed and fits.
+        budget, batch: only these buckets; None: all, and the plain model.
+        workspace_mib: the most scratch memory of a layer; 0: the builder's own limit.
+        force: build even when nothing changed.
+        progress: takes one line for each step.
+
+    Raises:
+        BundleError: the bundle is not whole. UnknownName: no such target.
+        TargetMismatch: what is installed cannot build for this target; the text says which machine can.
+        BuildError: the parser or the builder refuses a graph, naming the node.
+    """
+    chosen = _local_target() if target == "auto" else load_target(target)
+    opened = open_bundle(Path(bundle))
+    models = [bucket.model for bucket in opened.select(budget=budget, batch=batch)]
+    if budget is None:
+        models += [graph.model for graph in opened.manifest.plain if batch in (None, graph.batch)]
+    folder = opened.path / "engines" / chosen.name
+    built = []
+    for model in models:
+        engine = build_engine(
+            opened.path / model,
+            folder,
+            target=chosen,
+            runtime=runtime,
+            precision=opened.manifest.precision,
+            onnx_sha256=opened.file(model).sha256,
+            weights_sha256=opened.file(WEIGHTS).sha256,
+            workspace_mib=workspace_mib,
+            force=force,
+            progress=progress,
+        )
+        built.append(EngineFile(engine.path, engine.record, engine.reused))
+    record = built[0].record
+    return BuildReport(str(bundle), chosen.name, chosen.sm, record.runtime, record.runtime_version, tuple(built))
+
+
+def _local_target() -> Target:
+    """Return the target whose compute capability the local GPU has."""
+    sm = local_gpu_sm()
+    if sm is None:
+        raise EdgecompError(
+            f"--target auto: there is no NVIDIA GPU on this machine; name a target: {', '.join(target_names())}"
+        )
+    fitting = [target for name in target_names() if (target := load_target(name)).sm == sm]
+    if not fitting:
+        raise TargetMismatch(f"--target auto: no target has compute capability SM{sm}; write one (README, a target)")
+    if len(fitting) > 1:
+        raise TargetMismatch(
+            f"--target auto: this GPU is SM{sm}, and so are {', '.join(target.name for target in fitting)}; name one"
+        )
+    return fitting[0]

@@ -1,0 +1,367 @@
+"""`edgecomp export`: a recipe, weights and a place become a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edgecomp import __version__
+from edgecomp.api._progress import Progress, silent
+from edgecomp.bundle import (
+    GOLDEN,
+    MANIFEST,
+    WEIGHTS,
+    Bucket,
+    Bundle,
+    Manifest,
+    PlainGraph,
+    new_bundle,
+    open_bundle,
+    require_free,
+    seal,
+)
+from edgecomp.errors import BundleError, ExportError, InvalidSpec, MissingDependency, UnknownName, WeightsError
+from edgecomp.parity import ParityReport, check_bucket, read_goldens
+from edgecomp.parity.check import judge
+from edgecomp.report.export import ExportReport
+from edgecomp.resources import source_digest
+from edgecomp.runners import open_runner
+from edgecomp.specs import DType, Output, Tolerance, load_recipe, method_names
+from edgecomp.specs.order import Order
+from edgecomp.specs.origin import file_sha256
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgecomp.backbones.assemble import Assembly
+    from edgecomp.compressors._base import Compressor
+    from edgecomp.runners import Array
+
+__all__ = ["export"]
+
+_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "timm", "numpy")
+_PRECISIONS = ("fp32",)
+_LOWEST_OPSET, _HIGHEST_OPSET = 18, 20
+
+
+def export(
+    method: str | Compressor = "",
+    *,
+    recipe: str | Path = "",
+    preset: str = "",
+    backbone: str | nn.Module = "",
+    weights: str | Path = "random",
+    backbone_weights: str | Path = "random",
+    budget: Sequence[str | int] = (),
+    batch: Sequence[int] = (),
+    image_size: int = 0,
+    feature_layer: int = 0,
+    output: Output | str = "",
+    input_dtype: DType | str = "float32",
+    precision: str = "",
+    opset: int = 0,
+    params: Mapping[str, Any] | None = None,
+    with_plain: bool = False,
+    seed: int = 0,
+    out: str | Path = "",
+    force: bool = False,
+    progress: Progress = silent,
+) -> ExportReport:
+    """Rewrite a compressor for static shapes, export it to ONNX, prove it in ONNX Runtime, and write a bundle.
+
+    Empty strings, sequences and zeros mean the recipe's default.
+
+    Args:
+        method: a method's name, or a `Compressor` of your own (a trained one keeps its weights).
+        recipe: a recipe's TOML file, instead of `method`.
+        preset: a named size of the recipe.
+        backbone: a timm ViT's name, `none` (tokens are the input), or a timm ViT of your own.
+        weights: `random`, or the compressor's checkpoint (.safetensors, .pt). A file that holds both compressor
+            and host (keys `compressor.*` and `backbone.*`) serves for both.
+        backbone_weights: `random`, `pretrained` (timm downloads them), or the host's checkpoint.
+        budget: tokens kept, each a count or a percentage such as "25%"; one bucket each.
+        batch: batch sizes; one graph for each budget and batch.
+        image_size: side of the image in pixels, a multiple of the patch.
+        feature_layer: which of the host's layers is compressed, counted from the end (-1: after the final norm).
+        output: `tokens` or `logits`.
+        input_dtype: `float32` (B, 3, S, S), normalised; or `uint8` (B, S, S, 3), raw RGB frames.
+        precision: `fp32`.
+        opset: 18 to 20.
+        params: parameters of the method that replace the preset's.
+        with_plain: add the uncompressed model as `plain.onnx`.
+        seed: of random weights and golden inputs.
+        out: the folder to write; default: a name made of method, preset or backbone, and size.
+        force: replace another bundle at `out`.
+        progress: takes one line for each stage.
+
+    Returns:
+        the report; its manifest says what was made.
+
+    Raises:
+        SpecError, WeightsError: the request cannot be; nothing was written.
+        ExportError: torch, a static check or an op allow-list refuses the graph; nothing was written.
+        EdgecompError: `out` is taken or cannot be written; the old content is whole.
+    """
+    started = time.perf_counter()
+    order = _order(
+        method, recipe, preset, backbone, weights, backbone_weights, budget, image_size, feature_layer, output,
+        input_dtype, params, seed,
+    )  # fmt: skip
+    defaults = order.recipe.defaults
+    precision, opset, batches = precision or defaults.precision, opset or defaults.opset, tuple(batch) or defaults.batch
+    _require_in_range(order, precision, opset, batches)
+    folder = Path(out) if str(out) else _default_folder(order)
+    request = _request_digest(order, precision, opset, batches, with_plain)
+    if (found := _unchanged(folder, request)) is not None:
+        size = found.file(WEIGHTS).size
+        return ExportReport(folder, found.manifest, True, None, time.perf_counter() - started, size)
+    require_free(folder, force=force)
+
+    progress("loading torch")
+    try:
+        from edgecomp.backbones.assemble import assemble
+        from edgecomp.export.golden import write_goldens
+        from edgecomp.export.graphs import write_graphs
+    except ImportError as error:
+        raise MissingDependency(str(error.name), needed_for="`edgecomp export`", extra="cpu") from error
+
+    progress("building the model")
+    assembly = assemble(order)
+    if with_plain and assembly.plain is None:
+        raise InvalidSpec(f"{order.recipe.method} on given tokens has no uncompressed model; drop --with-plain")
+    with new_bundle(folder, force=force) as work:
+        buckets, plain = write_graphs(
+            work, assembly, order.recipe, opset=opset, batches=batches, with_plain=with_plain, progress=progress
+        )
+        progress("computing goldens with the original")
+        judge_static = _StaticJudge(order.recipe.tolerances["fp32"])
+        write_goldens(work, assembly, batch=max(batches), seed=order.seed, compare=judge_static)
+        roles = {bucket.model: "model" for bucket in buckets} | {graph.model: "plain" for graph in plain}
+        roles |= {WEIGHTS: "weights", GOLDEN: "golden"}
+        manifest = seal(work, _manifest(assembly, order, request, precision, opset, buckets, plain), roles)
+        report = _check(work, folder, manifest, progress)
+    size = next(entry.size for entry in manifest.files if entry.name == WEIGHTS)
+    return ExportReport(folder, manifest, False, report, time.perf_counter() - started, size)
+
+
+class _StaticJudge:
+    """Holds the static module to the original, before ONNX."""
+
+    def __init__(self, tolerance: Tolerance) -> None:
+        self.tolerance = tolerance
+
+    def __call__(self, case: str, output: str, got: Array, expected: Array) -> None:
+        row = judge("the static rewrite", case, output, got, expected, self.tolerance)
+        if not row:
+            raise ExportError(
+                f"the static rewrite does not give what the original gives: case {case}, output {output}: "
+                f"{'; '.join(row.failures)}. No bundle was written; correct the compressor's forward"
+            )
+
+
+def _order(
+    method: Any, recipe: str | Path, preset: str, backbone: Any, weights: str | Path, backbone_weights: str | Path,
+    budget: Sequence[str | int], image_size: int, feature_layer: int, output: str, input_dtype: str,
+    params: Mapping[str, Any] | None, seed: int,
+) -> Order:  # fmt: skip
+    """Turn the arguments into an order, loading the recipe; torch is not needed yet for names."""
+    if isinstance(method, str) and bool(method) == bool(str(recipe)):
+        raise InvalidSpec("give either a method or a recipe file: --method NAME or --recipe FILE")
+    if input_dtype not in ("float32", "uint8"):
+        raise UnknownName("input dtype", input_dtype, ("float32", "uint8"))
+    compressor = None if isinstance(method, str) else method
+    named = str(recipe) or (method if isinstance(method, str) else _method_of(method))
+    loaded = load_recipe(named)
+    if isinstance(backbone, str) and preset:
+        loaded.preset(preset)
+    for path in (weights, backbone_weights):
+        if str(path) not in ("random", "pretrained") and not Path(path).is_file():
+            raise WeightsError(f"weights file {path} is not there; check the path, or use --weights random")
+    if str(weights) == "pretrained":
+        raise InvalidSpec(
+            "--weights pretrained: compressors have no download; give a file, or --backbone-weights pretrained for the host"
+        )
+    return Order(
+        recipe=loaded,
+        preset=preset,
+        backbone=backbone,
+        compressor=compressor,
+        weights=str(weights),
+        backbone_weights=str(backbone_weights),
+        budgets=tuple(map(str, budget)),
+        image_size=image_size,
+        feature_layer=feature_layer,
+        output=output,
+        input_dtype=input_dtype,  # type: ignore[arg-type]
+        params=dict(params or {}),
+        seed=seed,
+    )
+
+
+def _method_of(compressor: Compressor) -> str:
+    """Return the name of the method whose class made a compressor."""
+    from edgecomp.compressors import compressor_class
+
+    for name in method_names():
+        if compressor_class(name) is type(compressor):
+            return name
+    raise InvalidSpec(
+        f"{type(compressor).__name__} is no known method's class; give its recipe with recipe=FILE. "
+        f"Known methods: {', '.join(method_names())}"
+    )
+
+
+def _require_in_range(order: Order, precision: str, opset: int, batches: Sequence[int]) -> None:
+    if precision not in _PRECISIONS:
+        raise UnknownName("precision", precision, _PRECISIONS)
+    if not _LOWEST_OPSET <= opset <= _HIGHEST_OPSET:
+        raise InvalidSpec(f"opset {opset} is not between {_LOWEST_OPSET} and {_HIGHEST_OPSET}; 20 is the default")
+    for size in batches:
+        if not 1 <= size <= 4096:
+            raise InvalidSpec(f"batch {size} is not between 1 and 4096")
+    if len(set(batches)) != len(batches):
+        raise InvalidSpec(f"batches {', '.join(map(str, batches))}: one of them stands there twice; give each once")
+    if order.image_size and not 1 <= order.image_size <= 8192:
+        raise InvalidSpec(f"image size {order.image_size} is not between 1 and 8192 pixels")
+    if order.seed < 0:
+        raise InvalidSpec(f"seed {order.seed} is negative; give 0 or more")
+
+
+def _default_folder(order: Order) -> Path:
+    """Return `<method>-<preset or backbone>-<image size>` in the current folder."""
+    recipe = order.recipe
+    backbone = order.backbone if isinstance(order.backbone, str) else type(order.backbone).__name__
+    part = order.preset or (backbone if backbone != "none" else "tokens") or recipe.defaults.preset
+    size = order.image_size or recipe.defaults.image_size
+    return Path(f"{recipe.method}-{part}" + ("" if backbone == "none" else f"-{size}"))
+
+
+def _request_digest(order: Order, precision: str, opset: int, batches: Sequence[int], with_plain: bool) -> str:
+    """Return the sha256 of everything that decides what is exported: the request, files, versions, edgecomp's code."""
+    files = {
+        path: file_sha256(Path(path))
+        for path in (order.weights, order.backbone_weights)
+        if path not in ("random", "pretrained")
+    }
+    modules = [_module_digest(item) for item in (order.backbone, order.compressor) if not isinstance(item, str)]
+    asked = {
+        "recipe": msgspec.to_builtins(order.recipe),
+        "preset": order.preset,
+        "backbone": order.backbone if isinstance(order.backbone, str) else "",
+        "modules": modules,
+        "weights": files.get(order.weights, order.weights),
+        "backbone_weights": files.get(order.backbone_weights, order.backbone_weights),
+        "budgets": order.budgets,
+        "image_size": order.image_size,
+        "feature_layer": order.feature_layer,
+        "output": order.output,
+        "input_dtype": order.input_dtype,
+        "params": order.params,
+        "seed": order.seed,
+        "precision": precision,
+        "opset": opset,
+        "batches": batches,
+        "with_plain": with_plain,
+        "tools": _tools(),
+        "edgecomp": source_digest(),
+    }
+    return hashlib.sha256(msgspec.json.encode(asked, order="sorted")).hexdigest()
+
+
+def _module_digest(module: Any) -> str:
+    if module is None:
+        return ""
+    from edgecomp.backbones.timm import state_digest
+
+    return f"{type(module).__qualname__} {module!r} {state_digest(module.state_dict())}"
+
+
+def _tools() -> dict[str, str]:
+    found = {"edgecomp": __version__}
+    for name in _TOOLS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _unchanged(folder: Path, request: str) -> Bundle | None:
+    """Return the bundle at `folder` when it is whole and answers the same request."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        found = open_bundle(folder)
+    except BundleError:
+        return None  # something else, or damaged: `require_free` says what to do
+    return found if found.manifest.request == request else None
+
+
+def _manifest(
+    assembly: Assembly,
+    order: Order,
+    request: str,
+    precision: str,
+    opset: int,
+    buckets: tuple[Bucket, ...],
+    plain: tuple[PlainGraph, ...],
+) -> Manifest:
+    from edgecomp.export.flops import count_plain_flops
+
+    model = assembly.models[-1]
+    return Manifest(
+        schema=0,
+        kind="",
+        request=request,
+        method=order.recipe.method,
+        preset=assembly.preset,
+        placement=assembly.placement,
+        params=assembly.params,
+        recipe=order.recipe,
+        backbone=assembly.backbone,
+        feature_layer=assembly.feature_layer,
+        num_prefix_tokens=assembly.num_prefix_tokens,
+        image_size=assembly.image_size,
+        input_dtype=order.input_dtype,
+        output=assembly.output,
+        precision=precision,  # type: ignore[arg-type]
+        opset=opset,
+        seed=order.seed,
+        weights=assembly.weights,
+        backbone_weights=assembly.backbone_weights,
+        unread=dict(order.recipe.unread),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        plain_name=assembly.plain_name,
+        plain_flops=count_plain_flops(assembly.plain) if assembly.plain is not None else 0,
+        preprocess=assembly.preprocess,
+        buckets=buckets,
+        plain=plain,
+        tools=_tools(),
+        notes=assembly.notes,
+        files=(),
+    )
+
+
+def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> ParityReport:
+    """Run each bucket in ONNX Runtime against the goldens; a plain graph must load and give finite numbers."""
+    goldens, tolerance = read_goldens(work), manifest.recipe.tolerances[manifest.precision]
+    rows, version = [], ""
+    for bucket in manifest.buckets:
+        progress(f"checking {bucket.model} in ONNX Runtime")
+        with open_runner("onnxruntime", work / bucket.model, threads=0) as runner:
+            rows.extend(check_bucket(runner, bucket, goldens, tolerance))
+            version = runner.version
+    report = ParityReport(str(folder), "onnxruntime", version, 0, manifest.precision, tolerance, tuple(rows))
+    if not report:
+        worst = report.worst
+        raise ExportError(
+            f"ONNX Runtime does not give what the original gives: {worst.model}, case {worst.case}, output "
+            f"{worst.output}: {'; '.join(worst.failures)}. No bundle was written; report this with the command"
+        )
+    return report

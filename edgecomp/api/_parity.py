@@ -1,0 +1,54 @@
+"""`edgecomp parity`: a bundle's graphs against the goldens of the original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgecomp.api._progress import Progress, silent
+from edgecomp.bundle import open_bundle
+from edgecomp.errors import InvalidSpec
+from edgecomp.parity import ParityReport, check_bucket, read_goldens
+from edgecomp.runners import open_runner
+
+__all__ = ["parity"]
+
+
+def parity(
+    bundle: str | Path,
+    *,
+    runner: str = "onnxruntime",
+    threads: int = 0,
+    budget: str | int | None = None,
+    batch: int | None = None,
+    progress: Progress = silent,
+) -> ParityReport:
+    """Run a bundle's buckets on the golden inputs and compare with the original's outputs.
+
+    Args:
+        bundle: the folder.
+        runner: `onnxruntime` or `onnxruntime-cuda`.
+        threads: CPU threads; 0: as many as the runtime chooses.
+        budget: only the bucket that keeps so many tokens (a count or a percentage); None: all.
+        batch: only this batch size; None: all.
+        progress: takes one line for each bucket.
+
+    Returns:
+        the report; `bool(report)` is the verdict. A missed threshold is a result, not an error.
+
+    Raises:
+        BundleError: the bundle is not whole. InvalidSpec: it has no such bucket.
+        MissingDependency, RunError: the runner cannot run here.
+    """
+    if not 0 <= threads <= 1024:
+        raise InvalidSpec(f"threads={threads} is not between 0 (the runtime's choice) and 1024")
+    opened = open_bundle(Path(bundle))
+    manifest = opened.manifest
+    buckets = opened.select(budget=budget, batch=batch)
+    goldens, tolerance = read_goldens(opened.path), manifest.recipe.tolerances[manifest.precision]
+    rows, version = [], ""
+    for bucket in buckets:
+        progress(f"{bucket.model} in {runner}")
+        with open_runner(runner, opened.path / bucket.model, threads=threads) as loaded:
+            rows.extend(check_bucket(loaded, bucket, goldens, tolerance))
+            version = loaded.version
+    return ParityReport(str(bundle), runner, version, threads, manifest.precision, tolerance, tuple(rows))

@@ -1,0 +1,297 @@
+"""From a request to the models of a bundle: one for each budget, all sharing one set of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from edgecomp.backbones.placed import PlacedModel, PlainModel
+from edgecomp.backbones.timm import TimmHost, load_host, plain_vit, state_digest
+from edgecomp.compressors import compressor_class
+from edgecomp.compressors._base import Compressor, initialise
+from edgecomp.compressors._checkpoint import read_checkpoint
+from edgecomp.errors import InvalidSpec, UnknownName
+from edgecomp.specs import Output, Placement, Preprocess, Recipe, Site, TokenBudget, parse_budget
+from edgecomp.specs.order import Order
+from edgecomp.specs.origin import WeightsOrigin, file_origin
+
+__all__ = ["Assembly", "assemble"]
+
+
+class Assembly(msgspec.Struct, frozen=True, kw_only=True):
+    """The models of a bundle and what is to be said of them."""
+
+    models: tuple[PlacedModel, ...]
+    preset: str
+    placement: Placement
+    params: dict[str, Any]
+    output: Output
+    backbone: str
+    feature_layer: int
+    num_prefix_tokens: int
+    image_size: int
+    preprocess: Preprocess | None
+    weights: WeightsOrigin
+    backbone_weights: WeightsOrigin | None
+    plain: PlainModel | None
+    plain_name: str
+    notes: tuple[str, ...]
+
+
+def assemble(order: Order) -> Assembly:
+    """Build the compressor for each budget, where it stands, with its weights."""
+    recipe = order.recipe
+    cls = type(order.compressor) if order.compressor is not None else compressor_class(recipe.method)
+    state, host_state = _read_weights(order)
+    preset_name, notes = _choose_preset(order, cls, state)
+    preset = recipe.preset(preset_name)
+    output = _choose_output(order)
+    image_size = order.image_size or preset.image_size
+    params = _choose_params(order, cls, preset.params, state)
+    host, host_origin = _make_host(order, preset.placement, preset.backbone, image_size, host_state)
+    site, params = _find_site(order, cls, preset.placement, params, host, image_size or recipe.defaults.image_size)
+    budgets = _choose_budgets(order, cls, preset_name, params, site)
+    params = cls.for_budgets(params, [budget.tokens_out for budget in budgets])
+    preprocess = _find_preprocess(recipe, host, site)
+
+    compressors, origin = _make_compressors(order, cls, params, site, budgets, output, state)
+    models = tuple(
+        PlacedModel(compressor, host, preprocess=preprocess, input_dtype=order.input_dtype).eval()
+        for compressor in compressors
+    )
+    plain, plain_name = _make_plain(order, cls, params, host, models[0], output)
+    if host is not None and host.num_prefix_tokens:
+        notes.append(f"{host.num_prefix_tokens} prefix token(s) of {host.name} are dropped before the compressor")
+    rows = getattr(params, "latents", 0) or getattr(params, "table_entries", 0)
+    if state is not None and rows and any(budget.tokens_out < rows for budget in budgets):
+        notes.append(f"the weights hold {rows} learned entries; a smaller budget uses the first of them")
+    return Assembly(
+        models=models,
+        preset=preset_name,
+        placement=preset.placement,
+        params=msgspec.to_builtins(params),
+        output=output,
+        backbone=host.name if host is not None else "none",
+        feature_layer=host.feature_layer if host is not None else 0,
+        num_prefix_tokens=host.num_prefix_tokens if host is not None else 0,
+        image_size=(host.image_size if host is not None else site.image_size),
+        preprocess=preprocess,
+        weights=origin,
+        backbone_weights=host_origin,
+        plain=plain,
+        plain_name=plain_name,
+        notes=tuple(notes),
+    )
+
+
+def _read_weights(order: Order) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
+    """Return the compressor's tensors and the host's; a file with both prefixes serves for both."""
+    if order.weights == "random":
+        return None, None
+    state = read_checkpoint(Path(order.weights))
+    own = {key.removeprefix("compressor."): value for key, value in state.items() if key.startswith("compressor.")}
+    host = {
+        key.removeprefix("backbone.").removeprefix("model."): value
+        for key, value in state.items()
+        if key.startswith("backbone.")
+    }
+    return (own or state), (host or None)
+
+
+def _choose_preset(order: Order, cls: type[Compressor], state: Mapping[str, Tensor] | None) -> tuple[str, list[str]]:
+    """Return the preset: the one named, the one of the checkpoint's layout, or the placement's own."""
+    recipe = order.recipe
+    if order.preset:
+        recipe.preset(order.preset)
+        return order.preset, []
+    if order.compressor is not None:
+        placement: str = order.compressor.site.placement
+    elif order.backbone:
+        placement = "after" if "after" in recipe.placements else next(iter(recipe.placements))
+        if isinstance(order.backbone, nn.Module) or order.backbone != "none":
+            _require_placement(recipe, "after", order.backbone)
+    else:
+        placement = recipe.preset(recipe.defaults.preset).placement
+    layout = cls.layout_of(state) if state is not None else ""
+    for name, preset in recipe.presets.items():
+        if layout and preset.layout == layout and preset.placement == placement:
+            return name, [f"the keys of the weights tell the layout {layout}: preset {name}"]
+    own = recipe.presets[recipe.defaults.preset]
+    if own.placement == placement:
+        return recipe.defaults.preset, []
+    return recipe.placements[placement], []  # type: ignore[index]
+
+
+def _require_placement(recipe: Recipe, placement: Placement, backbone: object) -> None:
+    if placement not in recipe.placements:
+        raise InvalidSpec(
+            f"{recipe.method} stands {' or '.join(recipe.placements)}, not {placement} a host, so --backbone {backbone} "
+            "has no place; drop it"
+        )
+
+
+def _choose_output(order: Order) -> Output:
+    output = order.output or (order.compressor.output if order.compressor is not None else order.recipe.defaults.output)
+    if output not in order.recipe.outputs:
+        raise UnknownName(f"output of {order.recipe.method}", str(output), order.recipe.outputs)
+    return output  # type: ignore[return-value]
+
+
+def _choose_params(
+    order: Order, cls: type[Compressor], preset: Mapping[str, Any], state: Mapping[str, Tensor] | None
+) -> Any:
+    method = order.recipe.method
+    if order.compressor is not None:
+        values = {**msgspec.to_builtins(order.compressor.params), **order.params}
+    else:
+        values = {**preset, **order.params}
+    params = cls.parse_params(values, method=method)
+    if state is None:
+        return params
+    found = cls.infer_params(state, params)
+    return _settle(cls, params, found, order, "the weights")
+
+
+def _settle(cls: type[Compressor], params: Any, found: Mapping[str, Any], order: Order, who: str) -> Any:
+    """Let `found` decide parameters, unless the user set one to something else."""
+    for name, value in found.items():
+        if name in order.params and getattr(params, name) != value:
+            raise InvalidSpec(
+                f"params.{name}={getattr(params, name)} was set, and {who} say {value}; drop the --set, or match them"
+            )
+    return cls.parse_params({**msgspec.to_builtins(params), **found}, method=order.recipe.method)
+
+
+def _make_host(
+    order: Order, placement: Placement, preset_backbone: str, image_size: int, state: dict[str, Tensor] | None
+) -> tuple[TimmHost | None, WeightsOrigin | None]:
+    backbone = order.backbone or preset_backbone or order.recipe.defaults.backbone
+    if (
+        placement == "encoder"
+        or (isinstance(backbone, str) and backbone == "none")
+        or (order.compressor is not None
+        and not order.backbone)
+    ):
+        if order.backbone_weights != "random" and placement != "encoder":
+            raise InvalidSpec(f"--backbone-weights {order.backbone_weights} with no backbone; name one with --backbone")
+        return None, None
+    layer = order.feature_layer or order.recipe.defaults.feature_layer
+    if isinstance(backbone, nn.Module):
+        origin = WeightsOrigin(kind="module", name=type(backbone).__name__, sha256=state_digest(backbone.state_dict()))
+        return TimmHost(_copy(backbone), name=type(backbone).__name__, feature_layer=layer), origin
+    weights = order.backbone_weights
+    if state is not None and weights == "random":
+        weights = order.weights
+    else:
+        state = None
+    return load_host(
+        backbone, weights=weights, state=state, image_size=image_size, feature_layer=layer, seed=order.seed
+    )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Copy a user's module, sharing its tensors: its head is cut off here and must stay on there."""
+    import copy
+
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo).eval()
+
+
+def _find_site(
+    order: Order, cls: type[Compressor], placement: Placement, params: Any, host: TimmHost | None, image_size: int
+) -> tuple[Site, Any]:
+    if order.compressor is not None and host is None:
+        return order.compressor.site, params
+    if placement == "encoder":
+        return Site("encoder", image_size=image_size), params
+    if host is None:
+        return Site(placement, tokens_in=params.tokens, embed_dim=getattr(params, cls.width_param)), params
+    site = host.site
+    found = {"tokens": site.tokens_in, cls.width_param: site.embed_dim}
+    decided = getattr(params, cls.width_param)
+    if order.weights != "random" and decided != site.embed_dim:
+        raise InvalidSpec(
+            f"{host.name} hands over tokens of width {site.embed_dim}, and the weights of {order.recipe.method} "
+            f"read width {decided}; choose a host or weights of equal width"
+        )
+    return site, _settle(cls, params, found, order, f"the tokens of {host.name}")
+
+
+def _choose_budgets(
+    order: Order, cls: type[Compressor], preset: str, params: Any, site: Site
+) -> tuple[TokenBudget, ...]:
+    rule = order.recipe.rule(preset)
+    tokens_in = cls.count_tokens(params, site)
+    rows = getattr(params, "latents", 0) or getattr(params, "table_entries", 0)
+    asked = order.budgets
+    if not asked and order.compressor is not None:
+        asked = (str(order.compressor.budget.tokens_out),)
+    if not asked:
+        asked = (str(rows),) if rows and rule.allows(rows) else tuple(map(str, rule.default))
+    parsed = [parse_budget(text, tokens_in=tokens_in, rule=rule, method=order.recipe.method) for text in asked]
+    counts = [budget.tokens_out for budget in parsed]
+    if len(set(counts)) != len(counts):
+        raise InvalidSpec(f"budgets {', '.join(asked)} name {sorted(counts)}, one of them twice; give each once")
+    return tuple(sorted(parsed, key=lambda budget: budget.tokens_out))
+
+
+def _find_preprocess(recipe: Recipe, host: TimmHost | None, site: Site) -> Preprocess | None:
+    if host is not None:
+        return host.preprocess
+    if site.placement != "encoder":
+        return None
+    given = recipe.preprocess
+    return Preprocess(site.image_size, given.crop, given.interpolation, given.mean, given.std)
+
+
+def _make_compressors(
+    order: Order,
+    cls: type[Compressor],
+    params: Any,
+    site: Site,
+    budgets: Sequence[TokenBudget],
+    output: Output,
+    state: Mapping[str, Tensor] | None,
+) -> tuple[list[Compressor], WeightsOrigin]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(order.seed)
+        compressors = [cls(params, site, budget, output) for budget in budgets]
+    first = compressors[0]
+    if order.compressor is not None:
+        own = order.compressor.state_dict()
+        first.load_state_dict(own, strict=True)
+        origin = WeightsOrigin(kind="module", name=cls.__name__, sha256=state_digest(own))
+    elif state is not None:
+        layout = first.load_original(state)
+        origin = file_origin(Path(order.weights), layout=layout)
+    else:
+        initialise(first, torch.Generator().manual_seed(order.seed))
+        origin = WeightsOrigin(kind="random", seed=order.seed)
+    for other in compressors[1:]:
+        other.load_state_dict(first.state_dict(keep_vars=True), strict=True, assign=True)
+    return compressors, origin
+
+
+def _make_plain(
+    order: Order, cls: type[Compressor], params: Any, host: TimmHost | None, placed: PlacedModel, output: Output
+) -> tuple[PlainModel | None, str]:
+    """Return the model without the compressor, and its name."""
+    if host is not None:
+        shape = (host.site.tokens_in, host.site.embed_dim)
+        return PlainModel(host, placed, output="tokens", shape=shape).eval(), host.name
+    arguments = cls.plain_vit(params)
+    if arguments is None or placed.compressor.site.placement != "encoder":
+        return None, ""
+    name = "plain ViT " + "x".join(str(arguments[key]) for key in ("embed_dim", "depth", "num_heads"))
+    size = placed.compressor.site.image_size
+    if output == "logits":
+        vit = plain_vit(arguments, image_size=size, num_classes=params.num_classes, seed=order.seed)
+        return PlainModel(vit, placed, output="logits", shape=(params.num_classes,)).eval(), name
+    vit = plain_vit(arguments, image_size=size, num_classes=0, seed=order.seed)
+    encoder = TimmHost(vit, name=name, feature_layer=-1)
+    return PlainModel(encoder, placed, output="tokens", shape=(encoder.site.tokens_in, params.embed_dim)).eval(), name

@@ -1,0 +1,157 @@
+"""The model that is exported: preprocessing where asked, a host where there is one, and the compressor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from edgecomp.backbones.timm import TimmHost
+from edgecomp.compressors._base import Compressor
+from edgecomp.errors import InvalidSpec
+from edgecomp.specs import DType, Output, Preprocess, TensorSpec
+from edgecomp.specs.tensor import TensorKind
+
+__all__ = ["PlacedModel", "PlainModel"]
+
+
+class Normalise(nn.Module):
+    """Camera frames to what an encoder takes: uint8 (B, ..., S, S, 3) -> float (B, ..., 3, S, S)."""
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        super().__init__()
+        std = torch.tensor(preprocess.std, dtype=torch.float64)
+        mean = torch.tensor(preprocess.mean, dtype=torch.float64)
+        default = torch.get_default_dtype()
+        self.register_buffer("scale", (1 / (255 * std)).to(default), persistent=False)
+        self.register_buffer("shift", (-mean / std).to(default), persistent=False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Scale to [0, 1], subtract the mean, divide by the standard deviation, move colours forward."""
+        pixels = frames.to(self.scale.dtype) * self.scale + self.shift
+        return pixels.movedim(-1, -3)
+
+
+def _image_spec(batch: int, media: tuple[int, ...], size: int, dtype: DType) -> TensorSpec:
+    shape = (size, size, 3) if dtype == "uint8" else (3, size, size)
+    return TensorSpec("image", (batch, *media, *shape), dtype, "image")
+
+
+class PlacedModel(nn.Module):
+    """A compressor where it stands.
+
+    Shapes: what `input_specs` says -> what the compressor's `output_specs` says. With a host, `image` takes
+    the place of `tokens`; where the compressor takes several media, the image has the same leading axes.
+
+    Args:
+        compressor: for one budget.
+        backbone: the host in front, or None.
+        preprocess: with `uint8` input: what the graph does to raw pixels.
+        input_dtype: of `image`: `float32` (normalised, (B, 3, S, S)) or `uint8` (raw, (B, S, S, 3)).
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        backbone: TimmHost | None,
+        *,
+        preprocess: Preprocess | None,
+        input_dtype: DType = "float32",
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.compressor = compressor
+        self.input_dtype: DType = input_dtype
+        takes_image = backbone is not None or compressor.input_specs()[0].kind == "image"
+        if input_dtype == "uint8":
+            if not takes_image or preprocess is None:
+                raise InvalidSpec("input dtype uint8 is for images, and this model takes tokens; drop --input-dtype")
+            self.normalise = Normalise(preprocess)
+
+    @property
+    def media_shape(self) -> tuple[int, ...]:
+        """Axes between batch and tokens (media, frames) that the compressor takes."""
+        return self.compressor.input_specs()[0].shape[1:-2] if self.backbone is not None else ()
+
+    def input_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
+        """Return what `forward` takes."""
+        first, *rest = self.compressor.input_specs(batch)
+        if self.backbone is not None:
+            first = _image_spec(batch, self.media_shape, self.backbone.image_size, self.input_dtype)
+        elif first.kind == "image":
+            first = _image_spec(batch, (), self.compressor.site.image_size, self.input_dtype)
+        return (first, *rest)
+
+    def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
+        """Return what `forward` returns."""
+        return self.compressor.output_specs(batch)
+
+    def forward(self, first: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """Return the compressor's outputs."""
+        return self.compressor(self.embed(first), *rest)  # type: ignore[no-any-return]
+
+    def embed(self, first: Tensor) -> Tensor:
+        """Return what the compressor takes: pixels, or the host's tokens."""
+        if self.input_dtype == "uint8":
+            first = self.normalise(first)
+        if self.backbone is None:
+            return first
+        if not self.media_shape:
+            return self.backbone(first)  # type: ignore[no-any-return]
+        batch, size = first.shape[0], self.backbone.image_size
+        tokens = self.backbone(first.reshape(-1, 3, size, size))
+        return tokens.reshape(batch, *self.media_shape, *tokens.shape[1:])  # type: ignore[no-any-return]
+
+    def reference(self) -> nn.Module:
+        """Return the same model with the compressor's eager original, sharing all parameters."""
+        return _Reference(self)
+
+
+class _Reference(nn.Module):
+    def __init__(self, placed: PlacedModel) -> None:
+        super().__init__()
+        self.placed = placed
+        self.original = placed.compressor.reference()
+
+    def forward(self, first: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """Return the original's outputs."""
+        return self.original(self.placed.embed(first), *rest)  # type: ignore[no-any-return]
+
+
+class PlainModel(nn.Module):
+    """The model without its compressor: an encoder's patch tokens, or the plain ViT's logits.
+
+    Args:
+        encoder: a `TimmHost`, or for logits a plain ViT.
+        placed: the model that it is compared with; it takes the same image.
+        output: name of what comes out, `tokens` or `logits`.
+        shape: of what comes out for one image, without the batch.
+    """
+
+    def __init__(self, encoder: nn.Module, placed: PlacedModel, *, output: Output, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.output, self.shape = output, shape
+        self.media_shape = placed.media_shape
+        self.image = placed.input_specs()[0]
+        self.normalise = placed.normalise if placed.input_dtype == "uint8" else nn.Identity()
+
+    def input_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
+        """Return `image`."""
+        return (self.image.with_batch(batch),)
+
+    def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
+        """Return `tokens` or `logits`."""
+        kind: TensorKind = "tokens" if self.output == "tokens" else "features"
+        return (TensorSpec(self.output, (batch, *self.media_shape, *self.shape), "float32", kind),)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return the uncompressed tokens, or the logits."""
+        pixels = self.normalise(image)
+        if not self.media_shape:
+            return (self.encoder(pixels),)
+        out = self.encoder(pixels.reshape(-1, *pixels.shape[-3:]))
+        return (out.reshape(image.shape[0], *self.media_shape, *self.shape),)
+
+    def reference(self) -> nn.Module:
+        """Return itself: nothing in it was rewritten."""
+        return self

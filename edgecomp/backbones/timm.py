@@ -1,0 +1,178 @@
+"""timm vision transformers as hosts: their patch tokens at one layer, with weights that are said aloud."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from edgecomp.compressors._checkpoint import load_exactly, read_checkpoint
+from edgecomp.errors import InvalidSpec, RunError, UnknownName, WeightsError
+from edgecomp.specs import Preprocess, Site
+from edgecomp.specs.origin import WeightsOrigin, file_origin
+
+__all__ = ["TimmHost", "load_host", "plain_vit", "state_digest"]
+
+_FAMILIES = "vit, deit, deit3, CLIP, SigLIP, DINOv2 (VisionTransformer in timm)"
+
+
+class TimmHost(nn.Module):
+    """The patch tokens of a timm vision transformer at one layer.
+
+    Shapes: image (B, 3, S, S) -> tokens (B, N, D). Prefix tokens (class, distillation, registers) are
+    dropped. Layer -1 is the encoder's output after its final norm; -2, -3, ... are the hidden states after
+    earlier blocks, without a norm, and the blocks behind them are not part of the graph.
+
+    Args:
+        model: a timm VisionTransformer; blocks and head that are not needed are removed from it.
+        name: what to call it.
+        feature_layer: counted from the end, -1 or lower.
+    """
+
+    def __init__(self, model: nn.Module, *, name: str, feature_layer: int) -> None:
+        super().__init__()
+        _require_vit(model, name)
+        vit: Any = model
+        depth = len(vit.blocks)
+        if not 1 <= depth + 1 + feature_layer <= depth:
+            raise InvalidSpec(f"feature layer {feature_layer} of {name} must lie between -{depth} and -1")
+        vit.prune_intermediate_layers([depth + feature_layer], prune_norm=feature_layer != -1, prune_head=True)
+        self.model = vit
+        self.name = name
+        self.feature_layer = feature_layer
+        self.num_prefix_tokens = int(vit.num_prefix_tokens)
+        self.image_size = int(vit.patch_embed.img_size[0])
+        config: Mapping[str, Any] = getattr(vit, "pretrained_cfg", None) or {}
+        self.preprocess = Preprocess(
+            size=self.image_size,
+            crop=float(config.get("crop_pct") or 0.9),
+            interpolation="bilinear" if config.get("interpolation") == "bilinear" else "bicubic",
+            mean=tuple(config.get("mean", (0.5, 0.5, 0.5))),
+            std=tuple(config.get("std", (0.5, 0.5, 0.5))),
+        )
+
+    @property
+    def site(self) -> Site:
+        """What a compressor after this host is handed."""
+        rows, columns = self.model.patch_embed.grid_size
+        return Site("after", image_size=self.image_size, tokens_in=rows * columns, embed_dim=self.model.embed_dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the patch tokens."""
+        return self.model.forward_features(image)[:, self.num_prefix_tokens :]  # type: ignore[no-any-return]
+
+
+def _require_vit(model: nn.Module, name: str) -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not isinstance(model, VisionTransformer):
+        raise InvalidSpec(f"backbone {name!r} is a {type(model).__name__}; hosts that work are {_FAMILIES}")
+
+
+def load_host(
+    name: str, *, weights: str, state: Mapping[str, Tensor] | None, image_size: int, feature_layer: int, seed: int
+) -> tuple[TimmHost, WeightsOrigin]:
+    """Make a timm vision transformer with random, local or downloaded weights.
+
+    Args:
+        name: timm's name, for example `vit_small_patch16_224`.
+        weights: `random`, `pretrained` (timm downloads them; the one way to a download), or a file.
+        state: tensors to load instead of a file (a checkpoint that holds compressor and host).
+        image_size: side in pixels, a multiple of the patch; 0: the model's own. Position tables of a file are
+            resized to it.
+        feature_layer: see `TimmHost`.
+        seed: of random weights.
+
+    Raises:
+        UnknownName: timm has no such model; InvalidSpec: it is no vision transformer, or the size does not fit;
+        WeightsError: the file does not fit; RunError: the download did not happen.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        known = [m for m in timm.list_models() if m.startswith(("vit_", "deit"))]
+        raise UnknownName("backbone", name, (), hint=_nearest(name, known))
+    arguments: dict[str, Any] = {"num_classes": 0, **({"img_size": image_size} if image_size else {})}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = timm.create_model(name, pretrained=weights == "pretrained", **arguments)
+        except (TypeError, AssertionError, ValueError) as error:
+            raise InvalidSpec(
+                f"backbone {name!r} cannot be built for images of {image_size} pixels: {error}; hosts that work are {_FAMILIES}"
+            ) from None
+        except Exception as error:  # whatever the download client raises: it is another package's choice
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RunError(
+                f"pretrained weights of {name!r} could not be downloaded ({type(error).__name__}: {reason[:200]}); "
+                "bring a file to this machine and give --backbone-weights FILE, or use random"
+            ) from None
+    _require_vit(model, name)
+    patch = int(model.patch_embed.patch_size[0])
+    if image_size % patch:
+        raise InvalidSpec(
+            f"image size {image_size} is not a multiple of the patch of {name}, {patch}; the nearest that is: "
+            f"{max(1, round(image_size / patch)) * patch}"
+        )
+    if weights == "pretrained":
+        origin = WeightsOrigin(kind="pretrained", name=f"timm {name}", sha256=state_digest(model.state_dict()))
+    elif weights == "random" and state is None:
+        origin = WeightsOrigin(kind="random", seed=seed)
+    else:
+        path = Path(weights)
+        _load_state(model, read_checkpoint(path) if state is None else state, name)
+        origin = file_origin(path, layout=f"timm {name}")
+    return TimmHost(model, name=name, feature_layer=feature_layer), origin
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=6, cutoff=0.4)
+    choices = ", ".join(near or known[:6])
+    return f"Near it: {choices}; `edgecomp list backbones` shows those that were tried, timm.list_models() all."
+
+
+def _load_state(model: Any, state: Mapping[str, Tensor], name: str) -> None:
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    try:
+        fitted = checkpoint_filter_fn(dict(state), model)
+    except (KeyError, RuntimeError, AttributeError, ValueError) as error:
+        raise WeightsError(
+            f"weights do not fit backbone {name!r}: {type(error).__name__} {error}; first keys: "
+            f"{', '.join(list(state)[:5])}. Give a checkpoint in timm's layout of that model"
+        ) from None
+    load_exactly(model, fitted, layout=f"timm {name}", unread=("head.*", "head_dist.*", "fc_norm.*"))
+
+
+def plain_vit(arguments: Mapping[str, Any], *, image_size: int, num_classes: int, seed: int) -> nn.Module:
+    """Make the plain ViT that an `encoder` method stands in for, with random weights.
+
+    Args:
+        arguments: patch_size, embed_dim, depth, num_heads, in timm's words.
+        image_size: side in pixels.
+        num_classes: 0 for tokens.
+        seed: of its weights.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    pool = "token" if num_classes else ""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VisionTransformer(img_size=image_size, num_classes=num_classes, global_pool=pool, **arguments).eval()
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Return the sha256 over names, types, shapes and bytes of all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(msgspec.json.encode([name, str(tensor.dtype), list(tensor.shape)]))
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

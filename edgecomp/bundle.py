@@ -1,0 +1,364 @@
+"""Bundles: a folder of graphs, weights and goldens with a hashed manifest, opened only when it is whole.
+
+`docs/bundle.md` documents the folder and the manifest's fields.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from edgecomp.errors import BundleError, EdgecompError, InvalidSpec
+from edgecomp.specs import Output, Placement, Preprocess, Recipe, TensorSpec, TokenBudget
+from edgecomp.specs.origin import WeightsOrigin, file_sha256
+
+__all__ = [
+    "GOLDEN",
+    "MANIFEST",
+    "WEIGHTS",
+    "Bucket",
+    "Bundle",
+    "Manifest",
+    "PlainGraph",
+    "StoredFile",
+    "digest_of",
+    "new_bundle",
+    "open_bundle",
+    "seal",
+]
+
+MANIFEST, WEIGHTS, GOLDEN = "manifest.json", "weights.data", "golden.safetensors"
+SCHEMA = 1
+_KIND = "edgecomp bundle"
+_BELOW = ("engines", "parity", "profiles")  # folders that later verbs write
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LARGEST_MANIFEST = 16 << 20
+
+
+class StoredFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file in the bundle's root."""
+
+    name: str
+    role: Literal["model", "plain", "weights", "golden"]
+    size: int
+    sha256: str
+
+
+class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One static graph: a budget at a batch size.
+
+    Attributes:
+        model: file name of the graph.
+        flops: of one run at this batch, 2 for each multiply-add of matrix products and convolutions.
+        ops: how often each op occurs.
+    """
+
+    model: str
+    budget: TokenBudget
+    batch: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    flops: int
+    ops: dict[str, int]
+
+
+class PlainGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The model without its compressor, at one batch size."""
+
+    model: str
+    batch: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    flops: int
+    ops: dict[str, int]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a bundle is; `docs/bundle.md` says what each field means."""
+
+    schema: int
+    kind: str
+    request: str
+    method: str
+    preset: str
+    placement: Placement
+    params: dict[str, Any]
+    recipe: Recipe
+    backbone: str
+    feature_layer: int
+    num_prefix_tokens: int
+    image_size: int
+    input_dtype: str
+    output: Output
+    precision: Literal["fp32"]
+    opset: int
+    seed: int
+    weights: WeightsOrigin
+    backbone_weights: WeightsOrigin | None
+    unread: dict[str, str]
+    parameters: int
+    plain_name: str
+    plain_flops: int
+    preprocess: Preprocess | None
+    buckets: tuple[Bucket, ...]
+    plain: tuple[PlainGraph, ...]
+    tools: dict[str, str]
+    notes: tuple[str, ...]
+    files: tuple[StoredFile, ...]
+    digest: str = ""
+
+
+class Bundle(msgspec.Struct, frozen=True):
+    """An opened bundle: its folder, and its manifest, both checked."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> StoredFile:
+        """Return what the manifest says of a root file."""
+        for entry in self.manifest.files:
+            if entry.name == name:
+                return entry
+        raise BundleError(f"bundle {self.path} has no file {name!r} in its manifest; export it again")
+
+    def select(self, *, budget: str | int | None = None, batch: int | None = None) -> tuple[Bucket, ...]:
+        """Return the buckets of a budget (a count or a percentage) and batch; all of them where left out."""
+        buckets = self.manifest.buckets
+        kept = sorted({bucket.budget.tokens_out for bucket in buckets})
+        batches = sorted({bucket.batch for bucket in buckets})
+        if budget is not None:
+            count = _count_of(str(budget), buckets[0].budget.tokens_in)
+            if count not in kept:
+                raise InvalidSpec(f"bundle {self.path} has no budget {budget}; it has {', '.join(map(str, kept))}")
+            buckets = tuple(bucket for bucket in buckets if bucket.budget.tokens_out == count)
+        if batch is not None:
+            if batch not in batches:
+                raise InvalidSpec(f"bundle {self.path} has no batch {batch}; it has {', '.join(map(str, batches))}")
+            buckets = tuple(bucket for bucket in buckets if bucket.batch == batch)
+        return buckets
+
+
+def _count_of(text: str, tokens_in: int) -> int:
+    try:
+        return round(float(text[:-1]) / 100 * tokens_in) if text.endswith("%") else int(text)
+    except ValueError:
+        raise InvalidSpec(f"budget {text!r} is neither a count nor a percentage; for example --budget 49") from None
+
+
+# -- reading ------------------------------------------------------------------------------------------------
+
+
+def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
+    """Open a bundle, checking the manifest's own digest and every root file's size and sha256.
+
+    Args:
+        verify: False reads the manifest and compares names and sizes, but hashes nothing.
+
+    Raises:
+        BundleError: no bundle; a newer schema (named by number); a file missing, added, truncated or altered;
+            a name or link that leaves the folder.
+    """
+    if not path.is_dir():
+        raise BundleError(f"bundle {path} is not a folder; `edgecomp export` makes one")
+    manifest = _read_manifest(path)
+    _require_listing(path, manifest)
+    for entry in manifest.files:
+        size = (path / entry.name).stat().st_size
+        if size != entry.size:
+            raise BundleError(
+                f"bundle {path}: {entry.name} has {size} bytes and the manifest says {entry.size}; "
+                "it is truncated or altered, copy or export the bundle again"
+            )
+        if verify and (seen := file_sha256(path / entry.name)) != entry.sha256:
+            raise BundleError(
+                f"bundle {path}: {entry.name} has sha256 {seen[:12]} and the manifest says {entry.sha256[:12]}; "
+                "it was altered, copy or export the bundle again"
+            )
+    return Bundle(path, manifest)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
+    if file.is_symlink() or not file.is_file():
+        raise BundleError(f"folder {path} holds no {MANIFEST}, so it is no bundle; `edgecomp export` makes one")
+    if file.stat().st_size > _LARGEST_MANIFEST:
+        raise BundleError(f"bundle {path}: {MANIFEST} is larger than {_LARGEST_MANIFEST} bytes; it is not edgecomp's")
+    content = file.read_bytes()
+    try:
+        raw = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"bundle {path}: {MANIFEST} is not JSON ({error}); copy or export it again") from None
+    if not isinstance(raw, dict) or raw.get("kind") != _KIND:
+        raise BundleError(f"bundle {path}: {MANIFEST} is not of an edgecomp bundle; `edgecomp export` makes one")
+    schema = raw.get("schema")
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise BundleError(
+            f"bundle {path} has schema {schema!r} and this edgecomp reads up to {SCHEMA}; upgrade edgecomp"
+        )
+    if digest_of(raw) != raw.get("digest"):
+        raise BundleError(f"bundle {path}: {MANIFEST} does not match its own digest; it was altered, export it again")
+    try:
+        return msgspec.convert(raw, Manifest)
+    except msgspec.ValidationError as error:
+        raise BundleError(f"bundle {path}: {MANIFEST} is not as schema {schema} says: {error}") from None
+
+
+def _require_listing(path: Path, manifest: Manifest) -> None:
+    expected = {MANIFEST, *(entry.name for entry in manifest.files)}
+    for name in expected:
+        if not _NAME.fullmatch(name):
+            raise BundleError(
+                f"bundle {path}: the manifest names {name!r}, which leaves the folder or is no plain name"
+            )
+    seen = set()
+    for entry in os.scandir(path):
+        if entry.is_symlink():
+            raise BundleError(f"bundle {path}: {entry.name} is a link; a bundle holds plain files alone, remove it")
+        if entry.is_dir():
+            if entry.name not in _BELOW:
+                raise BundleError(f"bundle {path}: folder {entry.name} does not belong there; remove it")
+            continue
+        seen.add(entry.name)
+    for what, names in (("missing", expected - seen), ("added", seen - expected)):
+        if names:
+            raise BundleError(
+                f"bundle {path}: {', '.join(sorted(names))} {'was' if len(names) == 1 else 'were'} {what}; "
+                + ("copy or export the bundle again" if what == "missing" else "remove what does not belong there")
+            )
+
+
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """Return the sha256 of a manifest's canonical JSON (keys sorted, no digest)."""
+    return hashlib.sha256(msgspec.json.encode({**manifest, "digest": ""}, order="sorted")).hexdigest()
+
+
+# -- writing ------------------------------------------------------------------------------------------------
+
+
+def seal(folder: Path, manifest: Manifest, roles: Mapping[str, str]) -> Manifest:
+    """Hash every file of `folder`, write the manifest beside them, and return it.
+
+    Args:
+        roles: what each file is, by name.
+    """
+    files = tuple(
+        StoredFile(name, roles[name], (folder / name).stat().st_size, file_sha256(folder / name))  # type: ignore[arg-type]
+        for name in sorted(roles)
+    )
+    raw = msgspec.to_builtins(msgspec.structs.replace(manifest, files=files, schema=SCHEMA, kind=_KIND, digest=""))
+    raw["digest"] = digest_of(raw)
+    content = msgspec.json.format(msgspec.json.encode(raw, order="sorted"), indent=1)
+    (folder / MANIFEST).write_bytes(content + b"\n")
+    return msgspec.convert(raw, Manifest)
+
+
+@contextmanager
+def new_bundle(out: Path, *, force: bool) -> Iterator[Path]:
+    """Give a temporary sibling of `out` to fill; rename it to `out` when the block ends without an error.
+
+    With `force`, a bundle in the way is exchanged in one step and then removed. After an error or Ctrl-C the
+    sibling is removed and `out` is what it was.
+
+    Raises:
+        EdgecompError: `out` is something that must not be replaced, or cannot be written.
+    """
+    require_free(out, force=force)
+    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            _sync(file)
+        _sync(temporary)
+        _move(temporary, out)
+        _sync(out.parent)
+    except OSError as error:
+        what = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is spent"}.get(
+            error.errno or 0, error.strerror
+        )
+        raise EdgecompError(
+            f"bundle {out} could not be written: {what} ({error.filename or temporary}); "
+            "nothing was changed. Free space or choose another --out"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_free(out: Path, *, force: bool) -> None:
+    """Refuse to write where something else is."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise EdgecompError(f"--out {out} is a file or a link, not a folder; choose another --out or move it away")
+    if not out.is_dir():
+        return
+    if not any(out.iterdir()):
+        return
+    if not (out / MANIFEST).is_file():
+        names = ", ".join(sorted(entry.name for entry in out.iterdir())[:3])
+        raise EdgecompError(
+            f"--out {out} is not empty ({names}) and no bundle; edgecomp never removes what it did not make, "
+            "choose another --out"
+        )
+    if not force:
+        raise EdgecompError(f"--out {out} holds another bundle; give --force to replace it, or another --out")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move(temporary: Path, out: Path) -> None:
+    """Put `temporary` in the place of `out`, which is absent, an empty folder or an old bundle."""
+    if not out.exists() or not any(out.iterdir()):
+        os.replace(temporary, out)  # an empty folder is replaced in one step
+        return
+    if _exchange(temporary, out):
+        return  # the old bundle now bears the temporary name, and is removed by the caller
+    aside = out.parent / f".{out.name}.{os.getpid()}.old"
+    os.replace(out, aside)
+    try:
+        os.replace(temporary, out)
+    except BaseException:
+        os.replace(aside, out)
+        raise
+    shutil.rmtree(aside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step (Linux' renameat2); False where the system or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    at_cwd, exchange = -100, 2
+    return bool(renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
+
+
+def golden_key(role: str, case: str, name: str, *, tokens_out: int | None = None) -> str:
+    """Return the name of a tensor in the golden file: `input.photo.image`, `output.photo.m25.compressed`."""
+    return f"{role}.{case}.{name}" if tokens_out is None else f"{role}.{case}.m{tokens_out}.{name}"
+
+
+def bucket_file(budget: TokenBudget, batch: int) -> str:
+    """Return the file name of a bucket's graph."""
+    return f"model.m{budget.tokens_out}.b{batch}.onnx"
+
+
+def plain_file(batch: int, batches: Sequence[int]) -> str:
+    """Return the file name of the plain graph: `plain.onnx`, with the batch where there are several."""
+    return "plain.onnx" if len(batches) == 1 else f"plain.b{batch}.onnx"

@@ -1,0 +1,43 @@
+"""`edgecomp build`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from edgecomp import api
+from edgecomp.cli.talk import JSON, emit, progress
+
+__all__ = ["command"]
+
+
+def command(
+    bundle: Annotated[str, typer.Argument(help="The bundle's folder.")],
+    target: Annotated[str, typer.Option(help="A target's name, a TOML file, or `auto`: the GPU of this machine.")],
+    runtime: Annotated[str, typer.Option(help="`tensorrt`, `rtx`, or `auto`.")] = "auto",
+    budget: Annotated[str | None, typer.Option(help="Only the bucket that keeps so many tokens.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Only this batch size.")] = None,
+    workspace: Annotated[int, typer.Option(help="Most scratch memory of a layer, in MiB; 0: the builder's limit.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Build even when nothing changed.")] = False,
+    json: JSON = False,
+) -> None:
+    """Build TensorRT engines, strongly typed, from a bundle."""
+    with progress("build") as say:
+        report = api.build(
+            bundle,
+            target=target,
+            runtime=runtime,
+            budget=budget,
+            batch=batch,
+            workspace_mib=workspace,
+            force=force,
+            progress=say,
+        )
+
+    def text() -> str:
+        from edgecomp.report.build import describe_build
+
+        return describe_build(report)
+
+    emit(report, as_json=json, text=text)

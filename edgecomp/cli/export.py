@@ -1,0 +1,94 @@
+"""`edgecomp export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgecomp import api
+from edgecomp.cli.talk import JSON, emit, finish, progress
+from edgecomp.errors import InvalidSpec
+
+__all__ = ["command"]
+
+
+def command(
+    method: Annotated[str, typer.Option(help="A method's name; `edgecomp list methods` shows them.")] = "",
+    recipe: Annotated[str, typer.Option(help="A recipe's TOML file, instead of --method.")] = "",
+    preset: Annotated[str, typer.Option(help="A named size of the recipe.")] = "",
+    backbone: Annotated[str, typer.Option(help="A timm ViT in front, or `none`: tokens are the input.")] = "",
+    weights: Annotated[str, typer.Option(help="The method's checkpoint (.safetensors, .pt), or `random`.")] = "random",
+    backbone_weights: Annotated[
+        str, typer.Option(help="The host's checkpoint, `random`, or `pretrained` (downloads through timm).")
+    ] = "random",
+    budget: Annotated[list[str] | None, typer.Option(help="Tokens KEPT: a count or 25%; repeatable.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeatable.")] = None,
+    image_size: Annotated[int, typer.Option(help="Side of the image in pixels; 0: the recipe's or the host's.")] = 0,
+    feature_layer: Annotated[
+        int, typer.Option(help="Host layer that is compressed, from the end; 0: the recipe's.")
+    ] = 0,
+    output: Annotated[str, typer.Option(help="`tokens` or `logits`.")] = "",
+    input_dtype: Annotated[str, typer.Option(help="`float32`, or `uint8`: raw RGB frames (B, S, S, 3).")] = "float32",
+    precision: Annotated[str, typer.Option(help="`fp32`.")] = "",
+    opset: Annotated[int, typer.Option(help="18 to 20; 0: the recipe's.")] = 0,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="params.NAME=VALUE; repeatable.")] = None,
+    with_plain: Annotated[bool, typer.Option("--with-plain", help="Add the uncompressed model.")] = False,
+    seed: Annotated[int, typer.Option(help="Of random weights and golden inputs.")] = 0,
+    out: Annotated[str, typer.Option(help="The folder to write; default: named after method and size.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace another bundle.")] = False,
+    json: JSON = False,
+) -> None:
+    """Rewrite a compressor for static shapes, export it to ONNX, prove it, and write a bundle."""
+    params = parse_sets(set_ or [])
+    with progress("export") as say:
+        report = api.export(
+            method,
+            recipe=recipe,
+            preset=preset,
+            backbone=backbone,
+            weights=weights,
+            backbone_weights=backbone_weights,
+            budget=budget or (),
+            batch=batch or (),
+            image_size=image_size,
+            feature_layer=feature_layer,
+            output=output,
+            input_dtype=input_dtype,
+            precision=precision,
+            opset=opset,
+            params=params,
+            with_plain=with_plain,
+            seed=seed,
+            out=Path(out) if out else "",
+            force=force,
+            progress=say,
+        )
+
+    def text() -> str:
+        from edgecomp.report.export import describe_export
+
+        return describe_export(report)
+
+    emit(report, as_json=json, text=text)
+    finish(report)
+
+
+def parse_sets(words: list[str]) -> dict[str, Any]:
+    """Read `params.NAME=VALUE` words; a value is TOML where it parses, else text."""
+    import msgspec
+
+    params: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        space, _, name = key.partition(".")
+        if not equals or space != "params" or not name:
+            raise InvalidSpec(f"--set {word!r} is not of the form params.NAME=VALUE; for example --set params.depth=4")
+        if name in params:
+            raise InvalidSpec(f"--set {key} is given twice; give it once")
+        try:
+            params[name] = msgspec.toml.decode(f"value = {value}")["value"]
+        except (msgspec.DecodeError, ValueError):
+            params[name] = value
+    return params

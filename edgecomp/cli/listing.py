@@ -1,0 +1,39 @@
+"""`edgecomp list`."""
+
+from __future__ import annotations
+
+import typer
+
+from edgecomp import api
+from edgecomp.cli.talk import JSON, emit
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command("methods")
+def methods(json: JSON = False) -> None:
+    """List the compressors: where they stand, parity level, budgets, source."""
+    from edgecomp.report.listing import describe_methods
+
+    rows = api.list_methods()
+    emit(rows, as_json=json, text=lambda: describe_methods(rows))
+
+
+@app.command("targets")
+def targets(json: JSON = False) -> None:
+    """List the hardware that engines are built for."""
+    from edgecomp.report.listing import describe_targets
+
+    rows = api.list_targets()
+    emit(rows, as_json=json, text=lambda: describe_targets(rows))
+
+
+@app.command("backbones")
+def backbones(json: JSON = False) -> None:
+    """List the host encoders that were tried; other timm vision transformers work by name too."""
+    from edgecomp.report.listing import describe_backbones
+
+    rows = api.list_backbones()
+    emit(rows, as_json=json, text=lambda: describe_backbones(rows))

@@ -1,0 +1,38 @@
+"""`edgecomp run`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from edgecomp import api
+from edgecomp.cli.talk import JSON, emit, progress
+
+__all__ = ["command"]
+
+
+def command(
+    bundle: Annotated[str, typer.Argument(help="The bundle's folder.")],
+    input_file: Annotated[str, typer.Argument(metavar="INPUT", help="An image, or .safetensors/.npz of named inputs.")],
+    out: Annotated[str, typer.Option(help="Write the outputs: .safetensors or .npz.")] = "",
+    budget: Annotated[
+        str | None, typer.Option(help="The bucket that keeps so many tokens; default: the largest.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="The batch size; default: the smallest.")] = None,
+    runner: Annotated[str, typer.Option(help="`onnxruntime` or `onnxruntime-cuda`.")] = "onnxruntime",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: the runtime's choice.")] = 0,
+    json: JSON = False,
+) -> None:
+    """Run an image, or named tensors, through a bundle once."""
+    with progress("run") as say:
+        report = api.run(
+            bundle, input_file, out=out, budget=budget, batch=batch, runner=runner, threads=threads, progress=say
+        )
+
+    def text() -> str:
+        from edgecomp.report.run import describe_run
+
+        return describe_run(report)
+
+    emit(report, as_json=json, text=text)

@@ -1,0 +1,51 @@
+"""What verbs share when they speak: values to stdout (text or JSON), talk and progress to stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+__all__ = ["JSON", "emit", "finish", "progress"]
+
+JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[str], None]]:
+    """Give a function that shows what is being done, on a terminal's stderr alone."""
+    if not sys.stderr.isatty():
+        yield lambda line: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status(escape(label)) as status:
+        yield lambda line: status.update(escape(f"{label}: {line}"))
+
+
+def emit(report: Any, *, as_json: bool, text: Callable[[], str]) -> None:
+    """Print a report."""
+    if as_json:
+        document = msgspec.to_builtins(report, enc_hook=_plain, builtin_types=())
+        typer.echo(msgspec.json.encode(document).decode())
+    else:
+        typer.echo(text())
+
+
+def finish(report: Any) -> None:
+    """Exit with 1 where a report's verdict is no."""
+    if not report:
+        raise typer.Exit(1)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__fspath__"):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return {"shape": list(value.shape), "dtype": str(value.dtype)}
+    raise NotImplementedError(f"{type(value).__name__} has no JSON form")

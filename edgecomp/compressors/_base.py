@@ -1,0 +1,160 @@
+"""What every compressor is: a static module, its eager original, its parameters, its checkpoint layouts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from edgecomp.errors import InvalidSpec, UnknownName
+from edgecomp.specs import Output, Recipe, Site, TensorSpec, TokenBudget, parse_budget
+
+__all__ = ["Compressor", "Params", "constant", "initialise"]
+
+
+class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Parameters of a method; each compressor extends it.
+
+    Attributes:
+        tokens: tokens handed over where no host says how many (`--backbone none`).
+        embed_dim: width of the compressor.
+    """
+
+    tokens: int = 196
+    embed_dim: int = 384
+
+
+P = TypeVar("P", bound=Params)
+
+
+class Compressor(nn.Module):
+    """A vision-token compressor for one budget.
+
+    The parameters (names, shapes) do not depend on the budget, so that all buckets of a bundle share one
+    set of weights; whatever depends on it is a buffer that is not saved.
+
+    Args:
+        params: the method's own parameters.
+        site: where it stands and what it is handed there.
+        budget: tokens in, tokens out.
+        output: `tokens`, or `logits` where the method has a classifier.
+    """
+
+    Params: ClassVar[type[Params]] = Params
+    #: The parameter that a host's width decides.
+    width_param: ClassVar[str] = "embed_dim"
+
+    def __init__(self, params: Any, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:
+        super().__init__()
+        self.params = params
+        self.site = site
+        self.budget = budget
+        self.output: Output = output
+
+    # -- what a method writes -------------------------------------------------------------------------
+
+    @abstractmethod
+    def input_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
+        """Return names, shapes and types of what `forward` takes, in its order."""
+
+    @abstractmethod
+    def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
+        """Return names, shapes and types of what `forward` returns, in its order."""
+
+    @abstractmethod
+    def reference(self) -> nn.Module:
+        """Return the eager original, sharing this module's parameters, with the same inputs and outputs."""
+
+    @classmethod
+    def count_tokens(cls, params: Any, site: Site) -> int:
+        """Return how many tokens go in: the host's, or as many as the method makes from the image."""
+        return site.tokens_in
+
+    @classmethod
+    def layout_of(cls, state: Mapping[str, Tensor]) -> str:
+        """Return the checkpoint layout that the keys tell, as recipes write it; "" for edgecomp's own."""
+        return ""
+
+    @classmethod
+    def infer_params(cls, state: Mapping[str, Tensor], params: Any) -> dict[str, Any]:
+        """Return the parameters that a checkpoint decides by its keys and shapes."""
+        return {}
+
+    @classmethod
+    def for_budgets(cls, params: Any, counts: Sequence[int]) -> Any:
+        """Return the parameters completed by the token counts that one bundle will hold."""
+        return params
+
+    @classmethod
+    def plain_vit(cls, params: Any) -> dict[str, Any] | None:
+        """Return the arguments of the plain ViT that an `encoder` method stands in for, in timm's words."""
+        return None
+
+    def load_original(self, state: Mapping[str, Tensor]) -> str:
+        """Load a checkpoint in a layout of the original, and return that layout's name."""
+        raise InvalidSpec(f"{type(self).__name__} has no checkpoint layout but its own; save it with edgecomp first")
+
+    # -- what every method has ------------------------------------------------------------------------
+
+    @classmethod
+    def parse_params(cls, values: Mapping[str, Any], *, method: str) -> Any:
+        """Check values against the method's parameters; unknown names and wrong types are errors."""
+        known = {field.name: field for field in msgspec.structs.fields(cls.Params)}
+        for name in values:
+            if name not in known:
+                raise UnknownName(f"parameter of {method}", name, known)
+        try:
+            return msgspec.convert(dict(values), cls.Params)
+        except msgspec.ValidationError as error:
+            raise InvalidSpec(f"{method}: {error}; correct that parameter (--set params.NAME=VALUE)") from None
+
+    @classmethod
+    def from_recipe(
+        cls, recipe: Recipe, budget: int | str, *, preset: str = "", output: Output = "tokens", **params: Any
+    ) -> Compressor:
+        """Build the compressor of a recipe for one budget, with no host.
+
+        Args:
+            recipe: from `load_recipe`.
+            budget: tokens kept, or a percentage such as `"25%"`.
+            preset: one of `recipe.presets`; the recipe's default where empty.
+            output: `tokens` or `logits`.
+            params: parameters of the method that replace the preset's.
+        """
+        chosen = recipe.preset(preset or recipe.defaults.preset)
+        values = cls.parse_params({**chosen.params, **params}, method=recipe.method)
+        if chosen.placement == "encoder":
+            site = Site("encoder", image_size=chosen.image_size or recipe.defaults.image_size)
+        else:
+            site = Site(chosen.placement, tokens_in=values.tokens, embed_dim=getattr(values, cls.width_param))
+        kept = parse_budget(
+            str(budget),
+            tokens_in=cls.count_tokens(values, site),
+            rule=chosen.budgets or recipe.budgets,
+            method=recipe.method,
+        )
+        return cls(cls.for_budgets(values, [kept.tokens_out]), site, kept, output)
+
+
+def constant(values: Tensor) -> Tensor:
+    """Return a constant computed in fp64 as the default type, so that modules built in fp64 keep its digits."""
+    return values.to(torch.get_default_dtype())
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, generator: torch.Generator) -> None:
+    """Give every parameter random values that leave no part of the network without effect.
+
+    Matrices: normal with standard deviation 1/sqrt(fan in). Vectors: their own start value (1 for a norm's
+    scale, 0 for a bias) plus 0.1 times a normal value, so that a dropped bias or scale shows in parity.
+    """
+    for _, parameter in sorted(module.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+        if parameter.ndim >= 2:
+            parameter.copy_(noise / parameter[0].numel() ** 0.5)
+        else:
+            parameter.add_(0.1 * noise)

@@ -1,0 +1,117 @@
+"""Reading checkpoints that anybody may have made, and loading them without leaving anything unsaid."""
+
+from __future__ import annotations
+
+import fnmatch
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from edgecomp.errors import WeightsError
+
+__all__ = ["load_exactly", "read_checkpoint"]
+
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Read a `.safetensors` or `.pt` file as fp32 tensors on the CPU; a pickle is read weights-only.
+
+    Raises:
+        WeightsError: the file is absent, truncated, no checkpoint, holds code, or holds NaN or Inf.
+    """
+    if not path.is_file():
+        raise WeightsError(f"weights file {path} is not there; check the path, or use --weights random")
+    if path.suffix == ".safetensors":
+        state = _read_safetensors(path)
+    elif path.suffix in _PICKLES:
+        state = _read_pickle(path)
+    else:
+        raise WeightsError(f"weights file {path} ends in {path.suffix!r}; give .safetensors or {', '.join(_PICKLES)}")
+    if not state:
+        raise WeightsError(f"weights file {path} holds no tensor; is it the right file?")
+    read = {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float32)
+            broken = int((~torch.isfinite(tensor)).sum())
+            if broken:
+                raise WeightsError(
+                    f"weights file {path}: {broken} of {tensor.numel()} values of {name!r} are NaN or Inf; "
+                    "the checkpoint is broken, take an earlier one"
+                )
+        read[name] = tensor
+    return read
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(
+            f"weights file {path} is truncated or not safetensors ({path.stat().st_size} bytes): {error}; copy it again"
+        ) from None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        first = str(error).strip().splitlines()[0]
+        raise WeightsError(
+            f"weights file {path} holds more than weights, and loading it could run code ({first}); "
+            "save its state_dict alone, best as .safetensors"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(f"weights file {path} is truncated or no checkpoint: {first}; copy it again") from None
+    for wrapper in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict):
+        raise WeightsError(
+            f"weights file {path} holds a {type(content).__name__}, not named tensors; save a state_dict"
+        )
+    return {name: tensor.detach() for name, tensor in content.items() if isinstance(tensor, Tensor)}
+
+
+def load_exactly(
+    module: nn.Module, state: Mapping[str, Tensor], *, layout: str, unread: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Load `state` into `module`; every key must fit, or stand among `unread` (shell patterns).
+
+    Returns:
+        the keys that were left unread.
+
+    Raises:
+        WeightsError: it lists every key that is missing, not known, or of another shape.
+    """
+    own = module.state_dict()
+    skipped = tuple(key for key in state if any(fnmatch.fnmatchcase(key, pattern) for pattern in unread))
+    given = {key: tensor for key, tensor in state.items() if key not in skipped}
+    problems = []
+    missing = [key for key in own if key not in given]
+    unknown = [key for key in given if key not in own]
+    shapes = [
+        f"{key} {tuple(given[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in given and given[key].shape != own[key].shape
+    ]
+    for what, keys in (("missing", missing), ("not known", unknown), ("of another shape", shapes)):
+        if keys:
+            problems.append(f"{len(keys)} {what}: {', '.join(keys)}")
+    if problems:
+        raise WeightsError(
+            f"weights in the {layout} layout do not fit ({len(given)} keys given, {len(own)} needed). "
+            + "; ".join(problems)
+            + ". Match the parameters (--set) to the checkpoint, or give another file."
+        )
+    module.load_state_dict({key: tensor.to(own[key].dtype) for key, tensor in given.items()}, strict=True)
+    return skipped

@@ -1,0 +1,197 @@
+"""The one place that knows how TensorRT 10, TensorRT 11 and TensorRT for RTX differ.
+
+Precision is not among the differences: every network is strongly typed, so the graph decides. What TensorRT 11
+removed (precision flags of the builder, calibrators, the explicit-batch flag) is not touched on any version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+from typing import Any, Literal
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+from edgecomp.engines._soname import provide_soname
+from edgecomp.engines.gpu import local_gpu_sm
+from edgecomp.errors import BuildError, InvalidSpec, MissingDependency, TargetMismatch, UnknownName
+from edgecomp.specs.target import Target
+
+__all__ = ["Flavour", "choose_flavour", "create_config", "create_network", "installed_flavours", "load_flavour"]
+
+FlavourName = Literal["tensorrt", "rtx"]
+
+_NAMES: tuple[FlavourName, ...] = ("tensorrt", "rtx")  # in the order that "auto" prefers
+_TITLES = {"tensorrt": "TensorRT", "rtx": "TensorRT for RTX"}
+_MODULES = {"tensorrt": ("tensorrt",), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
+_EXTRAS = {"tensorrt": "gpu", "rtx": "rtx"}
+_MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Flavour:
+    """An imported TensorRT: its short name, its version, and the Python module."""
+
+    name: FlavourName
+    version: str
+    module: Any = dataclasses.field(repr=False)
+
+
+def installed_flavours() -> tuple[FlavourName, ...]:
+    """Return the flavours whose Python module can be found; imports none of them."""
+    return tuple(name for name in _NAMES if _module_name(name))
+
+
+def load_flavour(name: str) -> Flavour:
+    """Import a flavour.
+
+    Args:
+        name: "tensorrt" or "rtx".
+    """
+    flavour = _require_name(name)
+    module_name = _module_name(flavour)
+    if not module_name:
+        raise MissingDependency(_MODULES[flavour][0], needed_for="building an engine", extra=_EXTRAS[flavour])
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, OSError) as error:
+        raise BuildError(
+            f"the package {module_name!r} is installed but cannot be imported: {error}; "
+            f"its libraries are missing or do not fit this system"
+        ) from error
+    version = str(module.__version__)
+    if flavour == "rtx" and sys.platform.startswith("linux"):
+        major = version.partition(".")[0]
+        provide_soname("libtensorrt_rtx.so", f"libtensorrt_rtx.so.{major}")
+    return Flavour(flavour, version, module)
+
+
+def choose_flavour(target: Target, runtime: str = "auto") -> FlavourName:
+    """Return the flavour that builds for a target on this machine, or say why there is none.
+
+    Full TensorRT builds for the GPU that is present, so it has to have the target's compute capability.
+    TensorRT for RTX builds for any GPU that it knows, on any machine.
+
+    Args:
+        target: what the engine is for.
+        runtime: "tensorrt", "rtx", or "auto", which prefers full TensorRT where it is installed and fits.
+    """
+    if target.is_estimate_only:
+        raise TargetMismatch(
+            f"no supported TensorRT builds for {target.name} (SM{target.sm}); it serves estimates only: "
+            f"{target.build_on}"
+        )
+    asked = _NAMES if runtime == "auto" else (_require_name(runtime),)
+    possible = tuple(name for name in asked if name in target.runtimes)
+    if not possible:
+        raise TargetMismatch(
+            f"{_TITLES[asked[0]]} does not build for {target.name} (SM{target.sm}), "
+            f"{' or '.join(_TITLES[name] for name in target.runtimes)} does; {target.build_on}"
+        )
+    installed = tuple(name for name in possible if _module_name(name))
+    if not installed:
+        name = possible[-1]
+        raise MissingDependency(
+            _MODULES[name][0],
+            needed_for=f"building an engine for {target.name} (SM{target.sm}; {target.build_on.rstrip('.')})",
+            extra=_EXTRAS[name],
+        )
+    refusals = []
+    for name in installed:
+        refusal = _refusal(name, target)
+        if not refusal:
+            return name
+        refusals.append(refusal)
+    refusals += [
+        f"{_TITLES[name]} would build for it and is not installed: pip install 'edgecomp[{_EXTRAS[name]}]'"
+        for name in possible
+        if name not in installed
+    ]
+    raise TargetMismatch(f"{'; '.join(refusals)}; {target.build_on}")
+
+
+def create_network(flavour: Flavour, builder: Any) -> Any:
+    """Return an empty network that is strongly typed: 10.x needs the flag, and all later versions accept it."""
+    return builder.create_network(1 << int(flavour.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+
+
+def create_config(flavour: Flavour, builder: Any, *, sms: tuple[int, ...], precision: str, workspace_mib: int) -> Any:
+    """Return the builder's configuration.
+
+    The TF32 flag is the one precision that a graph cannot state: TensorRT sets it by default, and would then run
+    fp32 layers with 10 bits of mantissa. It is cleared unless the precision asked for is "tf32".
+
+    Args:
+        flavour: the TensorRT that builds.
+        builder: its builder.
+        sms: compute capabilities of the plan; full TensorRT takes that of the local GPU.
+        precision: the word that the graph was exported with.
+        workspace_mib: the most scratch memory that a layer may use; 0 leaves the builder's own limit.
+    """
+    trt = flavour.module
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the plan then tells which types its layers run in
+    if precision == "tf32":
+        config.set_flag(trt.BuilderFlag.TF32)
+    else:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if workspace_mib > 0:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib * _MIB)
+    if flavour.name == "rtx":
+        config.num_compute_capabilities = len(sms)
+        for index, sm in enumerate(sms):
+            config.set_compute_capability(_compute_capability(flavour, sm), index)
+    return config
+
+
+def _require_name(name: str) -> FlavourName:
+    for known in _NAMES:
+        if name == known:
+            return known
+    raise UnknownName("runtime", name, ("auto", *_NAMES))
+
+
+def _module_name(name: FlavourName) -> str:
+    """Return the name of the first module of a flavour that can be found, or "" when there is none."""
+    for module in _MODULES[name]:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.origin is not None:  # a folder that happens to have that name has no origin
+            return module
+    return ""
+
+
+def _refusal(name: FlavourName, target: Target) -> str:
+    """Return why an installed flavour cannot build for a target, or "" when it can."""
+    if name == "tensorrt":
+        local = local_gpu_sm()
+        if local is None:
+            return (
+                f"TensorRT builds for the GPU of the machine it runs on, and there is no GPU here; "
+                f"{target.name} has SM{target.sm}"
+            )
+        if local != target.sm:
+            return (
+                f"TensorRT builds for the GPU of the machine it runs on, which has SM{local} here; "
+                f"{target.name} has SM{target.sm}"
+            )
+    version = load_flavour(name).version
+    wanted = target.runtimes[name]
+    try:
+        fits = SpecifierSet(wanted).contains(version, prereleases=True)
+    except InvalidSpecifier:
+        raise InvalidSpec(
+            f"target {target.name}: runtimes.{name} = {wanted!r} is no version range; write for example '>=10.3,<12'"
+        ) from None
+    return "" if fits else f"{_TITLES[name]} {version} is installed, and {target.name} needs {wanted}"
+
+
+def _compute_capability(flavour: Flavour, sm: int) -> Any:
+    known = flavour.module.ComputeCapability
+    if not hasattr(known, f"SM{sm}"):
+        names = sorted((name for name in dir(known) if name.startswith("SM")), key=lambda name: int(name[2:]))
+        raise TargetMismatch(
+            f"{_TITLES[flavour.name]} {flavour.version} has no compute capability SM{sm}; it has {', '.join(names)}"
+        )
+    return getattr(known, f"SM{sm}")

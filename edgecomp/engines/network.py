@@ -1,0 +1,165 @@
+"""ONNX file -> TensorRT network, and the checks that the network is the one that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgecomp.engines.flavour import Flavour
+from edgecomp.engines.record import EngineTensor
+from edgecomp.errors import BuildError
+
+__all__ = [
+    "collecting_logger",
+    "network_inputs",
+    "network_outputs",
+    "parse_onnx",
+    "require_precision",
+    "require_static",
+]
+
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+    "FP8": "float8_e4m3fn",
+    "INT4": "int4",
+    "FP4": "float4_e2m1fn",
+}
+_REQUIRED = {
+    "fp32": "float32",
+    "tf32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "int8",
+    "fp8": "float8_e4m3fn",
+    "fp4": "float4_e2m1fn",
+}
+_REDUCED = frozenset({"float16", "bfloat16", "int8", "float8_e4m3fn", "int4", "float4_e2m1fn"})
+
+# TensorRT keeps the first logger of a process and says so whenever a later one is handed over; it still sends the
+# messages of a builder to that builder's own logger, and the sentence tells nothing about the engine.
+_OF_THE_LOGGER = "The logger passed into"
+
+
+def collecting_logger(flavour: Flavour) -> Any:
+    """Return a logger that prints nothing and collects `warnings` and `errors`, each message once."""
+    trt = flavour.module
+    severity = trt.ILogger.Severity
+
+    class CollectingLogger(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.warnings: list[str] = []
+            self.errors: list[str] = []
+
+        def log(self, level: Any, message: str) -> None:
+            if level == severity.WARNING and _OF_THE_LOGGER not in message:
+                kept = self.warnings
+            elif level in (severity.ERROR, severity.INTERNAL_ERROR):
+                kept = self.errors
+            else:
+                return
+            if message not in kept:
+                kept.append(message)
+
+    return CollectingLogger()
+
+
+def parse_onnx(flavour: Flavour, network: Any, logger: Any, onnx: Path) -> Any:
+    """Parse a file into an empty network and return the parser.
+
+    Keep the parser until the engine is built, because it owns the memory of the weights. It reads from the file,
+    since external data is looked for beside it, and it serves only once.
+    """
+    parser = flavour.module.OnnxParser(network, logger)
+    if parser.parse_from_file(str(onnx)) and not parser.num_errors:
+        return parser
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    at_nodes = [_node_error(error) for error in errors if error.node_operator()]
+    # An error without a node is about the file or its weights, and then only the log names the file.
+    words = at_nodes or logger.errors or [error.desc() for error in errors] or ["the parser gives no reason"]
+    remedy = "without that op, or build with a TensorRT that has it" if at_nodes else "again, with its data beside it"
+    raise BuildError(
+        f"{onnx.name} is refused by the ONNX parser of {flavour.name} {flavour.version}: "
+        f"{'; '.join(' '.join(text.split()).rstrip('.') for text in words)}. Export the model {remedy}"
+    )
+
+
+def require_static(network: Any, onnx: Path) -> None:
+    """Raise unless every input and output has a fixed shape."""
+    for kind, tensors in (("input", network_inputs(network)), ("output", network_outputs(network))):
+        for tensor in tensors:
+            if any(size < 0 for size in tensor.shape):
+                raise BuildError(
+                    f"{onnx.name}: {kind} {tensor.name!r} has the shape {list(tensor.shape)}, where -1 is a dimension "
+                    f"that is not fixed; export the model with fixed shapes"
+                )
+
+
+def require_precision(flavour: Flavour, network: Any, onnx: Path, precision: str) -> None:
+    """Raise unless the network is strongly typed and its layers hold the type that `precision` promises.
+
+    A reduced precision needs at least one layer of its type; the rest may be islands of another. "fp32" and "tf32"
+    allow no layer of a reduced type.
+    """
+    if precision not in _REQUIRED:
+        raise BuildError(f"no precision {precision!r}; known: {', '.join(_REQUIRED)}")
+    if not network.get_flag(flavour.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED):
+        raise BuildError(f"{onnx.name}: {flavour.name} {flavour.version} made a network that is not strongly typed")
+    found: dict[str, str] = {}  # type -> the first layer that has it
+    for layer, dtype in _layer_types(network):
+        found.setdefault(dtype, layer)
+    wanted = _REQUIRED[precision]
+    if wanted not in found:
+        raise BuildError(
+            f"{onnx.name}: precision {precision} was asked for, and none of the {network.num_layers} layers gives "
+            f"{wanted}; they give {', '.join(sorted(found))}. Export the model with that precision"
+        )
+    if wanted == "float32":
+        for dtype in sorted(_REDUCED & found.keys()):
+            raise BuildError(
+                f"{onnx.name}: precision {precision} was asked for, and layer {found[dtype]!r} gives {dtype}; "
+                f"export the model in fp32, or build with the precision it has"
+            )
+
+
+def network_inputs(network: Any) -> tuple[EngineTensor, ...]:
+    """Return the inputs of a network in its order."""
+    return tuple(_tensor(network.get_input(index)) for index in range(network.num_inputs))
+
+
+def network_outputs(network: Any) -> tuple[EngineTensor, ...]:
+    """Return the outputs of a network in its order."""
+    return tuple(_tensor(network.get_output(index)) for index in range(network.num_outputs))
+
+
+def _layer_types(network: Any) -> Iterator[tuple[str, str]]:
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        for output in range(layer.num_outputs):
+            tensor = layer.get_output(output)
+            if tensor is not None:  # an optional output that nobody reads
+                yield layer.name, _dtype(tensor)
+
+
+def _tensor(tensor: Any) -> EngineTensor:
+    return EngineTensor(tensor.name, tuple(int(size) for size in tensor.shape), _dtype(tensor))
+
+
+def _dtype(tensor: Any) -> str:
+    name = str(tensor.dtype.name)
+    return _DTYPES.get(name, name.lower())
+
+
+def _node_error(error: Any) -> str:
+    name = error.node_name() or f"number {error.node()}"
+    stack = " in ".join(error.local_function_stack())
+    inside = f", in the function {stack}" if stack else ""
+    return f"node {name!r} ({error.node_operator()}){inside}: {error.desc()}"

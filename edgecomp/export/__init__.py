@@ -1,0 +1,1 @@
+"""torch -> ONNX: lowering, passes, static and allow-list checks, goldens."""

@@ -1,0 +1,138 @@
+"""Golden inputs and outputs: seeded numbers and the shipped photograph, through the eager original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from edgecomp.backbones.assemble import Assembly
+from edgecomp.bundle import GOLDEN, golden_key
+from edgecomp.images import read_image, resize_and_crop, to_pixels
+from edgecomp.resources import photograph_path
+from edgecomp.specs import Preprocess, TensorSpec
+
+__all__ = ["golden_inputs", "run_module", "write_goldens"]
+
+Array = npt.NDArray[np.generic]
+_PATCH = 16  # pixels; side of the photograph's patches where tokens are made of it
+
+
+def write_goldens(
+    folder: Path, assembly: Assembly, *, batch: int, seed: int, compare: Callable[[str, str, Array, Array], None]
+) -> None:
+    """Write inputs and the original's outputs for each budget, at the largest batch; smaller ones take the first rows.
+
+    Args:
+        batch: the largest batch.
+        seed: of the inputs.
+        compare: is handed case, output name, what the static module gives and what the original gives.
+    """
+    from safetensors.numpy import save_file
+
+    specs = assembly.models[0].input_specs(batch)
+    tensors: dict[str, Array] = {}
+    for case, inputs in golden_inputs(specs, seed=seed, preprocess=assembly.preprocess).items():
+        for name, array in inputs.items():
+            tensors[golden_key("input", case, name)] = np.ascontiguousarray(array)
+        arrays = [inputs[spec.name] for spec in specs]
+        for model in assembly.models:
+            expected, got = run_module(model.reference().eval(), arrays), run_module(model, arrays)
+            for spec, want, have in zip(model.output_specs(batch), expected, got, strict=True):
+                compare(case, spec.name, have, want)
+                key = golden_key("output", case, spec.name, tokens_out=model.compressor.budget.tokens_out)
+                tensors[key] = np.ascontiguousarray(want)
+    save_file(tensors, folder / GOLDEN)
+
+
+def golden_inputs(
+    specs: Sequence[TensorSpec], *, seed: int, preprocess: Preprocess | None
+) -> dict[str, dict[str, Array]]:
+    """Return two cases of named inputs, `seeded` and `photo`.
+
+    seeded: images and tokens of standard normal values (uint8: uniform), masks that end at different lengths.
+    photo: the shipped photograph, in each row turned by a further quarter (mirrored after four); tokens are
+    its 16-pixel patches times a fixed random matrix; masks are full.
+
+    Args:
+        specs: the inputs, with the largest batch.
+        seed: of the numbers.
+        preprocess: of images; None where the model takes tokens.
+    """
+    cases: dict[str, dict[str, Array]] = {"seeded": {}, "photo": {}}
+    for index, spec in enumerate(specs):
+        generator = np.random.default_rng([seed, index])
+        rows = spec.shape[0] if spec.kind == "mask" else math.prod(spec.shape[: -_row_rank(spec)])
+        if spec.kind == "mask":
+            cases["seeded"][spec.name] = _ragged_mask(spec)
+            cases["photo"][spec.name] = np.ones(spec.shape, dtype=bool)
+        elif spec.kind == "image" and preprocess is not None:
+            cases["seeded"][spec.name] = _noise(generator, spec)
+            cases["photo"][spec.name] = _photographs(rows, preprocess, spec)
+        elif spec.kind == "tokens":
+            cases["seeded"][spec.name] = _noise(generator, spec)
+            cases["photo"][spec.name] = _projected_patches(rows, generator, spec)
+        else:
+            cases["seeded"][spec.name] = cases["photo"][spec.name] = _noise(generator, spec)
+    return cases
+
+
+def run_module(module: nn.Module, inputs: Sequence[Array]) -> tuple[npt.NDArray[np.float32], ...]:
+    """Run a torch module on numpy arrays, without gradients."""
+    with torch.inference_mode():
+        outputs = module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in inputs))
+    return tuple(output.numpy() for output in outputs)
+
+
+def _row_rank(spec: TensorSpec) -> int:
+    """Return how many trailing axes one image or one set of tokens has."""
+    return {"image": 3, "tokens": 2}.get(spec.kind, len(spec.shape) - 1)
+
+
+def _noise(generator: np.random.Generator, spec: TensorSpec) -> Array:
+    if spec.dtype == "uint8":
+        return generator.integers(0, 256, spec.shape, dtype=np.uint8)
+    return generator.standard_normal(spec.shape, dtype=np.float32).astype(spec.dtype)
+
+
+def _ragged_mask(spec: TensorSpec) -> Array:
+    """Return rows that keep all tokens, three quarters, a half, one quarter of them, and so on."""
+    count = spec.shape[-1]
+    rows = np.arange(math.prod(spec.shape[:-1]))
+    lengths = np.maximum(1, count * (4 - rows % 4) // 4)
+    return (np.arange(count) < lengths[:, None]).reshape(spec.shape)
+
+
+def _turned(pixels: npt.NDArray[np.uint8], row: int) -> npt.NDArray[np.uint8]:
+    turned = np.rot90(pixels, row % 4)
+    return turned[:, ::-1] if row // 4 % 2 else turned
+
+
+def _photographs(rows: int, preprocess: Preprocess, spec: TensorSpec) -> Array:
+    from PIL import Image
+
+    pixels = np.asarray(resize_and_crop(read_image(photograph_path()), preprocess))
+    whole = Preprocess(preprocess.size, 1.0, preprocess.interpolation, preprocess.mean, preprocess.std)
+    dtype = "uint8" if spec.dtype == "uint8" else "float32"
+    turned = [np.ascontiguousarray(_turned(pixels, row)) for row in range(rows)]
+    return np.concatenate([to_pixels(Image.fromarray(t), whole, dtype) for t in turned]).reshape(spec.shape)
+
+
+def _projected_patches(rows: int, generator: np.random.Generator, spec: TensorSpec) -> Array:
+    """Return (rows, N, D): patches in raster order, less mean, times a random matrix, of about unit variance."""
+    count, width = spec.shape[-2:]
+    side = math.isqrt(count - 1) + 1
+    whole = Preprocess(side * _PATCH, 1.0, "bicubic", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    pixels = np.asarray(resize_and_crop(read_image(photograph_path()), whole))
+    matrix = generator.standard_normal((3 * _PATCH**2, width), dtype=np.float32) / math.sqrt(3 * _PATCH**2)
+    made = []
+    for row in range(rows):
+        turned = (_turned(pixels, row).astype(np.float32) / 255 - 0.5) / 0.25
+        patches = turned.reshape(side, _PATCH, side, _PATCH, 3).swapaxes(1, 2).reshape(side * side, -1)
+        made.append((patches @ matrix)[:count])
+    return np.stack(made).astype(spec.dtype).reshape(spec.shape)

@@ -1,0 +1,40 @@
+"""Gives folded weights (`val_20`) the name of the module that reads them (`blocks.0.gather.to_q.weight`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import onnx_ir as ir
+
+from edgecomp.export.passes.strip_metadata import module_of
+
+__all__ = ["name_weights"]
+
+_SMALLEST = 64  # values; shapes and scalars keep their short names
+
+
+def name_weights(model: ir.Model) -> None:
+    """Rename initializers that constant folding left anonymous, by the torch module of their first reader.
+
+    Transposed, packed or shifted weights lose their parameter's name when the exporter folds them. The new
+    name is the module's with the role that the op gives it, and a number where a module has several.
+    """
+    taken = Counter(model.graph.initializers)
+    roles = {"MatMul": "weight_t", "Gemm": "weight", "LayerNormalization": "scale", "Conv": "weight", "Add": "term"}
+    for old, value in list(model.graph.initializers.items()):
+        users = value.uses()
+        if "." in old or not users or value.const_value is None or value.const_value.size < _SMALLEST:
+            continue
+        reader = next(iter(users)).node
+        module = module_of(reader)
+        if not module:
+            continue
+        name = f"{module}.{roles.get(reader.op_type, 'constant')}"
+        if taken[name]:
+            name = f"{name}.{taken[name]}"
+        taken[f"{module}.{roles.get(reader.op_type, 'constant')}"] += 1
+        model.graph.initializers.pop(old)
+        value.name = name
+        if value.const_value is not None:
+            value.const_value.name = name
+        model.graph.initializers[name] = value

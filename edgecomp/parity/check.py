@@ -1,0 +1,108 @@
+"""Bundles against their goldens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edgecomp.bundle import GOLDEN, Bucket, golden_key
+from edgecomp.errors import BundleError
+from edgecomp.parity.metrics import Difference, compare
+from edgecomp.runners import Runner
+from edgecomp.specs import Tolerance
+
+__all__ = ["OutputParity", "ParityReport", "check_bucket", "judge", "read_goldens"]
+
+Array = npt.NDArray[np.generic]
+CASES = ("seeded", "photo")
+
+
+class OutputParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One output of one bucket on one golden case.
+
+    Attributes:
+        failures: each threshold that was missed, in words; empty when it passed.
+    """
+
+    model: str
+    case: str
+    output: str
+    difference: Difference
+    failures: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+
+class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How close a runner's outputs are to the original's; `bool(report)` is the verdict."""
+
+    bundle: str
+    runner: str
+    version: str
+    threads: int
+    precision: str
+    tolerance: Tolerance
+    outputs: tuple[OutputParity, ...]
+
+    def __bool__(self) -> bool:
+        return all(self.outputs)
+
+    @property
+    def worst(self) -> OutputParity:
+        """The output that is furthest off."""
+        return max(self.outputs, key=lambda row: (bool(row.failures), row.difference.max_abs))
+
+
+def read_goldens(bundle: Path) -> dict[str, Array]:
+    """Read the golden tensors of a bundle by name."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(bundle / GOLDEN)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise BundleError(f"bundle {bundle}: {GOLDEN} cannot be read ({error}); copy or export it again") from None
+
+
+def check_bucket(
+    runner: Runner, bucket: Bucket, goldens: Mapping[str, Array], tolerance: Tolerance
+) -> tuple[OutputParity, ...]:
+    """Run one bucket on each golden case and judge each output."""
+    rows = []
+    for case in CASES:
+        inputs = {
+            spec.name: np.ascontiguousarray(goldens[golden_key("input", case, spec.name)][: bucket.batch])
+            for spec in bucket.inputs
+        }
+        outputs = runner.infer(inputs)
+        for spec in bucket.outputs:
+            key = golden_key("output", case, spec.name, tokens_out=bucket.budget.tokens_out)
+            rows.append(
+                judge(bucket.model, case, spec.name, outputs[spec.name], goldens[key][: bucket.batch], tolerance)
+            )
+    return tuple(rows)
+
+
+def judge(model: str, case: str, output: str, got: Array, expected: Array, tolerance: Tolerance) -> OutputParity:
+    """Compare one output with its golden and hold it to the thresholds; NaN and Inf always fail."""
+    if got.shape != expected.shape:
+        raise BundleError(
+            f"{model}: output {output!r} has shape {got.shape} and its golden {expected.shape}; export again"
+        )
+    difference = compare(got, expected)
+    failures = []
+    if difference.not_finite:
+        failures.append(f"{difference.not_finite} of {got.size} values are NaN or Inf")
+    if not difference.max_abs <= tolerance.max_abs:
+        failures.append(
+            f"max abs error {difference.max_abs:.3g} above {tolerance.max_abs:g} at {list(difference.worst)}: "
+            f"got {difference.got:.6g}, expected {difference.expected:.6g}"
+        )
+    if not difference.cosine_min >= tolerance.min_cosine:
+        failures.append(f"least cosine {difference.cosine_min:.9f} below {tolerance.min_cosine}")
+    return OutputParity(model, case, output, difference, tuple(failures))

@@ -1,0 +1,1 @@
+"""What was measured, and on which machine. No torch, onnx or TensorRT here."""

@@ -1,0 +1,137 @@
+"""What files hold: the values, and the text that `edgecomp inspect` prints."""
+
+from __future__ import annotations
+
+import msgspec
+
+from edgecomp.bundle import Manifest
+from edgecomp.engines import EngineRecord
+from edgecomp.report.text import flops, size, table
+
+__all__ = ["BundleContents", "EngineContents", "OnnxContents", "describe_contents"]
+
+
+class BundleContents(msgspec.Struct, frozen=True, tag="bundle"):
+    """A bundle: its manifest, and what lies below its root."""
+
+    path: str
+    size_bytes: int
+    manifest: Manifest
+    below: tuple[str, ...]
+
+
+class OnnxContents(msgspec.Struct, frozen=True, tag="onnx"):
+    """An ONNX file; shapes as text, since a user's file may have symbolic ones."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+    producer: str
+    ir_version: int
+    opsets: dict[str, int]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    ops: dict[str, int]
+    functions: tuple[str, ...]
+    parameters: int
+    external_files: tuple[str, ...]
+
+
+class EngineContents(msgspec.Struct, frozen=True, tag="engine"):
+    """An engine: its own size and hash, and its record where one lies beside it."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+    record: EngineRecord | None
+    record_problem: str
+
+
+def describe_contents(contents: BundleContents | OnnxContents | EngineContents) -> str:
+    """Return the text."""
+    if isinstance(contents, BundleContents):
+        return _describe_bundle(contents)
+    if isinstance(contents, OnnxContents):
+        return _describe_onnx(contents)
+    return _describe_engine(contents)
+
+
+def _describe_bundle(contents: BundleContents) -> str:
+    m = contents.manifest
+    params = ", ".join(f"{name}={value}" for name, value in m.params.items())
+    lines = [
+        f"{contents.path}: edgecomp bundle, schema {m.schema}, {size(contents.size_bytes)}, whole (all hashes match)",
+        f"  method     {m.method}, preset {m.preset}, {m.placement}, backbone {m.backbone}",
+        f"  params     {params}",
+        f"  weights    {m.weights}",
+        *([f"  backbone   {m.backbone_weights}"] if m.backbone_weights else []),
+        f"  precision  {m.precision}, opset {m.opset}, output {m.output}, input {m.input_dtype}",
+        f"  source     {m.recipe.source.paper}; {m.recipe.source.upstream} ({m.recipe.source.licence})",
+        f"  made with  {', '.join(f'{name} {version}' for name, version in m.tools.items())}",
+        *(f"  note       {note}" for note in m.notes),
+        "",
+        table(
+            ["model", "batch", "in", "kept", "FLOPs", "nodes", "inputs", "outputs"],
+            [
+                [
+                    b.model,
+                    b.batch,
+                    b.budget.tokens_in,
+                    b.budget.tokens_out,
+                    flops(b.flops),
+                    sum(b.ops.values()),
+                    ", ".join(map(str, b.inputs)),
+                    ", ".join(map(str, b.outputs)),
+                ]
+                for b in m.buckets
+            ],
+        ),
+        "",
+        f"  ops        {_ops(m.buckets[0].ops)}",
+        "",
+        table(["file", "role", "size", "sha256"], [[f.name, f.role, size(f.size), f.sha256[:16]] for f in m.files]),
+        f"digest {m.digest}",
+    ]
+    lines += [f"  below      {name}" for name in contents.below]
+    return "\n".join(lines)
+
+
+def _describe_onnx(contents: OnnxContents) -> str:
+    return "\n".join(
+        [
+            f"{contents.path}: ONNX, {size(contents.size_bytes)}, IR version {contents.ir_version}",
+            f"  producer   {contents.producer or 'unknown'}",
+            f"  opsets     {', '.join(f'{domain} {version}' for domain, version in contents.opsets.items())}",
+            *(f"  input      {text}" for text in contents.inputs),
+            *(f"  output     {text}" for text in contents.outputs),
+            f"  ops        {_ops(contents.ops)}",
+            *(f"  function   {name}" for name in contents.functions),
+            f"  weights    {contents.parameters:,} values" + _external(contents),
+            f"  sha256     {contents.sha256}",
+        ]
+    )
+
+
+def _external(contents: OnnxContents) -> str:
+    return f", in {', '.join(contents.external_files)}" if contents.external_files else ", in the file itself"
+
+
+def _describe_engine(contents: EngineContents) -> str:
+    lines = [f"{contents.path}: engine, {size(contents.size_bytes)}, sha256 {contents.sha256}"]
+    if contents.record is not None:
+        r = contents.record
+        lines += [
+            f"  built by   {r.runtime} {r.runtime_version} for {r.target}, SM {', '.join(map(str, r.sm))}",
+            f"  from       {r.model}, sha256 {r.onnx_sha256[:16]}, weights {r.weights_sha256[:16] or 'inside'}",
+            f"  precision  {r.precision}; {r.num_layers} layers, workspace {r.workspace_mib or 'default'} MiB, {r.seconds:.1f} s",
+            *(f"  input      {t.name} {t.dtype}{list(t.shape)}" for t in r.inputs),
+            *(f"  output     {t.name} {t.dtype}{list(t.shape)}" for t in r.outputs),
+            *(f"  warning    {text}" for text in r.warnings),
+        ]
+    if contents.record_problem:
+        lines.append(f"  PROBLEM    {contents.record_problem}")
+    return "\n".join(lines)
+
+
+def _ops(ops: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in ops.items())

@@ -1,0 +1,94 @@
+"""What an export made: the value, and the text that `edgecomp export` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from edgecomp.bundle import WEIGHTS, Manifest
+from edgecomp.parity import ParityReport
+from edgecomp.report.text import flops, size, table
+
+__all__ = ["ExportReport", "describe_export"]
+
+
+class ExportReport(msgspec.Struct, frozen=True):
+    """What an export made; `bool(report)` is the verdict of its parity check.
+
+    Attributes:
+        bundle: the folder.
+        manifest: what is in it.
+        reused: an unchanged bundle of the same request was there already, and nothing was done.
+        parity: ONNX Runtime against the original's goldens; None when reused.
+        seconds: wall time.
+        weights_bytes: size of the shared weights file.
+    """
+
+    bundle: Path
+    manifest: Manifest
+    reused: bool
+    parity: ParityReport | None
+    seconds: float
+    weights_bytes: int
+
+    def __bool__(self) -> bool:
+        return self.parity is None or bool(self.parity)
+
+
+def describe_export(report: ExportReport) -> str:
+    """Return the text: what was made, tokens, FLOPs, parity, sizes, and the next command."""
+    manifest = report.manifest
+    head = "unchanged, nothing to do" if report.reused else f"written in {report.seconds:.1f} s"
+    lines = [
+        f"{report.bundle}: {head}",
+        f"  method     {manifest.method}, preset {manifest.preset}, {manifest.placement}"
+        + (f" {manifest.backbone} (feature layer {manifest.feature_layer})" if manifest.backbone != "none" else ""),
+        f"  input      {_inputs(manifest)}; {manifest.precision}, opset {manifest.opset}",
+        f"  weights    {manifest.weights}",
+    ]
+    if manifest.backbone_weights is not None:
+        lines.append(f"  backbone   {manifest.backbone_weights}")
+    origins = [manifest.weights, *([manifest.backbone_weights] if manifest.backbone_weights else [])]
+    if any(origin.kind == "random" for origin in origins):
+        lines.append("             latency and shapes are real; outputs are those of an untrained model")
+    lines += [f"  note       {note}" for note in manifest.notes]
+    lines += ["", _bucket_table(report), ""]
+    if manifest.plain_flops:
+        lines.append(f"  uncompressed: {manifest.plain_name}, {flops(manifest.plain_flops)} a sample")
+    data = sum(entry.size for entry in manifest.files if entry.name != WEIGHTS)
+    lines.append(
+        f"  {manifest.parameters:,} parameters; weights {size(report.weights_bytes)} (shared), all else {size(data)}"
+    )
+    if report.parity is not None:
+        worst = report.parity.worst.difference
+        lines.append(
+            f"  parity     {'pass' if report.parity else 'FAIL'}: {len(report.parity.outputs)} outputs in "
+            f"{report.parity.version}, max abs error {worst.max_abs:.2g} (allowed {report.parity.tolerance.max_abs:g})"
+        )
+    lines.append(f"  next       edgecomp parity {report.bundle}")
+    return "\n".join(lines)
+
+
+def _inputs(manifest: Manifest) -> str:
+    return ", ".join(str(spec) for spec in manifest.buckets[0].inputs)
+
+
+def _bucket_table(report: ExportReport) -> str:
+    manifest = report.manifest
+    rows = []
+    for bucket in manifest.buckets:
+        ratio = bucket.flops / bucket.batch / manifest.plain_flops if manifest.plain_flops else 0.0
+        rows.append(
+            [
+                bucket.model,
+                bucket.batch,
+                bucket.budget.tokens_in,
+                bucket.budget.tokens_out,
+                f"{bucket.budget.compression:.1f}x",
+                flops(bucket.flops // bucket.batch),
+                f"{ratio:.2f}x" if ratio else "-",
+            ]
+        )
+    header = ["model", "batch", "tokens in", "kept", "fewer", "FLOPs a sample", "of uncompressed"]
+    return "\n".join("  " + line for line in table(header, rows).splitlines())

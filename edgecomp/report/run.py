@@ -1,0 +1,61 @@
+"""One run of a bundle: the value, and the text that `edgecomp run` prints."""
+
+from __future__ import annotations
+
+import msgspec
+
+from edgecomp.report.text import table
+from edgecomp.runners import Array
+
+__all__ = ["OutputSummary", "RunReport", "describe_run"]
+
+
+class OutputSummary(msgspec.Struct, frozen=True):
+    """One output, in a few numbers."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    mean: float
+    std: float
+    minimum: float
+    maximum: float
+    not_finite: int
+
+
+class RunReport(msgspec.Struct, frozen=True):
+    """What came out. `outputs` holds the arrays by name; `out` where they were written, or ""."""
+
+    bundle: str
+    model: str
+    runner: str
+    tokens_in: int
+    tokens_out: int
+    summaries: tuple[OutputSummary, ...]
+    out: str
+    outputs: dict[str, Array]
+
+
+def describe_run(report: RunReport) -> str:
+    """Return the text: which bucket ran, and each output in a few numbers."""
+    rows = [
+        [
+            s.name,
+            s.dtype,
+            list(s.shape),
+            f"{s.mean:.4f}",
+            f"{s.std:.4f}",
+            f"{s.minimum:.4f}",
+            f"{s.maximum:.4f}",
+            s.not_finite,
+        ]
+        for s in report.summaries
+    ]
+    lines = [
+        f"{report.bundle}: {report.model} in {report.runner}, {report.tokens_in} tokens in, {report.tokens_out} kept",
+        "",
+        table(["output", "type", "shape", "mean", "std", "min", "max", "NaN/Inf"], rows),
+    ]
+    if report.out:
+        lines.append(f"written to {report.out}")
+    return "\n".join(lines)

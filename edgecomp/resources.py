@@ -1,0 +1,44 @@
+"""Where the data of edgecomp lies, and the only place that reads the environment.
+
+The root folders `export/`, `engines/` and `profiles/` of a checkout hold data and native code. A wheel
+ships them as `edgecomp/_data/...`, so an installed package looks beside this file and a checkout
+(or an editable install of it) looks one folder up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import platformdirs
+
+__all__ = ["cache_dir", "data_path", "photograph_path", "source_digest"]
+
+_PACKAGE = Path(__file__).resolve().parent
+_SHIPPED = _PACKAGE / "_data"
+
+
+def data_path(*parts: str) -> Path:
+    """Return the path of a data file or folder, for example `data_path("export", "recipes")`."""
+    root = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent
+    return root.joinpath(*parts)
+
+
+def photograph_path() -> Path:
+    """Return the photograph that ships with edgecomp (`export/photograph/README.md` states its origin)."""
+    return data_path("export", "photograph", "photograph.jpg")
+
+
+def cache_dir() -> Path:
+    """Return the user's cache folder for edgecomp: `EDGECOMP_CACHE_DIR`, or the system's usual place."""
+    named = os.environ.get("EDGECOMP_CACHE_DIR", "")
+    return Path(named) if named else Path(platformdirs.user_cache_dir("edgecomp"))
+
+
+def source_digest() -> str:
+    """Return the sha256 over edgecomp's own Python files, so that a changed edgecomp is never taken for the same."""
+    digest = hashlib.sha256()
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(str(file.relative_to(_PACKAGE)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()

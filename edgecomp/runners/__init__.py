@@ -1,0 +1,66 @@
+"""Runners: named arrays in, named arrays out, whatever runs the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgecomp.errors import UnknownName
+from edgecomp.specs import TensorSpec
+
+__all__ = ["Array", "Runner", "open_runner", "runner_names"]
+
+Array = npt.NDArray[np.generic]
+
+
+class Runner(Protocol):
+    """A loaded model; a context manager that frees it."""
+
+    name: str
+    version: str
+
+    def __enter__(self) -> Runner:
+        """Return itself."""
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Free the model."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Names, shapes and types of what `infer` takes."""
+        ...
+
+    def infer(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Run the model once."""
+        ...
+
+
+def runner_names() -> tuple[str, ...]:
+    """Return the runners that there are."""
+    return ("onnxruntime", "onnxruntime-cuda")
+
+
+def open_runner(name: str, model: Path, *, threads: int) -> Runner:
+    """Load an ONNX model.
+
+    Args:
+        name: `onnxruntime` (CPU) or `onnxruntime-cuda`; a provider that does not come up is an error.
+        threads: for the CPU; 0: as many as the runtime chooses.
+
+    Raises:
+        UnknownName: no such runner. MissingDependency: its package is not installed.
+    """
+    from edgecomp.runners.onnxruntime import OnnxRuntimeRunner
+
+    providers = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
+    if name not in providers:
+        raise UnknownName("runner", name, runner_names())
+    return OnnxRuntimeRunner(model, name=name, provider=providers[name], threads=threads)

@@ -1,0 +1,92 @@
+"""ONNX Runtime as a runner: one provider, asked for by name and never exchanged in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from edgecomp.errors import MissingDependency, RunError
+from edgecomp.runners import Array
+from edgecomp.specs import TensorSpec
+
+__all__ = ["OnnxRuntimeRunner"]
+
+_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+}
+
+
+class OnnxRuntimeRunner:
+    """An ONNX Runtime session.
+
+    Args:
+        model: the ONNX file; its external data lies beside it.
+        name: the runner's name, for reports.
+        provider: the execution provider; RunError where it does not come up.
+        threads: intra-op threads on the CPU; 0: ONNX Runtime's choice.
+    """
+
+    def __init__(self, model: Path, *, name: str, provider: str, threads: int) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            extra = "gpu" if provider == "CUDAExecutionProvider" else "ort"
+            raise MissingDependency("onnxruntime", needed_for=f"the runner {name!r}", extra=extra) from error
+        available = onnxruntime.get_available_providers()
+        if provider not in available:
+            raise RunError(
+                f"ONNX Runtime {onnxruntime.__version__} here has no {provider}, only {', '.join(available)}; "
+                "install onnxruntime-gpu (`edgecomp doctor` says how) or use --runner onnxruntime"
+            )
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        try:
+            self._session: Any = onnxruntime.InferenceSession(str(model), options, providers=[provider])
+        except Exception as error:  # ONNX Runtime's errors share no base class that it makes public
+            first = str(error).strip().splitlines()[0]
+            raise RunError(
+                f"ONNX Runtime cannot load {model}: {first}; `edgecomp inspect` shows what it holds"
+            ) from None
+        if self._session.get_providers()[0] != provider:
+            raise RunError(
+                f"ONNX Runtime runs {model.name} on {self._session.get_providers()[0]} where {provider} was asked for; "
+                "check the CUDA and cuDNN libraries with `edgecomp doctor`"
+            )
+        self.name = name
+        self.version = f"onnxruntime {onnxruntime.__version__}"
+
+    def __enter__(self) -> OnnxRuntimeRunner:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Free the session."""
+        self._session = None
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Names, shapes and types of the model's inputs."""
+        return tuple(
+            TensorSpec(item.name, tuple(item.shape), _TYPES.get(item.type, item.type), "features")
+            for item in self._session.get_inputs()
+        )
+
+    def infer(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Run the model once; a wrong name, shape or type is an error that names it."""
+        try:
+            outputs = self._session.run(None, inputs)
+        except Exception as error:  # as above
+            first = str(error).strip().splitlines()[0]
+            raise RunError(
+                f"ONNX Runtime could not run the model: {first}; check the inputs' names and shapes"
+            ) from None
+        return dict(zip((item.name for item in self._session.get_outputs()), outputs, strict=True))

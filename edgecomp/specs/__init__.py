@@ -1,0 +1,33 @@
+"""Frozen nouns and their TOML loaders. No torch, numpy or ONNX here."""
+
+from edgecomp.specs.budget import BudgetRule, TokenBudget, parse_budget
+from edgecomp.specs.oplist import OpList, OpRule, Refusal, load_oplists
+from edgecomp.specs.preprocess import Preprocess
+from edgecomp.specs.recipe import Preset, Recipe, Tolerance, load_recipe, method_names
+from edgecomp.specs.site import Output, Placement, Site
+from edgecomp.specs.target import Target, load_target, target_names
+from edgecomp.specs.tensor import DType, TensorSpec
+
+__all__ = [
+    "BudgetRule",
+    "DType",
+    "OpList",
+    "OpRule",
+    "Output",
+    "Placement",
+    "Preprocess",
+    "Preset",
+    "Recipe",
+    "Refusal",
+    "Site",
+    "Target",
+    "TensorSpec",
+    "TokenBudget",
+    "Tolerance",
+    "load_oplists",
+    "load_recipe",
+    "load_target",
+    "method_names",
+    "parse_budget",
+    "target_names",
+]

@@ -1,0 +1,88 @@
+"""Token budgets: how many tokens go in and how many are kept."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from edgecomp.errors import InvalidSpec
+
+__all__ = ["BudgetRule", "TokenBudget", "parse_budget"]
+
+Count = Annotated[int, Meta(ge=1)]
+
+
+class TokenBudget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One static bucket: `tokens_in` tokens become `tokens_out`.
+
+    Prefix tokens (class, distillation, registers) are counted in neither number.
+    """
+
+    tokens_in: Count
+    tokens_out: Count
+    num_prefix_tokens: Annotated[int, Meta(ge=0)] = 0
+
+    @property
+    def keep_ratio(self) -> float:
+        """Tokens out over tokens in, M / N."""
+        return self.tokens_out / self.tokens_in
+
+    @property
+    def compression(self) -> float:
+        """Tokens in over tokens out, N / M."""
+        return self.tokens_in / self.tokens_out
+
+
+class BudgetRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which token counts a method can be exported for: `choices`, or `minimum` to `maximum`."""
+
+    default: tuple[Count, ...]
+    choices: tuple[Count, ...] = ()
+    minimum: Count = 1
+    maximum: Count = 1 << 20
+
+    def __post_init__(self) -> None:
+        if not self.default:
+            raise ValueError("budgets.default is empty")
+        for count in self.default:
+            if not self.allows(count):
+                raise ValueError(f"budgets.default holds {count}, which is not {self}")
+
+    def allows(self, count: int) -> bool:
+        """Say whether `count` tokens can be kept."""
+        return count in self.choices if self.choices else self.minimum <= count <= self.maximum
+
+    def __str__(self) -> str:
+        if self.choices:
+            return "one of " + ", ".join(map(str, self.choices))
+        return f"from {self.minimum} to {self.maximum}"
+
+
+def parse_budget(text: str, *, tokens_in: int, rule: BudgetRule, method: str) -> TokenBudget:
+    """Read `"49"` (tokens kept) or `"25%"` (share of tokens kept) as a budget that `rule` allows.
+
+    A percentage is rounded to the nearest count, halves to even, as Python's `round` does.
+    """
+    number = text.strip()
+    try:
+        if number.endswith("%"):
+            share = float(number[:-1])
+            if not 0 < share <= 100:
+                raise InvalidSpec(f"budget {text!r} is not above 0% and at most 100%; give the share of tokens kept")
+            count = max(1, round(share / 100 * tokens_in))
+        else:
+            count = int(number)
+    except ValueError:
+        raise InvalidSpec(
+            f"budget {text!r} is neither a count nor a percentage; write for example --budget 49 or --budget 25%"
+        ) from None
+    asked = f"{text} of {tokens_in} = {count}" if number.endswith("%") else str(count)
+    if count > tokens_in:
+        raise InvalidSpec(
+            f"budget {asked} is above the {tokens_in} tokens that go into {method}; a budget is what is KEPT"
+        )
+    if not rule.allows(count):
+        raise InvalidSpec(f"budget {asked} is not possible for {method}; it must be {rule}")
+    return TokenBudget(tokens_in=tokens_in, tokens_out=count)

@@ -1,0 +1,195 @@
+"""Recipes: how a method becomes ONNX. One TOML file each, in `export/recipes/`."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from edgecomp.errors import InvalidSpec, UnknownName
+from edgecomp.resources import data_path
+from edgecomp.specs._toml import read_toml
+from edgecomp.specs.budget import BudgetRule
+from edgecomp.specs.site import Output, Placement
+
+__all__ = [
+    "Defaults",
+    "ImageStatistics",
+    "Preset",
+    "Recipe",
+    "Source",
+    "Tolerance",
+    "load_recipe",
+    "method_entry_points",
+    "method_names",
+]
+
+Text = Annotated[str, Meta(min_length=3)]
+Size = Annotated[int, Meta(ge=1, le=8192)]
+Batch = Annotated[int, Meta(ge=1, le=4096)]
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the method comes from: paper, the code it is compared with, and that code's licence."""
+
+    title: Text
+    paper: Text
+    upstream: Text
+    commit: Text
+    licence: Text
+
+
+class ImageStatistics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How images are prepared where no host says otherwise; see `Preprocess`."""
+
+    crop: Annotated[float, Meta(gt=0, le=1)]
+    interpolation: Literal["bicubic", "bilinear"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Thresholds of parity in one precision, and how they were derived.
+
+    Attributes:
+        max_abs: largest absolute error allowed, on outputs whose final norm makes them of order one.
+        min_cosine: smallest cosine of any one token (last axis) allowed.
+        derivation: the noise that was measured, how, and the factor on top of it.
+    """
+
+    max_abs: Annotated[float, Meta(gt=0)]
+    min_cosine: Annotated[float, Meta(gt=0, le=1)]
+    derivation: Annotated[str, Meta(min_length=20)]
+
+
+class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A named size of a method.
+
+    Attributes:
+        summary: what it is, in one line.
+        placement: where this size stands.
+        params: the method's parameters; those left out have the method's defaults.
+        budgets: the token counts it can be exported for; the recipe's where left out.
+        image_size: the recipe's default where 0.
+        backbone: host of an `after` or `inside` preset; the recipe's default where empty.
+        layout: checkpoint layout that chooses this preset by its keys; empty for none.
+    """
+
+    summary: Text
+    placement: Placement
+    params: dict[str, Any] = {}
+    budgets: BudgetRule | None = None
+    image_size: Annotated[int, Meta(ge=0, le=8192)] = 0
+    backbone: str = ""
+    layout: str = ""
+
+
+class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `edgecomp export` takes where the command line says nothing."""
+
+    preset: str
+    image_size: Size
+    batch: tuple[Batch, ...]
+    output: Output
+    opset: Annotated[int, Meta(ge=18, le=20)]
+    precision: Literal["fp32"]
+    backbone: str = "none"
+    feature_layer: Annotated[int, Meta(le=-1)] = -1
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a method becomes ONNX, where it comes from, and how close its numbers must be.
+
+    Attributes:
+        schema: version of this file's layout.
+        method: name of the compressor, equal to the file's stem for those that edgecomp ships.
+        summary: one line for `edgecomp list methods`.
+        level: parity level, E0 (data-independent shapes) to E4 (no runnable original).
+        outputs: what `--output` may ask for.
+        placements: default preset of each placement; the first is the method's own place.
+        presets: named sizes; those whose name begins with `smoke` are what the tests run.
+        unread: checkpoint keys (shell patterns) that no forward pass reads, with the reason.
+        extra_ops: ops outside the allow-lists that this method may use, with the reason.
+        invariances: changes of the input that cannot change the output, with the reason.
+    """
+
+    schema: Literal[1]
+    method: Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]*$")]
+    summary: Text
+    level: Literal["E0", "E1", "E2", "E3", "E4"]
+    source: Source
+    outputs: tuple[Output, ...]
+    defaults: Defaults
+    budgets: BudgetRule
+    placements: dict[Placement, str]
+    presets: dict[str, Preset]
+    preprocess: ImageStatistics
+    tolerances: dict[Literal["fp32"], Tolerance]
+    unread: dict[str, str] = {}
+    extra_ops: dict[str, str] = {}
+    invariances: dict[Literal["token-order"], str] = {}
+
+    def __post_init__(self) -> None:
+        for placement, preset in self.placements.items():
+            if preset not in self.presets:
+                raise ValueError(f"placements.{placement} names the preset {preset!r}, which is not under presets")
+        if self.defaults.preset not in self.presets:
+            raise ValueError(f"defaults.preset names {self.defaults.preset!r}, which is not under presets")
+        if not self.smoke_presets:
+            raise ValueError("no preset whose name begins with 'smoke'; the contracts need a small one")
+        if self.defaults.precision not in self.tolerances:
+            raise ValueError(f"tolerances lack defaults.precision, {self.defaults.precision!r}")
+
+    @property
+    def smoke_presets(self) -> tuple[str, ...]:
+        """Names of the presets that the tests run."""
+        return tuple(name for name in self.presets if name.startswith("smoke"))
+
+    def preset(self, name: str) -> Preset:
+        """Return a preset by name."""
+        if name not in self.presets:
+            raise UnknownName(f"preset of {self.method}", name, self.presets)
+        return self.presets[name]
+
+    def rule(self, preset: str) -> BudgetRule:
+        """Return the token counts that a preset can be exported for."""
+        return self.preset(preset).budgets or self.budgets
+
+
+def method_entry_points() -> dict[str, EntryPoint]:
+    """Return the methods that other packages add through the entry-point group `edgecomp.compressors`."""
+    return {point.name: point for point in entry_points(group="edgecomp.compressors")}
+
+
+def _shipped_methods() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in data_path("export", "recipes").glob("*.toml")))
+
+
+def method_names() -> tuple[str, ...]:
+    """Return the names of all methods: those that ship and those of other packages."""
+    return tuple(sorted({*_shipped_methods(), *method_entry_points()}))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read the recipe of a method by its name, or any recipe by the path of its TOML file.
+
+    A method of another package has its recipe beside its module: `pkg/foo.py` and `pkg/foo.toml`.
+    """
+    if name_or_path.endswith(".toml"):
+        return read_toml(Path(name_or_path), Recipe, what="recipe")
+    if name_or_path in _shipped_methods():
+        return read_toml(data_path("export", "recipes", f"{name_or_path}.toml"), Recipe, what="recipe")
+    points = method_entry_points()
+    if name_or_path not in points:
+        raise UnknownName("method", name_or_path, method_names(), hint="--recipe FILE takes a recipe of your own.")
+    module = importlib.util.find_spec(points[name_or_path].module)
+    if module is None or module.origin is None:
+        raise InvalidSpec(
+            f"method {name_or_path!r}: its entry point {points[name_or_path].value!r} names a module that is not "
+            "there; reinstall the package that brings it"
+        )
+    return read_toml(Path(module.origin).with_suffix(".toml"), Recipe, what="recipe")

@@ -1,0 +1,36 @@
+"""A named tensor of fixed shape."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+__all__ = ["DType", "TensorKind", "TensorSpec"]
+
+DType = Literal["float32", "float16", "bfloat16", "uint8", "int32", "int64", "bool"]
+TensorKind = Literal["image", "tokens", "mask", "features"]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A named tensor of fixed shape; the first dimension is the batch.
+
+    Attributes:
+        name: the name it has in the ONNX graph.
+        shape: integers only; `(B, 3, H, W)` for an image, `(B, ..., N, D)` for tokens.
+        dtype: the element type, by numpy's name.
+        kind: what the numbers mean, so that inputs can be generated: `image` (pixels), `tokens`,
+            `mask` (true where a token is real), `features` (anything else).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    kind: TensorKind
+
+    def with_batch(self, batch: int) -> TensorSpec:
+        """Return the same tensor with another batch size."""
+        return msgspec.structs.replace(self, shape=(batch, *self.shape[1:]))
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}{list(self.shape)}"
