@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,7 +151,7 @@ class Bundle(msgspec.Struct, frozen=True):
 def _count_of(text: str, tokens_in: int) -> int:
     try:
         return round(float(text[:-1]) / 100 * tokens_in) if text.endswith("%") else int(text)
-    except ValueError:
+    except (ValueError, OverflowError):  # OverflowError: inf%
         raise InvalidSpec(f"budget {text!r} is neither a count nor a percentage; for example --budget 49") from None
 
 
@@ -171,6 +171,7 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
     if not path.is_dir():
         raise BundleError(f"bundle {path} is not a folder; `edgecomp export` makes one")
     manifest = _read_manifest(path)
+    _require_named(path, manifest)
     _require_listing(path, manifest)
     for entry in manifest.files:
         size = (path / entry.name).stat().st_size
@@ -196,12 +197,12 @@ def _read_manifest(path: Path) -> Manifest:
     content = file.read_bytes()
     try:
         raw = msgspec.json.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"bundle {path}: {MANIFEST} is not JSON ({error}); copy or export it again") from None
     if not isinstance(raw, dict) or raw.get("kind") != _KIND:
         raise BundleError(f"bundle {path}: {MANIFEST} is not of an edgecomp bundle; `edgecomp export` makes one")
     schema = raw.get("schema")
-    if not isinstance(schema, int) or schema > SCHEMA:
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
         raise BundleError(
             f"bundle {path} has schema {schema!r} and this edgecomp reads up to {SCHEMA}; upgrade edgecomp"
         )
@@ -213,21 +214,40 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(f"bundle {path}: {MANIFEST} is not as schema {schema} says: {error}") from None
 
 
-def _require_listing(path: Path, manifest: Manifest) -> None:
-    expected = {MANIFEST, *(entry.name for entry in manifest.files)}
-    for name in expected:
+def _require_named(path: Path, manifest: Manifest) -> None:
+    """Refuse file names that leave the folder, and graphs that are not among the hashed files."""
+    names = [entry.name for entry in manifest.files]
+    graphs = [*(bucket.model for bucket in manifest.buckets), *(plain.model for plain in manifest.plain)]
+    for name in (*names, *graphs):
         if not _NAME.fullmatch(name):
             raise BundleError(
-                f"bundle {path}: the manifest names {name!r}, which leaves the folder or is no plain name"
+                f"bundle {path}: the manifest names {name!r}, which leaves the folder or is no plain name; "
+                "take the bundle from a source that you trust"
             )
+    used = {WEIGHTS, GOLDEN, *graphs}
+    for what, found in (("does not hash", used - set(names)), ("gives no use to", set(names) - used)):
+        if found:
+            raise BundleError(
+                f"bundle {path}: the manifest {what} {', '.join(map(repr, sorted(found)))}; export the bundle again"
+            )
+    if len(names) != len(set(names)) or not manifest.buckets:
+        raise BundleError(f"bundle {path}: the manifest names a file twice or has no bucket; export the bundle again")
+
+
+def _require_listing(path: Path, manifest: Manifest) -> None:
+    expected = {MANIFEST, *(entry.name for entry in manifest.files)}
     seen = set()
-    for entry in os.scandir(path):
+    with os.scandir(path) as scanned:
+        entries = sorted(scanned, key=lambda entry: entry.name)
+    for entry in entries:
         if entry.is_symlink():
             raise BundleError(f"bundle {path}: {entry.name} is a link; a bundle holds plain files alone, remove it")
         if entry.is_dir():
             if entry.name not in _BELOW:
                 raise BundleError(f"bundle {path}: folder {entry.name} does not belong there; remove it")
             continue
+        if not entry.is_file():
+            raise BundleError(f"bundle {path}: {entry.name} is a pipe, socket or device, not a file; remove it")
         seen.add(entry.name)
     for what, names in (("missing", expected - seen), ("added", seen - expected)):
         if names:
@@ -274,6 +294,7 @@ def new_bundle(out: Path, *, force: bool) -> Iterator[Path]:
     """
     require_free(out, force=force)
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    made = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -294,6 +315,9 @@ def new_bundle(out: Path, *, force: bool) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # not empty: the bundle is in it
+                folder.rmdir()
 
 
 def require_free(out: Path, *, force: bool) -> None:

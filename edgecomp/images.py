@@ -92,10 +92,7 @@ def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> Image.Image:
         raise RunError(f"an image of {width} x {height} pixels has nothing to resize; give one of at least 1 x 1")
     image, size = _to_rgb(image), preprocess.size
     short = math.floor(size / preprocess.crop)
-    if width <= height:
-        resized = (short, int(short * height / width))
-    else:
-        resized = (int(short * width / height), short)
+    resized = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
     left, top = (round((side - size) / 2.0) for side in resized)
     resample = _RESAMPLING[preprocess.interpolation]
     if resized[0] * resized[1] <= _MOST_PIXELS:

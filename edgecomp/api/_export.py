@@ -27,7 +27,7 @@ from edgecomp.bundle import (
     seal,
 )
 from edgecomp.errors import BundleError, ExportError, InvalidSpec, MissingDependency, UnknownName, WeightsError
-from edgecomp.parity import ParityReport, check_bucket, read_goldens
+from edgecomp.parity import OutputParity, ParityReport, check_bucket, read_goldens
 from edgecomp.parity.check import judge
 from edgecomp.report.export import ExportReport
 from edgecomp.resources import source_digest
@@ -185,7 +185,8 @@ def _order(
             raise WeightsError(f"weights file {path} is not there; check the path, or use --weights random")
     if str(weights) == "pretrained":
         raise InvalidSpec(
-            "--weights pretrained: compressors have no download; give a file, or --backbone-weights pretrained for the host"
+            "--weights pretrained: compressors have no download; give a file, "
+            "or --backbone-weights pretrained for the host"
         )
     return Order(
         recipe=loaded,
@@ -234,12 +235,13 @@ def _require_in_range(order: Order, precision: str, opset: int, batches: Sequenc
 
 
 def _default_folder(order: Order) -> Path:
-    """Return `<method>-<preset or backbone>-<image size>` in the current folder."""
+    """Return `<method>-<preset or backbone>` in the current folder, with the image size where it was chosen."""
     recipe = order.recipe
     backbone = order.backbone if isinstance(order.backbone, str) else type(order.backbone).__name__
-    part = order.preset or (backbone if backbone != "none" else "tokens") or recipe.defaults.preset
-    size = order.image_size or recipe.defaults.image_size
-    return Path(f"{recipe.method}-{part}" + ("" if backbone == "none" else f"-{size}"))
+    part = order.preset or {"none": "tokens"}.get(backbone, backbone) or recipe.defaults.preset
+    is_encoder = not backbone and recipe.preset(order.preset or recipe.defaults.preset).placement == "encoder"
+    size = order.image_size or (recipe.defaults.image_size if is_encoder else 0)
+    return Path(f"{recipe.method}-{part}" + (f"-{size}" if size else ""))
 
 
 def _request_digest(order: Order, precision: str, opset: int, batches: Sequence[int], with_plain: bool) -> str:
@@ -312,7 +314,7 @@ def _manifest(
     buckets: tuple[Bucket, ...],
     plain: tuple[PlainGraph, ...],
 ) -> Manifest:
-    from edgecomp.export.flops import count_plain_flops
+    from edgecomp.export.flops import count_module_flops
 
     model = assembly.models[-1]
     return Manifest(
@@ -338,7 +340,7 @@ def _manifest(
         unread=dict(order.recipe.unread),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         plain_name=assembly.plain_name,
-        plain_flops=count_plain_flops(assembly.plain) if assembly.plain is not None else 0,
+        plain_flops=count_module_flops(assembly.plain) if assembly.plain is not None else 0,
         preprocess=assembly.preprocess,
         buckets=buckets,
         plain=plain,
@@ -351,7 +353,8 @@ def _manifest(
 def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> ParityReport:
     """Run each bucket in ONNX Runtime against the goldens; a plain graph must load and give finite numbers."""
     goldens, tolerance = read_goldens(work), manifest.recipe.tolerances[manifest.precision]
-    rows, version = [], ""
+    rows: list[OutputParity] = []
+    version = ""
     for bucket in manifest.buckets:
         progress(f"checking {bucket.model} in ONNX Runtime")
         with open_runner("onnxruntime", work / bucket.model, threads=0) as runner:

@@ -7,10 +7,10 @@ from pathlib import Path
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import open_bundle
 from edgecomp.errors import InvalidSpec
-from edgecomp.parity import ParityReport, check_bucket, read_goldens
+from edgecomp.parity import OutputParity, ParityReport, check_bucket, read_goldens
 from edgecomp.runners import open_runner
 
-__all__ = ["parity"]
+__all__ = ["parity", "require_threads"]
 
 
 def parity(
@@ -39,16 +39,22 @@ def parity(
         BundleError: the bundle is not whole. InvalidSpec: it has no such bucket.
         MissingDependency, RunError: the runner cannot run here.
     """
-    if not 0 <= threads <= 1024:
-        raise InvalidSpec(f"threads={threads} is not between 0 (the runtime's choice) and 1024")
+    require_threads(threads)
     opened = open_bundle(Path(bundle))
     manifest = opened.manifest
     buckets = opened.select(budget=budget, batch=batch)
     goldens, tolerance = read_goldens(opened.path), manifest.recipe.tolerances[manifest.precision]
-    rows, version = [], ""
+    rows: list[OutputParity] = []
+    version = ""
     for bucket in buckets:
         progress(f"{bucket.model} in {runner}")
         with open_runner(runner, opened.path / bucket.model, threads=threads) as loaded:
             rows.extend(check_bucket(loaded, bucket, goldens, tolerance))
             version = loaded.version
     return ParityReport(str(bundle), runner, version, threads, manifest.precision, tolerance, tuple(rows))
+
+
+def require_threads(threads: int) -> None:
+    """Refuse a number of threads that no runtime takes."""
+    if not 0 <= threads <= 1024:
+        raise InvalidSpec(f"threads={threads} is not between 0 (the runtime's choice) and 1024")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgecomp.api._parity import require_threads
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import golden_key, open_bundle
 from edgecomp.errors import InvalidSpec
@@ -43,6 +44,7 @@ def profile(
     """
     if not 0 < duration_s <= 3600:
         raise InvalidSpec(f"duration {duration_s} s is not above 0 and at most 3600 s")
+    require_threads(threads)
     opened = open_bundle(Path(bundle))
     buckets = opened.select(budget=budget, batch=batch)
     graphs = [(bucket.model, bucket.batch, bucket.inputs) for bucket in buckets]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgecomp.api._parity import require_threads
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import Bucket, Bundle, open_bundle
 from edgecomp.errors import InvalidSpec, RunError
@@ -44,6 +45,7 @@ def run(
     Raises:
         BundleError: the bundle is not whole. RunError: the input cannot be read or does not fit, by name.
     """
+    require_threads(threads)
     opened = open_bundle(Path(bundle))
     bucket = max(opened.select(budget=budget, batch=batch), key=lambda b: (b.budget.tokens_out, -b.batch))
     inputs = _read_inputs(opened, bucket, Path(input_file))

@@ -52,7 +52,7 @@ def assemble(order: Order) -> Assembly:
     preset = recipe.preset(preset_name)
     output = _choose_output(order)
     image_size = order.image_size or preset.image_size
-    params = _choose_params(order, cls, preset.params, state)
+    params = _choose_params(order, cls, preset.params, state, notes)
     host, host_origin = _make_host(order, preset.placement, preset.backbone, image_size, host_state)
     site, params = _find_site(order, cls, preset.placement, params, host, image_size or recipe.defaults.image_size)
     budgets = _choose_budgets(order, cls, preset_name, params, site)
@@ -67,6 +67,8 @@ def assemble(order: Order) -> Assembly:
     plain, plain_name = _make_plain(order, cls, params, host, models[0], output)
     if host is not None and host.num_prefix_tokens:
         notes.append(f"{host.num_prefix_tokens} prefix token(s) of {host.name} are dropped before the compressor")
+    if plain is not None and host is None:
+        notes.append(f"the uncompressed model is a {plain_name} with random weights: for latency and FLOPs alone")
     rows = getattr(params, "latents", 0) or getattr(params, "table_entries", 0)
     if state is not None and rows and any(budget.tokens_out < rows for budget in budgets):
         notes.append(f"the weights hold {rows} learned entries; a smaller budget uses the first of them")
@@ -110,7 +112,7 @@ def _choose_preset(order: Order, cls: type[Compressor], state: Mapping[str, Tens
         recipe.preset(order.preset)
         return order.preset, []
     if order.compressor is not None:
-        placement: str = order.compressor.site.placement
+        placement: Placement = order.compressor.site.placement
     elif order.backbone:
         placement = "after" if "after" in recipe.placements else next(iter(recipe.placements))
         if isinstance(order.backbone, nn.Module) or order.backbone != "none":
@@ -124,14 +126,14 @@ def _choose_preset(order: Order, cls: type[Compressor], state: Mapping[str, Tens
     own = recipe.presets[recipe.defaults.preset]
     if own.placement == placement:
         return recipe.defaults.preset, []
-    return recipe.placements[placement], []  # type: ignore[index]
+    return recipe.placements[placement], []
 
 
 def _require_placement(recipe: Recipe, placement: Placement, backbone: object) -> None:
     if placement not in recipe.placements:
         raise InvalidSpec(
-            f"{recipe.method} stands {' or '.join(recipe.placements)}, not {placement} a host, so --backbone {backbone} "
-            "has no place; drop it"
+            f"{recipe.method} stands {' or '.join(recipe.placements)}, not {placement} a host, "
+            f"so --backbone {backbone} has no place; drop it"
         )
 
 
@@ -139,11 +141,15 @@ def _choose_output(order: Order) -> Output:
     output = order.output or (order.compressor.output if order.compressor is not None else order.recipe.defaults.output)
     if output not in order.recipe.outputs:
         raise UnknownName(f"output of {order.recipe.method}", str(output), order.recipe.outputs)
-    return output  # type: ignore[return-value]
+    return output
 
 
 def _choose_params(
-    order: Order, cls: type[Compressor], preset: Mapping[str, Any], state: Mapping[str, Tensor] | None
+    order: Order,
+    cls: type[Compressor],
+    preset: Mapping[str, Any],
+    state: Mapping[str, Tensor] | None,
+    notes: list[str],
 ) -> Any:
     method = order.recipe.method
     if order.compressor is not None:
@@ -154,6 +160,10 @@ def _choose_params(
     if state is None:
         return params
     found = cls.infer_params(state, params)
+    assumed = [name for name in cls.unstored_params if name not in found and name not in order.params]
+    if assumed:
+        taken = ", ".join(f"params.{name}={getattr(params, name)}" for name in assumed)
+        notes.append(f"assumed, since no checkpoint stores it: {taken}; --set it if the model was trained otherwise")
     return _settle(cls, params, found, order, "the weights")
 
 
@@ -170,20 +180,20 @@ def _settle(cls: type[Compressor], params: Any, found: Mapping[str, Any], order:
 def _make_host(
     order: Order, placement: Placement, preset_backbone: str, image_size: int, state: dict[str, Tensor] | None
 ) -> tuple[TimmHost | None, WeightsOrigin | None]:
+    """Make the host that stands in front, or refuse what only a host could use."""
     backbone = order.backbone or preset_backbone or order.recipe.defaults.backbone
-    if (
-        placement == "encoder"
-        or (isinstance(backbone, str) and backbone == "none")
-        or (order.compressor is not None
-        and not order.backbone)
-    ):
-        if order.backbone_weights != "random" and placement != "encoder":
-            raise InvalidSpec(f"--backbone-weights {order.backbone_weights} with no backbone; name one with --backbone")
+    if order.compressor is not None and not order.backbone:
+        backbone = "none"
+    if placement == "encoder" or (isinstance(backbone, str) and backbone == "none"):
+        _require_no_host_options(order, placement)
         return None, None
     layer = order.feature_layer or order.recipe.defaults.feature_layer
     if isinstance(backbone, nn.Module):
         origin = WeightsOrigin(kind="module", name=type(backbone).__name__, sha256=state_digest(backbone.state_dict()))
-        return TimmHost(_copy(backbone), name=type(backbone).__name__, feature_layer=layer), origin
+        host = TimmHost(_copy(backbone), name=type(backbone).__name__, feature_layer=layer)
+        if image_size not in (0, host.image_size):
+            raise InvalidSpec(f"image size {image_size} was asked for, and {host.name} takes {host.image_size}")
+        return host, origin
     weights = order.backbone_weights
     if state is not None and weights == "random":
         weights = order.weights
@@ -192,6 +202,16 @@ def _make_host(
     return load_host(
         backbone, weights=weights, state=state, image_size=image_size, feature_layer=layer, seed=order.seed
     )
+
+
+def _require_no_host_options(order: Order, placement: Placement) -> None:
+    method = order.recipe.method
+    if order.backbone_weights != "random":
+        raise InvalidSpec(f"--backbone-weights {order.backbone_weights}: {method} stands without a host here; drop it")
+    if order.feature_layer:
+        raise InvalidSpec(f"--feature-layer {order.feature_layer}: {method} stands without a host here; drop it")
+    if order.image_size and placement != "encoder":
+        raise InvalidSpec(f"--image-size {order.image_size}: {method} takes tokens here, not an image; drop it")
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -17,6 +17,9 @@ __all__ = ["PlacedModel", "PlainModel"]
 class Normalise(nn.Module):
     """Camera frames to what an encoder takes: uint8 (B, ..., S, S, 3) -> float (B, ..., 3, S, S)."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, preprocess: Preprocess) -> None:
         super().__init__()
         std = torch.tensor(preprocess.std, dtype=torch.float64)

@@ -104,9 +104,10 @@ def load_host(
             model = timm.create_model(name, pretrained=weights == "pretrained", **arguments)
         except (TypeError, AssertionError, ValueError) as error:
             raise InvalidSpec(
-                f"backbone {name!r} cannot be built for images of {image_size} pixels: {error}; hosts that work are {_FAMILIES}"
+                f"backbone {name!r} cannot be built for images of {image_size} pixels: {error}; "
+                f"hosts that work are {_FAMILIES}"
             ) from None
-        except Exception as error:  # whatever the download client raises: it is another package's choice
+        except Exception as error:  # noqa: BLE001 - the download client raises what it likes
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RunError(
                 f"pretrained weights of {name!r} could not be downloaded ({type(error).__name__}: {reason[:200]}); "
@@ -165,7 +166,8 @@ def plain_vit(arguments: Mapping[str, Any], *, image_size: int, num_classes: int
     pool = "token" if num_classes else ""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return VisionTransformer(img_size=image_size, num_classes=num_classes, global_pool=pool, **arguments).eval()
+        vit: nn.Module = VisionTransformer(img_size=image_size, num_classes=num_classes, global_pool=pool, **arguments)
+    return vit.eval()
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

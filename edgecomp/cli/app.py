@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,10 +14,12 @@ from edgecomp.errors import EdgecompError
 
 __all__ = ["app", "main"]
 
-_GATE_FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
+_BAD_INPUT, _INTERRUPTED = 2, 130
 
 # rich_markup_mode=None: rich alone would cost half of the 0.3 s that --help may take.
-app = typer.Typer(name="edgecomp", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(
+    name="edgecomp", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
 app.add_typer(listing.app, name="list", help="List methods, targets or backbones.")
 for _module in (export, parity, build, run, profile, inspect, doctor):
     app.command(name=_module.__name__.rpartition(".")[2])(_module.command)
@@ -45,21 +47,48 @@ def main() -> None:
     if debug:  # it may stand before or behind the verb
         sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != "--debug")]
     try:
-        app(prog_name="edgecomp")
-    except KeyboardInterrupt:
+        code = app(prog_name="edgecomp", standalone_mode=False)  # typer hands Ctrl-C back as 130, without a word
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - a traceback would exit with 1, which means that a gate failed
         if debug:
             traceback.print_exc()
+        typer.echo(_describe(error), err=True)
+        sys.exit(_BAD_INPUT)
+    if code == _INTERRUPTED:
         typer.echo("interrupted; nothing half-written was left", err=True)
-        sys.exit(_INTERRUPTED)
-    except EdgecompError as error:
-        if debug:
-            traceback.print_exc()
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(_BAD_INPUT)
-    except OSError as error:
-        if debug:
-            traceback.print_exc()
-        typer.echo(
-            f"error: {error.strerror or error} ({error.filename or 'no file named'}); --debug shows where", err=True
-        )
-        sys.exit(_BAD_INPUT)
+    sys.exit(code or 0)
+
+
+def _describe(error: Exception) -> str:
+    """Return what an error says, in one to three lines."""
+    if isinstance(error, EdgecompError):
+        return f"error: {error}"
+    if hasattr(error, "format_message"):  # typer's own; where its base class stands differs between versions
+        return _describe_usage(error)
+    if isinstance(error, OSError):
+        return f"error: {error.strerror or error} ({error.filename or 'no file named'}); --debug shows where"
+    if isinstance(error, MemoryError):
+        return "error: out of memory; choose a smaller model, batch or image, or a machine with more"
+    first = (str(error).strip().splitlines() or ["no text"])[0]
+    return (
+        f"error: {type(error).__name__}: {first[:300]}\n"
+        "edgecomp did not expect this; --debug shows the traceback, please report it with the command"
+    )
+
+
+def _describe_usage(error: Any) -> str:
+    """Return what is wrong with the words of the command line; the values are added that typer leaves out."""
+    text = error.format_message().rstrip()
+    if "\n" in text:  # the help, where there were no words at all
+        return str(text)
+    options = getattr(getattr(error, "param", None), "opts", ())
+    values = [
+        word.partition("=")[2] if "=" in word else following
+        for word, following in zip(sys.argv, [*sys.argv[1:], ""], strict=True)
+        if word.partition("=")[0] in options
+    ]
+    given = ", ".join(repr(value) for value in values if value and repr(value) not in text)
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "edgecomp"
+    return f"error: {text.rstrip('.')}{f' (given: {given})' if given else ''}; see `{command} --help`"

@@ -10,10 +10,10 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from edgecomp.errors import InvalidSpec, UnknownName
+from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
 from edgecomp.specs import Output, Recipe, Site, TensorSpec, TokenBudget, parse_budget
 
-__all__ = ["Compressor", "Params", "constant", "initialise"]
+__all__ = ["Compressor", "Params", "constant", "count_heads", "initialise"]
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -47,6 +47,8 @@ class Compressor(nn.Module):
     Params: ClassVar[type[Params]] = Params
     #: The parameter that a host's width decides.
     width_param: ClassVar[str] = "embed_dim"
+    #: Parameters that no checkpoint stores; the export says which value it took.
+    unstored_params: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, params: Any, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:
         super().__init__()
@@ -138,6 +140,16 @@ class Compressor(nn.Module):
             method=recipe.method,
         )
         return cls(cls.for_budgets(values, [kept.tokens_out]), site, kept, output)
+
+
+def count_heads(rows: int, head_dim: int, *, name: str) -> int:
+    """Return how many heads of `head_dim` a projection with `rows` outputs holds."""
+    if rows % head_dim:
+        raise WeightsError(
+            f"{name} of the weights has {rows} outputs, not a multiple of head width {head_dim}; a checkpoint does "
+            "not store the head width, give it with --set"
+        )
+    return rows // head_dim
 
 
 def constant(values: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import pickle
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,6 +38,10 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"weights file {path} holds no tensor; is it the right file?")
     read = {}
     for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise WeightsError(
+                f"weights file {path}: {name!r} is a sparse, quantized or empty (meta) tensor; save plain values"
+            )
         if tensor.is_floating_point():
             tensor = tensor.to(torch.float32)
             broken = int((~torch.isfinite(tensor)).sum())
@@ -53,7 +59,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path, device="cpu")
+        state: dict[str, Tensor] = load_file(path, device="cpu")
+        return state
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
             f"weights file {path} is truncated or not safetensors ({path.stat().st_size} bytes): {error}; copy it again"
@@ -62,24 +69,37 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice to whoever wrote the file
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0]
+        found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))  # torch's own text advises to run it all the same
+        if found is None:
+            raise _damaged(path, "bytes that no checkpoint has") from None
         raise WeightsError(
-            f"weights file {path} holds more than weights, and loading it could run code ({first}); "
+            f"weights file {path} holds more than weights: loading it would run {found[1]}, so it was not loaded; "
             "save its state_dict alone, best as .safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"weights file {path} is truncated or no checkpoint: {first}; copy it again") from None
-    for wrapper in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
+    except Exception as error:  # noqa: BLE001 - a damaged pickle can raise anything
+        raise _damaged(path, f"{type(error).__name__} {error}") from None
+    while isinstance(content, dict) and (inner := [w for w in _WRAPPERS if isinstance(content.get(w), dict)]):
+        content = content[inner[0]]
     if not isinstance(content, dict):
         raise WeightsError(
             f"weights file {path} holds a {type(content).__name__}, not named tensors; save a state_dict"
         )
-    return {name: tensor.detach() for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    state = {str(name): tensor.detach() for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    if content and not state:
+        keys = ", ".join(map(str, list(content)[:5]))
+        raise WeightsError(f"weights file {path} holds no tensor, only {keys}; save a state_dict alone")
+    return state
+
+
+def _damaged(path: Path, problem: str) -> WeightsError:
+    first = problem.strip().splitlines()[0].split(". ")[0][:200].rstrip(" .:")
+    return WeightsError(
+        f"weights file {path} is truncated or no checkpoint ({path.stat().st_size} bytes): {first}; copy it again"
+    )
 
 
 def load_exactly(

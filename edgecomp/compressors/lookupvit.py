@@ -19,7 +19,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._attention import merge_heads, split_heads
-from edgecomp.compressors._base import Compressor, Params, constant
+from edgecomp.compressors._base import Compressor, Params, constant, count_heads
 from edgecomp.compressors._checkpoint import load_exactly
 from edgecomp.compressors._grid import bilinear_matrix, sincos_2d
 from edgecomp.compressors._norms import GammaLayerNorm
@@ -148,6 +148,9 @@ class LookupViT(Compressor):
     """
 
     Params = LookupViTParams
+    unstored_params = ("head_dim", "lookup_head_dim")
+    positions: Tensor
+    resize: Tensor
 
     def __init__(self, params: LookupViTParams, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:
         super().__init__(params, site, budget, output)
@@ -226,7 +229,8 @@ class LookupViT(Compressor):
             return self.input_norm(x)  # type: ignore[no-any-return]
         if self.params.patch_kernel > 1:
             x = _space_to_depth(x, self.params.patch_size)
-        return self.input_norm(self.patch_embed(x).flatten(2).transpose(1, 2)) + self.positions
+        patches: Tensor = self.patch_embed(x)  # (B, D, h, w)
+        return self.input_norm(patches.flatten(2).transpose(1, 2)) + self.positions  # type: ignore[no-any-return]
 
     def reference(self) -> nn.Module:
         """Return the released code's forward pass on this module's parameters."""
@@ -253,12 +257,13 @@ class LookupViT(Compressor):
 
     @classmethod
     def plain_vit(cls, params: LookupViTParams) -> dict[str, Any]:
-        """Return the ViT of the same patch, width, depth and heads, whose MLP has factor 4."""
+        """Return the ViT of the same patch, width, depth, heads (where they divide the width) and MLP factor."""
         return {
             "patch_size": params.patch_size,
             "embed_dim": params.embed_dim,
             "depth": params.depth,
-            "num_heads": params.num_heads,
+            "num_heads": math.gcd(params.embed_dim, params.num_heads),
+            "mlp_ratio": params.mlp_ratio,
         }
 
     @classmethod
@@ -282,7 +287,8 @@ class LookupViT(Compressor):
                     found[ratio] = sizes[f"blocks.0.{key}.fc1.weight"][0] / width
         for key, heads, dim in (("refine", "num_heads", "head_dim"), ("gather", "lookup_heads", "lookup_head_dim")):
             if f"blocks.0.{key}.to_q.weight" in sizes:
-                found[heads] = sizes[f"blocks.0.{key}.to_q.weight"][0] // getattr(params, dim)
+                rows = sizes[f"blocks.0.{key}.to_q.weight"][0]
+                found[heads] = count_heads(rows, getattr(params, dim), name=f"blocks.0.{key}.to_q")
         if "head.weight" in sizes:
             found["num_classes"] = sizes["head.weight"][0]
         if "entries" in sizes:
@@ -372,7 +378,7 @@ class LookViTOriginal(nn.Module):
             low = torch.stack([static.entries[: static.budget.tokens_out]] * x.shape[0])
         else:
             target = math.isqrt(static.budget.tokens_out)
-            square = high.unflatten(1, (side, side)).movedim(-1, 1)
+            square = high.reshape(len(high), side, side, -1).movedim(-1, 1)
             square = F.interpolate(square, (target, target), mode="bilinear", align_corners=False)
             low = square.movedim(1, -1).flatten(1, 2)
         for block in static.blocks:
@@ -391,11 +397,12 @@ class LookViTOriginal(nn.Module):
         if params.patch_kernel == 1:
             weight = weight.reshape(params.embed_dim, -1, 1, 1)
         else:  # the parameter's channels are in the order (p1, p2, c)
-            weight = weight.unflatten(1, (patch * patch, 3)).transpose(1, 2).flatten(1, 2)
-        folded = patches.unflatten(-1, (side, side))
+            kernel = weight.shape[-2:]
+            weight = weight.reshape(-1, patch * patch, 3, *kernel).transpose(1, 2).flatten(1, 2)
+        folded = patches.reshape(*patches.shape[:2], side, side)
         return F.conv2d(folded, weight, projection.bias, padding=params.patch_kernel // 2)
 
-    def _block(self, block: LookupBlock, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def _block(self, block: Any, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         context = self._norm(block.gather.norm_context, high)
         similarity = self._similarity(block.gather, self._norm(block.gather.norm, low), context)
         low = low + self._read(block.gather, [s.softmax(dim=-1) for s in similarity], context)

@@ -18,7 +18,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._attention import merge_heads, split_heads
-from edgecomp.compressors._base import Compressor, Params
+from edgecomp.compressors._base import Compressor, Params, count_heads
 from edgecomp.compressors._checkpoint import load_exactly
 from edgecomp.compressors._norms import RMSNorm
 from edgecomp.errors import InvalidSpec, WeightsError
@@ -188,6 +188,7 @@ class Perceiver(Compressor):
 
     Params = PerceiverParams
     width_param = "context_dim"
+    unstored_params = ("head_dim",)
 
     def __init__(self, params: PerceiverParams, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:
         super().__init__(params, site, budget, output)
@@ -284,8 +285,8 @@ class Perceiver(Compressor):
             found.update(qk_norm=True, head_dim=sizes["layers.0.q_norm.weight"][0])
         head_dim = found.get("head_dim", params.head_dim)
         if "layers.0.to_q.weight" in sizes and "layers.0.to_kv.weight" in sizes:
-            heads = max(1, sizes["layers.0.to_q.weight"][0] // head_dim)
-            kv_heads = max(1, sizes["layers.0.to_kv.weight"][0] // (2 * head_dim))
+            heads = count_heads(sizes["layers.0.to_q.weight"][0], head_dim, name="layers.0.to_q")
+            kv_heads = count_heads(sizes["layers.0.to_kv.weight"][0] // 2, head_dim, name="layers.0.to_k")
             found.update(num_heads=heads, kv_heads=0 if kv_heads == heads else kv_heads)
         if "layers.0.ff.fc1.weight" in sizes:
             found["ff_mult"] = sizes["layers.0.ff.fc1.weight"][0] / width
@@ -403,9 +404,9 @@ def _rename(state: Mapping[str, Tensor], patterns: Sequence[tuple[str, str]]) ->
 def _pack_kv(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Lay key and value projections in one matrix, keys first."""
     packed = {name: tensor for name, tensor in state.items() if not re.search(r"\.to_[kv]\.weight$", name)}
-    for name in state:
+    for name, keys in state.items():
         if name.endswith(".to_k.weight") and (value := name.replace("to_k", "to_v")) in state:
-            packed[name.replace("to_k", "to_kv")] = torch.cat([state[name], state[value]])
+            packed[name.replace("to_k", "to_kv")] = torch.cat([keys, state[value]])
     return packed
 
 
@@ -447,7 +448,7 @@ class PerceiverOriginal(nn.Module):
             latents = self._layer(layer, latents, context, None if mask is None else mask.flatten())
         return latents if params.family == "cross-only" else self._norm(static.norm, latents)
 
-    def _layer(self, layer: ResamplerLayer, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def _layer(self, layer: Any, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         if layer.is_cross_only:
             return self._attend(layer, latents, context, mask)
         queries = self._norm(layer.norm_latents, latents)
@@ -463,9 +464,9 @@ class PerceiverOriginal(nn.Module):
 
     def _attend(self, layer: ResamplerLayer, queries: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         key_weight, value_weight = layer.to_kv.weight.chunk(2)
-        q = F.linear(queries, layer.to_q.weight).unflatten(-1, (layer.heads, -1)).transpose(0, 1)
-        k = F.linear(memory, key_weight).unflatten(-1, (layer.kv_heads, -1)).transpose(0, 1)
-        v = F.linear(memory, value_weight).unflatten(-1, (layer.kv_heads, -1)).transpose(0, 1)
+        q = F.linear(queries, layer.to_q.weight).reshape(len(queries), layer.heads, -1).transpose(0, 1)
+        k = F.linear(memory, key_weight).reshape(len(memory), layer.kv_heads, -1).transpose(0, 1)
+        v = F.linear(memory, value_weight).reshape(len(memory), layer.kv_heads, -1).transpose(0, 1)
         k, v = k.repeat_interleave(layer.groups, dim=0), v.repeat_interleave(layer.groups, dim=0)
         if self.static.params.qk_norm:
             q, k = self._norm(layer.q_norm, q), self._norm(layer.k_norm, k)

@@ -9,9 +9,9 @@ import onnx_ir as ir
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from edgecomp.backbones.placed import PlainModel
+from edgecomp.backbones.placed import PlacedModel, PlainModel
 
-__all__ = ["count_flops", "count_ops", "count_plain_flops"]
+__all__ = ["count_flops", "count_module_flops", "count_ops"]
 
 
 def count_ops(model: ir.Model) -> dict[str, int]:
@@ -45,12 +45,13 @@ def _shape(value: ir.Value | None) -> list[int]:
     return [int(size) for size in value.shape]  # type: ignore[arg-type]
 
 
-def count_plain_flops(model: PlainModel) -> int:
-    """Return the FLOPs of the uncompressed model on one sample, by torch's own counter, without running it."""
+def count_module_flops(model: PlacedModel | PlainModel) -> int:
+    """Return the FLOPs of a model on one sample, by torch's own counter, without running it or copying weights."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     weights = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
-    (spec,) = model.input_specs(1)
-    image = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta")
+    inputs = tuple(
+        torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta") for spec in model.input_specs(1)
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        torch.func.functional_call(model, weights, (image,))
+        torch.func.functional_call(model, weights, inputs)
     return int(counter.get_total_flops())

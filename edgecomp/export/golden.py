@@ -13,7 +13,7 @@ from torch import nn
 
 from edgecomp.backbones.assemble import Assembly
 from edgecomp.bundle import GOLDEN, golden_key
-from edgecomp.images import read_image, resize_and_crop, to_pixels
+from edgecomp.images import PixelType, read_image, resize_and_crop, to_pixels
 from edgecomp.resources import photograph_path
 from edgecomp.specs import Preprocess, TensorSpec
 
@@ -33,7 +33,7 @@ def write_goldens(
         seed: of the inputs.
         compare: is handed case, output name, what the static module gives and what the original gives.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     specs = assembly.models[0].input_specs(batch)
     tensors: dict[str, Array] = {}
@@ -47,7 +47,7 @@ def write_goldens(
                 compare(case, spec.name, have, want)
                 key = golden_key("output", case, spec.name, tokens_out=model.compressor.budget.tokens_out)
                 tensors[key] = np.ascontiguousarray(want)
-    save_file(tensors, folder / GOLDEN)
+    (folder / GOLDEN).write_bytes(save(tensors))
 
 
 def golden_inputs(
@@ -118,7 +118,7 @@ def _photographs(rows: int, preprocess: Preprocess, spec: TensorSpec) -> Array:
 
     pixels = np.asarray(resize_and_crop(read_image(photograph_path()), preprocess))
     whole = Preprocess(preprocess.size, 1.0, preprocess.interpolation, preprocess.mean, preprocess.std)
-    dtype = "uint8" if spec.dtype == "uint8" else "float32"
+    dtype: PixelType = "uint8" if spec.dtype == "uint8" else "float32"
     turned = [np.ascontiguousarray(_turned(pixels, row)) for row in range(rows)]
     return np.concatenate([to_pixels(Image.fromarray(t), whole, dtype) for t in turned]).reshape(spec.shape)
 

@@ -64,7 +64,8 @@ def read_goldens(bundle: Path) -> dict[str, Array]:
     from safetensors.numpy import load_file
 
     try:
-        return load_file(bundle / GOLDEN)
+        goldens: dict[str, Array] = load_file(bundle / GOLDEN)
+        return goldens
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise BundleError(f"bundle {bundle}: {GOLDEN} cannot be read ({error}); copy or export it again") from None
 

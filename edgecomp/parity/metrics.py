@@ -78,4 +78,5 @@ def _cosine(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArr
     product = norms[0] * norms[1]
     both_zero = (norms[0] == 0) & (norms[1] == 0)
     safe = np.where(product == 0, 1.0, product)
-    return np.where(product == 0, both_zero.astype(np.float64), np.clip(dot / safe, -1.0, 1.0))
+    cosine: npt.NDArray[np.float64] = np.where(product == 0, both_zero, np.clip(dot / safe, -1.0, 1.0))
+    return cosine

@@ -123,7 +123,8 @@ def _describe_engine(contents: EngineContents) -> str:
         lines += [
             f"  built by   {r.runtime} {r.runtime_version} for {r.target}, SM {', '.join(map(str, r.sm))}",
             f"  from       {r.model}, sha256 {r.onnx_sha256[:16]}, weights {r.weights_sha256[:16] or 'inside'}",
-            f"  precision  {r.precision}; {r.num_layers} layers, workspace {r.workspace_mib or 'default'} MiB, {r.seconds:.1f} s",
+            f"  precision  {r.precision}; {r.num_layers} layers, workspace {r.workspace_mib or 'default'} MiB",
+            f"  took       {r.seconds:.1f} s",
             *(f"  input      {t.name} {t.dtype}{list(t.shape)}" for t in r.inputs),
             *(f"  output     {t.name} {t.dtype}{list(t.shape)}" for t in r.outputs),
             *(f"  warning    {text}" for text in r.warnings),

@@ -25,9 +25,9 @@ def describe_parity(report: ParityReport) -> str:
         for row in report.outputs
     ]
     header = ["model", "case", "output", "max abs", "max rel", "cosine mean", "cosine min", "PSNR dB", ""]
+    threads = report.threads or "its own choice of"
     lines = [
-        f"{report.bundle}: {report.version}, {report.threads or 'its own choice of'} threads, "
-        f"{report.precision}, against the PyTorch original",
+        f"{report.bundle}: {report.version}, {threads} threads, {report.precision}, against the PyTorch original",
         "",
         table(header, rows),
         "",

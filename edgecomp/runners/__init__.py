@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecomp.errors import UnknownName
-from edgecomp.specs import TensorSpec
 
 __all__ = ["Array", "Runner", "open_runner", "runner_names"]
 
@@ -31,11 +30,6 @@ class Runner(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Free the model."""
-        ...
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """Names, shapes and types of what `infer` takes."""
         ...
 
     def infer(self, inputs: dict[str, Array]) -> dict[str, Array]:

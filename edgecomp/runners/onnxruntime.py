@@ -8,18 +8,10 @@ from typing import Any
 
 from edgecomp.errors import MissingDependency, RunError
 from edgecomp.runners import Array
-from edgecomp.specs import TensorSpec
 
 __all__ = ["OnnxRuntimeRunner"]
 
-_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(uint8)": "uint8",
-    "tensor(bool)": "bool",
-    "tensor(int32)": "int32",
-    "tensor(int64)": "int64",
-}
+_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": 0}}  # fp32 means fp32; ONNX Runtime's default would round to tf32
 
 
 class OnnxRuntimeRunner:
@@ -48,8 +40,10 @@ class OnnxRuntimeRunner:
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
         try:
-            self._session: Any = onnxruntime.InferenceSession(str(model), options, providers=[provider])
-        except Exception as error:  # ONNX Runtime's errors share no base class that it makes public
+            self._session: Any = onnxruntime.InferenceSession(
+                str(model), options, providers=[(provider, _OPTIONS.get(provider, {}))]
+            )
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no public base class
             first = str(error).strip().splitlines()[0]
             raise RunError(
                 f"ONNX Runtime cannot load {model}: {first}; `edgecomp inspect` shows what it holds"
@@ -72,19 +66,11 @@ class OnnxRuntimeRunner:
         """Free the session."""
         self._session = None
 
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """Names, shapes and types of the model's inputs."""
-        return tuple(
-            TensorSpec(item.name, tuple(item.shape), _TYPES.get(item.type, item.type), "features")
-            for item in self._session.get_inputs()
-        )
-
     def infer(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Run the model once; a wrong name, shape or type is an error that names it."""
         try:
             outputs = self._session.run(None, inputs)
-        except Exception as error:  # as above
+        except Exception as error:  # noqa: BLE001 - as above
             first = str(error).strip().splitlines()[0]
             raise RunError(
                 f"ONNX Runtime could not run the model: {first}; check the inputs' names and shapes"

@@ -64,7 +64,7 @@ def share_weights(model: ir.Model, weights: WeightsFile) -> None:
             offset,
             length,
             tensor.dtype,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape([int(size) for size in tensor.shape.numpy()]),
             name=value.name or "",
             base_dir=weights.path.parent,
         )

@@ -1,0 +1,43 @@
+"""Contract 10: exporting twice gives the same bytes, also in a new process with another hash seed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import edgecomp
+from edgecomp import api
+from edgecomp.bundle import MANIFEST
+
+_EXPORT = """
+import sys
+from edgecomp import api
+method, preset, budgets, out = sys.argv[1:]
+api.export(method, preset=preset, budget=budgets.split(","), batch=(1, 2), seed=0, out=out)
+"""
+
+
+def test_exporting_twice_gives_the_same_bytes(smokes, bundle_of, tmp_path):
+    smoke = min(smokes, key=lambda smoke: (len(smoke.budgets), smokes.index(smoke)))  # fewest graphs
+    first = bundle_of(smoke).path
+    again = tmp_path / "again"
+    budgets = ",".join(map(str, smoke.budgets))
+    root = str(Path(edgecomp.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": root}
+    command = [sys.executable, "-c", _EXPORT, smoke.method, smoke.preset, budgets, str(again)]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    names = sorted(path.name for path in again.iterdir())
+    assert names == sorted(path.name for path in first.iterdir() if path.is_file())
+    assert [name for name in names if (first / name).read_bytes() != (again / name).read_bytes()] == []
+
+
+def test_exporting_over_the_same_request_does_nothing(smokes, bundle_of):
+    smoke = smokes[0]
+    bundle = bundle_of(smoke)
+    before = (bundle.path / MANIFEST).stat().st_mtime_ns
+    report = api.export(smoke.method, preset=smoke.preset, budget=smoke.budgets, batch=(1, 2), seed=0, out=bundle.path)
+    assert report.reused
+    assert report.manifest == bundle.manifest
+    assert (bundle.path / MANIFEST).stat().st_mtime_ns == before

@@ -1,0 +1,380 @@
+"""Contract 12: a graph with a plausible mistake in it fails the parity check.
+
+A mutation lists the places of a graph where it can strike, each as a function that changes the graph. It strikes
+nodes of the compressor only: the host is not rewritten, and with random weights its heads are nearly alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from edgecomp.export.passes.strip_metadata import module_of
+from edgecomp.parity import ParityReport, check_bucket, read_goldens
+from edgecomp.runners import open_runner
+
+# -- mutations: a graph -> the changes that can be made to it -------------------------------------------------
+
+
+def dropped_residual(model, bucket):
+    """A residual sum passes its branch alone."""
+    return [lambda a=add, b=branch: _bypass(a, b) for add, _, branch in _residuals(model)]
+
+
+def identity(model, bucket):
+    """Every residual sum passes its skip alone: the blocks do nothing."""
+    found = _residuals(model)
+    if not found:
+        return []
+
+    def change():
+        for add, skip, _ in reversed(found):
+            _bypass(add, skip)
+
+    return [change]
+
+
+def wrong_head(model, bucket):
+    """Head 0 attends as head 1 does."""
+    changes = []
+    for node in _softmaxes(model):
+        heads = node.outputs[0].shape[1]
+        if heads > 1:
+            changes.append(lambda n=node, h=heads: _gather_after(model, n, [1, *range(1, h)], axis=1))
+    return changes
+
+
+def wrong_table(model, bucket):
+    """A constant table (positions, latents, resize) is read from its second row on."""
+    tables = {}
+    for node in _own_nodes(model):
+        for position, value in enumerate(node.inputs):
+            tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+            if tensor is None or len(tensor.shape) < 2:
+                continue
+            # The rows of a Concat's constant may be a set of keys, whose order means nothing.
+            if node.op_type in ("Add", "Sub", "Mul") or (
+                node.op_type in ("MatMul", "LayerNormalization", "Gather", "Expand") and position == 0
+            ):
+                rolled = _rolled(tensor.numpy())
+                if rolled is not None:
+                    tables[value.name] = (value, rolled)
+    return [lambda v=value, r=rolled: _set_constant(v, r) for value, rolled in tables.values()]
+
+
+def transposed_grid(model, bucket):
+    """Rows and columns change places: pixels of an image, tokens in raster order (with their masks)."""
+    if bucket.inputs[0].kind == "image":
+        shape = bucket.inputs[0].shape
+        axes = (-3, -2) if bucket.inputs[0].dtype == "uint8" else (-2, -1)
+        order = list(range(len(shape)))
+        order[axes[0]], order[axes[1]] = order[axes[1]], order[axes[0]]
+        return [lambda: _transpose_input(model, order)]
+    order = _transposed_order(bucket.inputs[0].shape[-2])
+    if order is None:
+        return []
+
+    def change():
+        for value, spec in zip(model.graph.inputs, bucket.inputs, strict=True):
+            axis = len(spec.shape) - (2 if spec.kind == "tokens" else 1)
+            _gather_input(model, value, order, axis=axis)
+
+    return [change]
+
+
+def wrong_axis(model, bucket):
+    """Softmax normalises over queries instead of keys."""
+    return [lambda n=node: n.attributes.update({"axis": ir.AttrInt64("axis", 2)}) for node in _softmaxes(model)]
+
+
+def swapped_kv(model, bucket):
+    """Keys and values of one product change places."""
+    changes = []
+    for node in _own_nodes(model):
+        if node.op_type == "Split" and len(node.outputs) == 2 and node.outputs[0].shape == node.outputs[1].shape:
+            changes.append(lambda n=node: _swap(*n.outputs))
+    return changes
+
+
+def ignored_mask(model, bucket):
+    """The mask says that every token is real."""
+    changes = []
+    for value, spec in zip(model.graph.inputs, bucket.inputs, strict=True):
+        if spec.kind == "mask":
+            ones = np.ones(spec.shape, bool)
+            changes.append(lambda v=value, o=ones: _replace(v, _constant(model, "all_real", o)))
+    return changes
+
+
+REQUIRED = (dropped_residual, identity, wrong_head, wrong_table, transposed_grid)
+MUTATIONS = (*REQUIRED, wrong_axis, swapped_kv, ignored_mask)
+LEAST = 3  # mutations that must apply to each preset
+
+each_mutation = pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda item: item.__name__.replace("_", "-"))
+
+
+@each_mutation
+def test_mutant_fails_parity(smoke, mutation, bundle_of, check, note):
+    bundle = bundle_of(smoke)
+    bucket = bundle.select(batch=2)[0]
+    count = len(mutation(_load(bundle, bucket), bucket))
+    if not count:
+        pytest.skip(f"nothing in {bucket.model} for it to strike")
+    ratios = []
+    for index in range(count):
+        model = _load(bundle, bucket)
+        mutation(model, bucket)[index]()
+        report = check(bundle, bucket, model)
+        ratios.append(report.worst.difference.max_abs / smoke.tolerance.max_abs)
+        if _is_invariant(smoke, mutation, bucket):
+            assert report, "the recipe declares that the order of the tokens cannot change the output"
+            continue
+        assert not report, (
+            f"place {index} of {count}: error {report.worst.difference.max_abs:.3g} passed; if no implementation could "
+            "show this change, state it under [invariances] in the recipe"
+        )
+        assert report.worst.failures
+    note(
+        f"{mutation.__name__.replace('_', '-'):17} {smoke!s:30} {count:3} places, error / threshold "
+        f"{min(ratios):9.3g} to {max(ratios):9.3g}" + (" (invariant)" if _is_invariant(smoke, mutation, bucket) else "")
+    )
+
+
+def test_unmutated_graph_passes(smoke, bundle_of, check):
+    """The machinery that loads, saves and checks mutants changes nothing by itself."""
+    bundle = bundle_of(smoke)
+    for bucket in bundle.manifest.buckets:
+        assert check(bundle, bucket, _load(bundle, bucket))
+
+
+def test_enough_mutations_apply_to_the_preset(smoke, bundle_of):
+    bundle = bundle_of(smoke)
+    bucket = bundle.select(batch=2)[0]
+    model = _load(bundle, bucket)
+    kinds = [m.__name__ for m in MUTATIONS if m(model, bucket) and not _is_invariant(smoke, m, bucket)]
+    assert len(kinds) >= LEAST, kinds
+
+
+def test_every_required_mutation_applies_to_the_method(smokes, bundle_of):
+    kinds = set()
+    for smoke in smokes:
+        bundle = bundle_of(smoke)
+        bucket = bundle.select(batch=2)[0]
+        model = _load(bundle, bucket)
+        kinds |= {m.__name__ for m in REQUIRED if m(model, bucket) and not _is_invariant(smoke, m, bucket)}
+    assert kinds == {mutation.__name__ for mutation in REQUIRED}
+
+
+def test_a_transposed_mask_alone_fails(smoke, bundle_of, check):
+    """Where the order of tokens means nothing, tokens and their mask must still go together."""
+    bundle = bundle_of(smoke)
+    bucket = bundle.select(batch=2)[0]
+    order = _transposed_order(bucket.inputs[0].shape[-2])
+    masks = [index for index, spec in enumerate(bucket.inputs) if spec.kind == "mask"]
+    if not masks or order is None:
+        pytest.skip("it takes no mask")
+    model = _load(bundle, bucket)
+    for index in masks:
+        _gather_input(model, model.graph.inputs[index], order, axis=len(bucket.inputs[index].shape) - 1)
+    assert not check(bundle, bucket, model)
+
+
+# -- one wrong element ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planted", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("everywhere", [True, False], ids=["all", "one"])
+def test_values_that_are_not_finite_fail(smokes, planted, everywhere, bundle_of, check):
+    smoke = smokes[0]
+    bundle = bundle_of(smoke)
+    bucket = bundle.select(batch=2)[0]
+    (spec,) = bucket.outputs
+    place = tuple(size // 2 for size in spec.shape)
+    factor = np.ones(spec.shape, np.float32)
+    factor[() if everywhere else place] = planted
+    model = _load(bundle, bucket)
+    _scale_output(model, factor)
+    report = check(bundle, bucket, model)
+    assert not report
+    worst = report.worst
+    assert worst.difference.not_finite == (factor.size if everywhere else 1)
+    text = "; ".join(worst.failures)
+    assert "NaN or Inf" in text
+    assert f"at {list(worst.difference.worst)}" in text
+    assert f"expected {worst.difference.expected:.6g}" in text
+    if not everywhere:
+        assert worst.difference.worst == place
+
+
+def test_the_worst_element_is_named_with_both_values(smokes, bundle_of, check):
+    smoke = smokes[0]
+    bundle = bundle_of(smoke)
+    bucket = bundle.select(batch=2)[0]
+    (spec,) = bucket.outputs
+    place = tuple(size // 2 for size in spec.shape)
+    factor = np.ones(spec.shape, np.float32)
+    factor[place] = 3.0
+    model = _load(bundle, bucket)
+    _scale_output(model, factor)
+    report = check(bundle, bucket, model)
+    assert not report
+    for row in report.outputs:
+        assert row.difference.worst == place
+        assert row.difference.got == pytest.approx(3 * row.difference.expected, abs=1e-4)
+        text = "; ".join(row.failures)
+        for part in (
+            str(list(place)),
+            f"got {row.difference.got:.6g}",
+            f"expected {row.difference.expected:.6g}",
+            f"above {smoke.tolerance.max_abs:g}",
+        ):
+            assert part in text
+
+
+# -- machinery --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Return a function that saves a graph and holds it to a bundle's goldens."""
+    numbers = itertools.count()
+
+    def run(bundle, bucket, model):
+        folder = tmp_path / str(next(numbers))
+        folder.mkdir()
+        ir.save(model, folder / bucket.model)
+        tolerance = bundle.manifest.recipe.tolerances[bundle.manifest.precision]
+        with open_runner("onnxruntime", folder / bucket.model, threads=1) as runner:
+            rows = check_bucket(runner, bucket, read_goldens(bundle.path), tolerance)
+            return ParityReport(str(folder), runner.name, runner.version, 1, "fp32", tolerance, rows)
+
+    return run
+
+
+def _load(bundle, bucket):
+    model = ir.load(bundle.path / bucket.model)
+    ir.external_data.load_to_model(model)
+    return model
+
+
+def _is_invariant(smoke, mutation, bucket):
+    return (
+        mutation is transposed_grid and bucket.inputs[0].kind == "tokens" and "token-order" in smoke.recipe.invariances
+    )
+
+
+def _own_nodes(model):
+    return [node for node in model.graph if not module_of(node).startswith("backbone")]
+
+
+def _softmaxes(model):
+    return [n for n in _own_nodes(model) if n.op_type == "Softmax" and len(n.outputs[0].shape) == 4]
+
+
+def _residuals(model):
+    """Return (sum, skip, branch) of each Add of two activations of one shape; the skip was there first.
+
+    A learned table may be the skip of the first block: it is a constant of the full shape.
+    """
+    order = {value: index for index, node in enumerate(model.graph) for value in node.outputs}
+    found = []
+    for node in _own_nodes(model):
+        if node.op_type != "Add" or len(node.outputs[0].shape) < 3:
+            continue
+        if any(value.shape != node.outputs[0].shape for value in node.inputs):
+            continue
+        skip, branch = sorted(node.inputs, key=lambda value: order.get(value, -1))
+        if branch in order and math.prod(node.outputs[0].shape[1:]) > 1:
+            found.append((node, skip, branch))
+    return found
+
+
+def _bypass(node, value):
+    """Give a node's readers another value."""
+    _replace(node.outputs[0], value)
+
+
+def _replace(old, new, *, but=()):
+    assert not old.is_graph_output(), f"{old.name} has a name to keep"
+    for node, index in tuple(old.uses()):
+        if node not in but:
+            node.replace_input_with(index, new)
+
+
+def _swap(one, other):
+    uses = tuple(one.uses()), tuple(other.uses())
+    for pairs, new in zip(uses, (other, one), strict=True):
+        for node, index in pairs:
+            node.replace_input_with(index, new)
+
+
+def _constant(model, name, array):
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _set_constant(value, array):
+    value.const_value = ir.tensor(np.ascontiguousarray(array), name=value.name)
+
+
+def _rolled(array):
+    """Return the table without its first row, which comes last, or None where its rows are all alike."""
+    for axis in range(array.ndim - 2, -1, -1):
+        rolled = np.roll(array, 1, axis)
+        if np.abs(rolled - array).max() > 0:
+            return rolled
+    return None
+
+
+def _gather_after(model, node, indices, *, axis):
+    old = node.outputs[0]
+    chosen = _constant(model, f"mutant_indices_{old.name}", np.array(indices, np.int64))
+    gather = ir.node("Gather", [old, chosen], attributes={"axis": axis})
+    _like(gather.outputs[0], old)
+    _replace(old, gather.outputs[0], but=(gather,))
+    model.graph.insert_after(node, gather)
+
+
+def _gather_input(model, value, order, *, axis):
+    chosen = _constant(model, f"mutant_order_{value.name}", np.array(order, np.int64))
+    _insert_after_input(model, value, ir.node("Gather", [value, chosen], attributes={"axis": axis}))
+
+
+def _transpose_input(model, order):
+    (value, *_) = model.graph.inputs
+    _insert_after_input(model, value, ir.node("Transpose", [value], attributes={"perm": order}))
+
+
+def _insert_after_input(model, value, node):
+    _like(node.outputs[0], value)
+    _replace(value, node.outputs[0], but=(node,))
+    model.graph.insert_before(model.graph[0], node)
+
+
+def _scale_output(model, factor):
+    """Multiply the graph's output by a constant, keeping its name."""
+    (old,) = model.graph.outputs
+    name = old.name
+    old.name = f"{name}_before"
+    scaled = ir.node("Mul", [old, _constant(model, "mutant_factor", factor)])
+    _like(scaled.outputs[0], old)
+    scaled.outputs[0].name = name
+    model.graph.append(scaled)
+    model.graph.outputs[0] = scaled.outputs[0]
+
+
+def _like(new, old):
+    new.shape, new.type = old.shape, old.type
+    new.name = f"mutant_{old.name}"
+
+
+def _transposed_order(count):
+    """Return the order in which the most square grid of so many tokens is read by columns; None for a line."""
+    rows = max(size for size in range(1, math.isqrt(count) + 1) if count % size == 0)
+    return None if rows == 1 else np.arange(count).reshape(rows, -1).T.flatten().tolist()
