@@ -324,6 +324,11 @@ def require_free(out: Path, *, force: bool) -> None:
     """Refuse to write where something else is."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise EdgecompError(f"--out {out} is a file or a link, not a folder; choose another --out or move it away")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise EdgecompError(f"--out {out} lies below {above}, which is a file; choose another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise EdgecompError(f"--out {out}: the folder {above} cannot be written to; choose another --out")
     if not out.is_dir():
         return
     if not any(out.iterdir()):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import WEIGHTS, open_bundle
 from edgecomp.engines import build_engine, local_gpu_sm
-from edgecomp.errors import EdgecompError, TargetMismatch
+from edgecomp.errors import EdgecompError, InvalidSpec, TargetMismatch
 from edgecomp.report.build import BuildReport, EngineFile
 from edgecomp.specs import Target, load_target, target_names
 
 __all__ = ["build"]
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def build(
@@ -46,6 +49,8 @@ def build(
     models = [bucket.model for bucket in opened.select(budget=budget, batch=batch)]
     if budget is None:
         models += [graph.model for graph in opened.manifest.plain if batch in (None, graph.batch)]
+    if not _PLAIN_NAME.fullmatch(chosen.name):
+        raise InvalidSpec(f"target name {chosen.name!r} in {target} is no plain name; engines/<name>/ must stay below")
     folder = opened.path / "engines" / chosen.name
     built = []
     for model in models:

@@ -13,6 +13,7 @@ from edgecomp.errors import InvalidSpec, RunError
 from edgecomp.images import read_image, to_pixels
 from edgecomp.inputs import read_tensors, require_inputs, write_tensors
 from edgecomp.report.run import OutputSummary, RunReport
+from edgecomp.resources import photograph_path
 from edgecomp.runners import Array, open_runner
 
 __all__ = ["run"]
@@ -22,7 +23,7 @@ _TENSOR_FILES = (".safetensors", ".npz")
 
 def run(
     bundle: str | Path,
-    input_file: str | Path,
+    input_file: str | Path = "",
     *,
     out: str | Path = "",
     budget: str | int | None = None,
@@ -36,7 +37,7 @@ def run(
     Args:
         bundle: the folder.
         input_file: an image (JPEG, PNG, WebP, BMP), prepared as the manifest says and repeated over the batch; or a
-            .safetensors or .npz file with the model's named inputs.
+            .safetensors or .npz file with the model's named inputs; "": the photograph that ships with edgecomp.
         out: where to write the outputs, .safetensors or .npz; "": nowhere.
         budget, batch: which bucket; None: the largest budget, and the smallest batch.
         runner, threads: as in `parity`.
@@ -48,8 +49,8 @@ def run(
     require_threads(threads)
     opened = open_bundle(Path(bundle))
     bucket = max(opened.select(budget=budget, batch=batch), key=lambda b: (b.budget.tokens_out, -b.batch))
-    inputs = _read_inputs(opened, bucket, Path(input_file))
-    if str(out) and Path(out).suffix not in _TENSOR_FILES:
+    inputs = _read_inputs(opened, bucket, Path(input_file) if str(input_file) else photograph_path())
+    if str(out) and Path(out).suffix.lower() not in _TENSOR_FILES:
         raise InvalidSpec(f"--out {out} must end in {' or '.join(_TENSOR_FILES)}")
     progress(f"{bucket.model} in {runner}")
     with open_runner(runner, opened.path / bucket.model, threads=threads) as loaded:
@@ -65,7 +66,7 @@ def run(
 
 
 def _read_inputs(opened: Bundle, bucket: Bucket, path: Path) -> dict[str, Array]:
-    if path.suffix in _TENSOR_FILES:
+    if path.suffix.lower() in _TENSOR_FILES:
         tensors = read_tensors(path)
         require_inputs(tensors, bucket.inputs, str(path))
         return tensors

@@ -47,7 +47,8 @@ def main() -> None:
     if debug:  # it may stand before or behind the verb
         sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != "--debug")]
     try:
-        code = app(prog_name="edgecomp", standalone_mode=False)  # typer hands Ctrl-C back as 130, without a word
+        # typer hands Ctrl-C back as 130, without a word
+        code = 0 if listing.answer(sys.argv[1:]) else app(prog_name="edgecomp", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Exception as error:  # noqa: BLE001 - a traceback would exit with 1, which means that a gate failed
@@ -68,6 +69,9 @@ def _describe(error: Exception) -> str:
         return _describe_usage(error)
     if isinstance(error, OSError):
         return f"error: {error.strerror or error} ({error.filename or 'no file named'}); --debug shows where"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"error: the package {package!r} is not installed here; install it with: pip install 'edgecomp[cpu]'"
     if isinstance(error, MemoryError):
         return "error: out of memory; choose a smaller model, batch or image, or a machine with more"
     first = (str(error).strip().splitlines() or ["no text"])[0]

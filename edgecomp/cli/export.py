@@ -88,7 +88,8 @@ def parse_sets(words: list[str]) -> dict[str, Any]:
         if name in params:
             raise InvalidSpec(f"--set {key} is given twice; give it once")
         try:
-            params[name] = msgspec.toml.decode(f"value = {value}")["value"]
+            parsed = msgspec.toml.decode(f"value = {value}")
         except (msgspec.DecodeError, ValueError):
-            params[name] = value
+            parsed = {}
+        params[name] = parsed["value"] if len(parsed) == 1 else value  # more keys: the text holds further lines
     return params

@@ -14,7 +14,12 @@ __all__ = ["command"]
 
 def command(
     bundle: Annotated[str, typer.Argument(help="The bundle's folder.")],
-    input_file: Annotated[str, typer.Argument(metavar="INPUT", help="An image, or .safetensors/.npz of named inputs.")],
+    input_file: Annotated[
+        str,
+        typer.Argument(
+            metavar="[INPUT]", help="An image, or .safetensors/.npz of named inputs; default: our photograph."
+        ),
+    ] = "",
     out: Annotated[str, typer.Option(help="Write the outputs: .safetensors or .npz.")] = "",
     budget: Annotated[
         str | None, typer.Option(help="The bucket that keeps so many tokens; default: the largest.")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edgecomp.errors import WeightsError
 
-__all__ = ["load_exactly", "read_checkpoint"]
+__all__ = ["load_exactly", "read_checkpoint", "rename_keys"]
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
@@ -100,6 +100,16 @@ def _damaged(path: Path, problem: str) -> WeightsError:
     return WeightsError(
         f"weights file {path} is truncated or no checkpoint ({path.stat().st_size} bytes): {first}; copy it again"
     )
+
+
+def rename_keys(state: Mapping[str, Tensor], patterns: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+    """Rename keys by regular expressions, each applied to what the one before it left."""
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in patterns:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
 
 
 def load_exactly(

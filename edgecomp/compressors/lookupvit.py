@@ -8,7 +8,6 @@ lucidrains/vit-pytorch, `look_vit.py`, at the commit in `export/recipes/lookupvi
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._attention import merge_heads, split_heads
 from edgecomp.compressors._base import Compressor, Params, constant, count_heads
-from edgecomp.compressors._checkpoint import load_exactly
+from edgecomp.compressors._checkpoint import load_exactly, rename_keys
 from edgecomp.compressors._grid import bilinear_matrix, sincos_2d
 from edgecomp.compressors._norms import GammaLayerNorm
 from edgecomp.errors import InvalidSpec
@@ -103,17 +102,22 @@ class Attention(nn.Module):
 
 
 class LookupBlock(nn.Module):
-    """One block (section 3.2): gather, refine, infuse, and a small MLP on the high-resolution tokens."""
+    """One block (section 3.2): gather, refine, infuse, and a small MLP on the high-resolution tokens.
 
-    def __init__(self, params: LookupViTParams) -> None:
+    Args:
+        infuses: False for a last block whose high-resolution tokens nobody reads.
+    """
+
+    def __init__(self, params: LookupViTParams, *, infuses: bool) -> None:
         super().__init__()
         width = params.embed_dim
         self.gather = Attention(width, params.lookup_heads, params.lookup_head_dim, context=True)
         self.refine = Attention(width, params.num_heads, params.head_dim)
         self.refine_mlp = Mlp(width, int(width * params.mlp_ratio))
-        self.infuse = Attention(width, params.lookup_heads, params.lookup_head_dim, keys=False)
-        self.lookup_norm = GammaLayerNorm(width)
-        self.lookup_mlp = Mlp(width, int(width * params.lookup_mlp_ratio))
+        if infuses:
+            self.infuse = Attention(width, params.lookup_heads, params.lookup_head_dim, keys=False)
+            self.lookup_norm = GammaLayerNorm(width)
+            self.lookup_mlp = Mlp(width, int(width * params.lookup_mlp_ratio))
 
     def forward(self, tokens: Tensor, lookup: Tensor, *, infuse: bool) -> tuple[Tensor, Tensor]:
         """Update both streams: tokens (B, M, D) and lookup (B, N, D); the second only with `infuse`."""
@@ -189,7 +193,10 @@ class LookupViT(Compressor):
                     "tokens are not two squares; choose a square budget or params.table=learned"
                 )
             self.register_buffer("resize", constant(bilinear_matrix(source, target)), persistent=False)  # (M, N)
-        self.blocks = nn.ModuleList(LookupBlock(params) for _ in range(params.depth))
+        last = params.depth - 1  # its infusion serves the classifier alone, and only the encoder has one
+        self.blocks = nn.ModuleList(
+            LookupBlock(params, infuses=site.placement == "encoder" or index < last) for index in range(params.depth)
+        )
         self.norm = GammaLayerNorm(width)
         if site.placement == "encoder":
             self.lookup_norm = GammaLayerNorm(width)
@@ -330,11 +337,7 @@ def _from_lookvit_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename LookViT's keys to this module's; other keys stay as they are."""
     if "to_patches.1.weight" not in state:
         return dict(state)
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, replacement in _LOOKVIT_KEYS:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
+    renamed = rename_keys(state, _LOOKVIT_KEYS)
     weight = renamed["patch_embed.weight"]
     if weight.ndim == 4 and weight.shape[-1] == 1:  # (D, p p 3, 1, 1) -> one convolution of stride p on the image
         patch = math.isqrt(weight.shape[1] // 3)
@@ -410,6 +413,8 @@ class LookViTOriginal(nn.Module):
         own = self._similarity(block.refine, normed, normed)
         low = low + self._read(block.refine, [s.softmax(dim=-1) for s in own], normed)
         low = low + self._mlp(block.refine_mlp, low)
+        if not hasattr(block, "infuse"):
+            return low, high
         values = self._norm(block.infuse.norm_context, low)
         high = high + self._read(block.infuse, [s.transpose(1, 2).softmax(dim=-1) for s in similarity], values)
         high = self._norm(block.lookup_norm, high)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._attention import merge_heads, split_heads
 from edgecomp.compressors._base import Compressor, Params, count_heads
-from edgecomp.compressors._checkpoint import load_exactly
+from edgecomp.compressors._checkpoint import load_exactly, rename_keys
 from edgecomp.compressors._norms import RMSNorm
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
@@ -30,7 +30,7 @@ Positive = Annotated[int, Meta(ge=1, le=65536)]
 Natural = Annotated[int, Meta(ge=0, le=65536)]
 Family = Literal["flamingo", "open-flamingo", "idefics1", "idefics2", "cross-only"]
 
-_MASKED = -1e4  # finite, safe in fp16; e^-1e4 is zero in fp32 as it is for the originals' fp32 minimum
+_MASKED = -1e30  # finite, and below any score: cross-only has no norm, so its scores grow with its input
 
 
 class PerceiverParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -179,7 +179,7 @@ class Perceiver(Compressor):
     Shapes: tokens (B, [T, [F,]] N, C), optional context_mask of the same leading axes (bool, true = real)
     -> latents (B, [T,] M, D). T media and F frames are axes where `media` or `frames` is above 1.
 
-    Static rewrite: nothing in the original depends on data (level E0). The mask is a finite bias of -1e4,
+    Static rewrite: nothing in the original depends on data (level E0). The mask is a finite bias of -1e30,
     grouped heads are laid end to end instead of repeating keys and values, and key and value share one
     product. A sample without any real token: its latents read themselves (cross-only: zeros come out).
 
@@ -379,26 +379,15 @@ def _to_own_keys(state: Mapping[str, Tensor], family: Family) -> tuple[Family, d
         projection = f"{connector}modality_projection."
         own.update({k[len(connector) :]: tensor for k, tensor in state.items() if k.startswith(projection)})
     if "layers.0.self_attn.q_proj.weight" in own:
-        return "idefics2", _pack_kv(_rename(own, _IDEFICS2_KEYS))
+        return "idefics2", _pack_kv(rename_keys(own, _IDEFICS2_KEYS))
     if "blocks.0.0.q_proj.weight" in own:
-        return "idefics1", _pack_kv(_rename(own, _IDEFICS1_KEYS))
+        return "idefics1", _pack_kv(rename_keys(own, _IDEFICS1_KEYS))
     if "layers.0.0.to_q.weight" in own:
-        return "flamingo" if "media_pos_emb" in own else "open-flamingo", _rename(own, _FLAMINGO_KEYS)
+        return "flamingo" if "media_pos_emb" in own else "open-flamingo", rename_keys(own, _FLAMINGO_KEYS)
     raise WeightsError(
         f"weights are in none of the layouts flamingo, open-flamingo, idefics1, idefics2 or edgecomp; "
         f"first keys: {', '.join(list(own)[:5])}. Convert them to one of these"
     )
-
-
-def _rename(state: Mapping[str, Tensor], patterns: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, replacement in patterns:
-            name, done = re.subn(pattern, replacement, name)
-            if done:
-                break
-        renamed[name] = tensor
-    return renamed
 
 
 def _pack_kv(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -93,6 +93,12 @@ def choose_flavour(target: Target, runtime: str = "auto") -> FlavourName:
     installed = tuple(name for name in possible if _module_name(name))
     if not installed:
         name = possible[-1]
+        other = tuple(flavour for flavour in _NAMES if flavour not in possible and _module_name(flavour))
+        if other and runtime == "auto":
+            raise TargetMismatch(
+                f"{_TITLES[other[0]]}, which is installed here, does not build for {target.name} (SM{target.sm}); "
+                f"{_TITLES[name]} {target.runtimes[name]} does. {target.build_on}"
+            )
         raise MissingDependency(
             _MODULES[name][0],
             needed_for=f"building an engine for {target.name} (SM{target.sm}; {target.build_on.rstrip('.')})",

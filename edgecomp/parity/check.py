@@ -55,7 +55,7 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def worst(self) -> OutputParity:
         """The output that is furthest off."""
-        return max(self.outputs, key=lambda row: (bool(row.failures), row.difference.max_abs))
+        return max(self.outputs, key=lambda row: (bool(row.failures), row.difference.max_rel))
 
 
 def read_goldens(bundle: Path) -> dict[str, Array]:
@@ -99,9 +99,9 @@ def judge(model: str, case: str, output: str, got: Array, expected: Array, toler
     failures = []
     if difference.not_finite:
         failures.append(f"{difference.not_finite} of {got.size} values are NaN or Inf")
-    if not difference.max_abs <= tolerance.max_abs:
+    if not difference.max_rel <= tolerance.max_rel:
         failures.append(
-            f"max abs error {difference.max_abs:.3g} above {tolerance.max_abs:g} at {list(difference.worst)}: "
+            f"max rel error {difference.max_rel:.3g} above {tolerance.max_rel:g} at {list(difference.worst)}: "
             f"got {difference.got:.6g}, expected {difference.expected:.6g}"
         )
     if not difference.cosine_min >= tolerance.min_cosine:

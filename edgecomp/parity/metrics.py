@@ -65,7 +65,7 @@ def compare(got: Array, expected: Array) -> Difference:
         cosine_min=float(cosine.min()) if not not_finite else -1.0,
         psnr=psnr,
         worst=tuple(int(i) for i in worst),
-        got=float(x[worst]) if finite[worst] else math.nan,
+        got=float(x[worst]),
         expected=float(y[worst]),
         not_finite=not_finite,
     )

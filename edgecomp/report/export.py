@@ -64,7 +64,7 @@ def describe_export(report: ExportReport) -> str:
         worst = report.parity.worst.difference
         lines.append(
             f"  parity     {'pass' if report.parity else 'FAIL'}: {len(report.parity.outputs)} outputs in "
-            f"{report.parity.version}, max abs error {worst.max_abs:.2g} (allowed {report.parity.tolerance.max_abs:g})"
+            f"{report.parity.version}, max rel error {worst.max_rel:.2g} (allowed {report.parity.tolerance.max_rel:g})"
         )
     lines.append(f"  next       edgecomp parity {report.bundle}")
     return "\n".join(lines)

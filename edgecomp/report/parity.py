@@ -31,7 +31,7 @@ def describe_parity(report: ParityReport) -> str:
         "",
         table(header, rows),
         "",
-        f"thresholds: max abs {report.tolerance.max_abs:g}, cosine min {report.tolerance.min_cosine}",
+        f"thresholds: max rel {report.tolerance.max_rel:g}, cosine min {report.tolerance.min_cosine}",
     ]
     for row in report.outputs:
         lines += [f"{row.model}, {row.case}, {row.output}: {failure}" for failure in row.failures]

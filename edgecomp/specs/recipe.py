@@ -56,12 +56,12 @@ class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Thresholds of parity in one precision, and how they were derived.
 
     Attributes:
-        max_abs: largest absolute error allowed, on outputs whose final norm makes them of order one.
+        max_rel: largest absolute error allowed, over the largest magnitude of the expected output.
         min_cosine: smallest cosine of any one token (last axis) allowed.
         derivation: the noise that was measured, how, and the factor on top of it.
     """
 
-    max_abs: Annotated[float, Meta(gt=0)]
+    max_rel: Annotated[float, Meta(gt=0)]
     min_cosine: Annotated[float, Meta(gt=0, le=1)]
     derivation: Annotated[str, Meta(min_length=20)]
 

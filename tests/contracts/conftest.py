@@ -71,6 +71,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("method", method_names(), ids=lambda name: f"{name}-{load_recipe(name).level}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Run torch on one thread: on modules of this size the others only spin and take the cores from the rest."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def smokes(method: str) -> tuple[Smoke, ...]:
     """Return all smoke presets of a method."""

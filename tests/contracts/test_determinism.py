@@ -25,7 +25,7 @@ def test_exporting_twice_gives_the_same_bytes(smokes, bundle_of, tmp_path):
     again = tmp_path / "again"
     budgets = ",".join(map(str, smoke.budgets))
     root = str(Path(edgecomp.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": root}
+    environment = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     command = [sys.executable, "-c", _EXPORT, smoke.method, smoke.preset, budgets, str(again)]
     subprocess.run(command, env=environment, check=True, timeout=300)
     names = sorted(path.name for path in again.iterdir())

@@ -148,17 +148,17 @@ def test_every_weight_of_the_original_counts(path, read):
     """A changed tensor of the checkpoint changes an output, or the recipe says that nothing reads it."""
     golden = read(path)
     stated = load_recipe(golden.folder.method).unread
+    modules = [golden.module(output, golden.weights) for output in golden.outputs]
+    specs = modules[0].input_specs(len(golden.inputs[0]))
+    inputs = [_to_fp32(value) for value in _fit(golden.inputs, specs)]
     silent = []
     for name, tensor in golden.weights.items():
         weights = {**golden.weights, name: torch.full_like(tensor, float("nan"))}
-        changed = False
-        for output in golden.outputs:
-            module = golden.module(output, weights)
-            inputs = [_to_fp32(value) for value in _fit(golden.inputs, module.input_specs(len(golden.inputs[0])))]
-            with torch.inference_mode():
-                changed |= not all(bool(torch.isfinite(value).all()) for value in module(*inputs))
-        if not changed:
-            silent.append(name)
+        with torch.inference_mode():
+            for module in modules:
+                module.load_original(weights)
+            if all(torch.isfinite(value).all() for module in modules for value in module(*inputs)):
+                silent.append(name)
     assert [name for name in silent if not any(fnmatch.fnmatchcase(name, pattern) for pattern in stated)] == []
     assert [name for name in golden.weights if name in stated] == [name for name in silent if name in stated]
 
@@ -173,6 +173,7 @@ def test_every_folder_is_read(note, read):
 
 
 def test_every_unread_key_is_in_a_golden_file(read):
+    """What a recipe excuses is there: a stale pattern could hide a weight that is lost."""
     for name in method_names():
         keys = [key for path in _FILES if FOLDERS[path.parent.name].method == name for key in read(path).weights]
         for pattern in load_recipe(name).unread:

@@ -24,17 +24,18 @@ _FINITE_FP64 = 1e-8  # relative: huge inputs saturate softmax, where the order o
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_values_stay_finite(smoke, kind, assembled, make_inputs, bundle_of):
     exact = assembled(smoke, dtype="float64")
-    inputs = _changed(make_inputs(exact, dtype="float64")["seeded"], HOSTILE[kind])
+    inputs = _changed(make_inputs(exact, dtype="float64")["photo"], HOSTILE[kind])  # its masks are full
     for model in exact.models:
         with torch.inference_mode():
             for got, expected in zip(model(*inputs), model.reference()(*inputs), strict=True):
                 assert torch.isfinite(got).all()
                 assert (got - expected).abs().max() <= _FINITE_FP64 * max(1.0, float(expected.abs().max()))
-    for model, outputs in _run_fp32(smoke, assembled, bundle_of, inputs):
-        for name, (eager, onnx) in outputs.items():
-            assert np.isfinite(eager).all(), f"eager {name} of {model}"
-            assert np.isfinite(onnx).all(), f"ONNX {name} of {model}"
-            assert onnx.shape == eager.shape
+    ragged = _changed(make_inputs(exact)["seeded"], HOSTILE[kind])
+    for values in (inputs, ragged):
+        for model, outputs in _run_fp32(smoke, assembled, bundle_of, values):
+            for name, (eager, onnx) in outputs.items():
+                assert np.isfinite(eager).all(), f"eager {name} of {model}"
+                assert np.isfinite(onnx).all(), f"ONNX {name} of {model}"
 
 
 @pytest.mark.parametrize("kind", ["zeros", "all-equal"])
@@ -42,7 +43,7 @@ def test_hostile_values_give_the_same_in_onnx(smoke, kind, assembled, make_input
     inputs = _changed(make_inputs(assembled(smoke))["seeded"], HOSTILE[kind])
     for _, outputs in _run_fp32(smoke, assembled, bundle_of, inputs):
         for eager, onnx in outputs.values():
-            assert np.abs(eager - onnx).max() <= smoke.tolerance.max_abs
+            assert np.abs(eager - onnx).max() <= smoke.tolerance.max_rel * np.abs(eager).max()
 
 
 @pytest.mark.parametrize("row", [0, 1])
@@ -80,7 +81,7 @@ def test_padded_rows_are_finite_and_equal_the_original(smoke, assembled, make_in
     for _, outputs in _run_fp32(smoke, assembled, bundle_of, inputs):
         for eager, onnx in outputs.values():
             assert np.isfinite(onnx).all()
-            assert np.abs(eager - onnx).max() <= smoke.tolerance.max_abs
+            assert np.abs(eager - onnx).max() <= smoke.tolerance.max_rel * np.abs(eager).max()
 
 
 def test_what_the_mask_hides_cannot_change_the_output(smoke, assembled, make_inputs):

@@ -129,12 +129,12 @@ def test_mutant_fails_parity(smoke, mutation, bundle_of, check, note):
         model = _load(bundle, bucket)
         mutation(model, bucket)[index]()
         report = check(bundle, bucket, model)
-        ratios.append(report.worst.difference.max_abs / smoke.tolerance.max_abs)
+        ratios.append(report.worst.difference.max_rel / smoke.tolerance.max_rel)
         if _is_invariant(smoke, mutation, bucket):
             assert report, "the recipe declares that the order of the tokens cannot change the output"
             continue
         assert not report, (
-            f"place {index} of {count}: error {report.worst.difference.max_abs:.3g} passed; if no implementation could "
+            f"place {index} of {count}: error {report.worst.difference.max_rel:.3g} passed; if no implementation could "
             "show this change, state it under [invariances] in the recipe"
         )
         assert report.worst.failures
@@ -230,7 +230,7 @@ def test_the_worst_element_is_named_with_both_values(smokes, bundle_of, check):
             str(list(place)),
             f"got {row.difference.got:.6g}",
             f"expected {row.difference.expected:.6g}",
-            f"above {smoke.tolerance.max_abs:g}",
+            f"above {smoke.tolerance.max_rel:g}",
         ):
             assert part in text
 

@@ -100,7 +100,9 @@ print([network.get_layer(index).type.name for index in range(network.num_layers)
 
 def run_python(code: str, *arguments: str) -> str:
     """Run `code` in a process of its own, because a loaded library stays, and the failure is an abort."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
