@@ -175,7 +175,7 @@ def test_data_folders_hold_no_python(folder: str) -> None:
 def test_no_file_names_this_machine_or_a_package_index() -> None:
     # Classes of one letter keep the pattern from finding itself.
     wrong = re.compile(
-        rb"[/](?:home|Users)/[a-z][\w.-]*/|[/]root/|[/]work/|[/]tmp/[a-z]/"
+        rb"(?<![\w.])[/](?:(?:home|Users)/[a-z][\w.-]*/|root/|work/|tmp/[a-z]/)"
         rb"|--(?:extra-)?index-[u]rl|https?://[^\s\"'`)]*/[s]imple\b|https?://(?:localhost|\d+\.\d+\.\d+\.\d+)"
     )
     found = []

@@ -127,8 +127,8 @@ def mask(text: str) -> str:
     3. Hex digests of 8 digits and more, versions (1.26.0+cpu), and numbers, with sign, decimals, thousands and
        exponent, become `#`.
     4. The unit of a time (us, ms, s, min) becomes `t`: a faster machine prints another.
-    5. Runs of dashes become one dash, runs of blanks one blank, and blanks at the end go: columns are as wide as
-       their numbers.
+    5. The rule under a table's header becomes one dash, as other runs of dashes do; runs of blanks become one blank,
+       and blanks at the end go: columns are as wide as their numbers, and one that is empty has no dashes.
     """
     text = re.sub(r"^(\s*)on .*\d+ cores\b.*$", r"\1on #", text)
     text = re.sub(r"^(\s*)with numpy \d.*$", r"\1with #", text)
@@ -137,7 +137,7 @@ def mask(text: str) -> str:
     text = re.sub(r"\b\d+(?:\.\d+){2,}(?:[.+]?[a-z]+[0-9.]*)*", "#", text)
     text = re.sub(r"(?:(?<![\w.)-])[-+])?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?", "#", text)
     text = re.sub(r"# (?:us|ms|s|min)\b", "# t", text)
-    text = re.sub(r"-{2,}", "-", text)
+    text = re.sub(r"-[- ]*-", "-", text)
     return re.sub(r"\s+", " ", text).rstrip()
 
 
@@ -267,6 +267,7 @@ def test_step(step: Step, folder: Path) -> None:
         ("got -0.52, expected 0.5", "got 0.1, expected -3.5"),
         ("golden.safetensors  1.2 MiB    0847f5700ffa2b71", "golden.safetensors  999.9 MiB  deadbeefdead0007"),
         ("-----  ---", "--  --------"),
+        ("  ----- --- -----", "  ---  --  "),
         ("on AMD EPYC, 2 cores; load 3", "on Neoverse-N1, 64 cores; governor unknown, load 1, a GPU"),
         ("with numpy 2.4.6, torch 2.15.0", "with numpy 1.26.0, onnxruntime 1.19, torch 2.8.0"),
         ("model.m25.b1.onnx  1  51.7  40", "model.m25.b1.onnx  1  51.7  40  warm-up did not settle"),

@@ -81,7 +81,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             "save its state_dict alone, best as .safetensors"
         ) from None
     except Exception as error:  # noqa: BLE001 - a damaged pickle can raise anything
-        raise _damaged(path, f"{type(error).__name__} {error}") from None
+        is_told = isinstance(error, (RuntimeError, OSError)) and str(error)  # what else is raised says little
+        raise _damaged(path, str(error) if is_told else "bytes that no checkpoint has") from None
     while isinstance(content, dict) and (inner := [w for w in _WRAPPERS if isinstance(content.get(w), dict)]):
         content = content[inner[0]]
     if not isinstance(content, dict):

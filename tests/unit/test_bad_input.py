@@ -415,7 +415,11 @@ WITHOUT: list[tuple[str, str, tuple[str, ...]]] = [
     ("onnxruntime", "profile {bundle} --runner onnxruntime-cuda", ("'onnxruntime'", "edgecomp[gpu]")),
     ("onnx", "inspect {bundle}/model.m4.b1.onnx", ("needs the package 'onnx'", "edgecomp[export]")),
     ("tensorrt tensorrt_rtx tensorrt_rtx_bindings", "build {bundle} --target rtx-4090", ("rtx-4090", "edgecomp[rtx]")),
-    ("tensorrt", "build {bundle} --target orin-nano", ("'tensorrt'", "edgecomp[gpu]", "orin-nano")),
+    (
+        "tensorrt tensorrt_rtx tensorrt_rtx_bindings",
+        "build {bundle} --target orin-nano",
+        ("'tensorrt'", "edgecomp[gpu]", "orin-nano"),
+    ),
     ("tensorrt", "build {bundle} --target rtx-4090 --runtime tensorrt", ("'tensorrt'", "edgecomp[gpu]")),
 ]
 

@@ -100,7 +100,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             path.write_bytes(content[:size])
             text = refused(path)
             # the old format may be cut in the name of something that it would call, and is refused for that
-            assert f"{size} bytes" in text or (whole == "old.pt" and "loading it would run torch" in text)
+            assert f"{size} bytes" in text or (whole == "old.pt" and "loading it would run" in text)
 
 
 def test_random_bytes_never_raise_anything_else(tmp_path: Path) -> None:

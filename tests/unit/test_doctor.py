@@ -49,6 +49,9 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+ELSEWHERE = "none is needed to export, check and build for RTX; to run engines, copy the bundle to a machine with a GPU"
+
+
 def install(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
     """Let the metadata name these distributions and no other; an underscore stands for a hyphen."""
     known = {name.replace("_", "-"): version for name, version in versions.items()}
@@ -111,8 +114,8 @@ def test_everything_missing_carries_its_command(bare: Path) -> None:
         "onnxruntime": "pip install 'edgecomp[ort]'",
         "TensorRT": "pip install 'edgecomp[gpu]'",
         "TensorRT for RTX": "pip install 'edgecomp[rtx]'",
-        "CUDA driver": "copy the bundle to a machine with an NVIDIA GPU, and there: edgecomp verify BUNDLE",
-        "GPU": "copy the bundle to a machine with an NVIDIA GPU, and there: edgecomp verify BUNDLE",
+        "CUDA driver": ELSEWHERE,
+        "GPU": ELSEWHERE,
         "plugin compiler": "sudo apt-get install nvidia-cuda-toolkit",
     }
     assert finding("JetPack") == Finding("JetPack", "fine", "not a Jetson")

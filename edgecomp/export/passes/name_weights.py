@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
 
 import onnx_ir as ir
 
@@ -10,6 +10,7 @@ from edgecomp.export.passes.strip_metadata import module_of
 
 __all__ = ["name_weights"]
 
+_ROLES = {"MatMul": "weight_t", "Gemm": "weight", "LayerNormalization": "scale", "Conv": "weight", "Add": "term"}
 _SMALLEST = 64  # values; shapes and scalars keep their short names
 
 
@@ -19,22 +20,20 @@ def name_weights(model: ir.Model) -> None:
     Transposed, packed or shifted weights lose their parameter's name when the exporter folds them. The new
     name is the module's with the role that the op gives it, and a number where a module has several.
     """
-    taken = Counter(model.graph.initializers)
-    roles = {"MatMul": "weight_t", "Gemm": "weight", "LayerNormalization": "scale", "Conv": "weight", "Add": "term"}
+    taken = {value.name for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None}
+    taken |= set(model.graph.initializers)
     for old, value in list(model.graph.initializers.items()):
         users = value.uses()
         if "." in old or not users or value.const_value is None or value.const_value.size < _SMALLEST:
             continue
         reader = next(iter(users)).node
-        module = module_of(reader)
-        if not module:
+        if not (module := module_of(reader)):
             continue
-        name = f"{module}.{roles.get(reader.op_type, 'constant')}"
-        if taken[name]:
-            name = f"{name}.{taken[name]}"
-        taken[f"{module}.{roles.get(reader.op_type, 'constant')}"] += 1
+        role = _ROLES.get(reader.op_type, "constant")
+        choices = (f"{module}.{role}" + (f".{number}" if number else "") for number in itertools.count())
+        name = next(choice for choice in choices if choice not in taken)
+        taken.add(name)
         model.graph.initializers.pop(old)
         value.name = name
-        if value.const_value is not None:
-            value.const_value.name = name
+        value.const_value.name = name
         model.graph.initializers[name] = value
