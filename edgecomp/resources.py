@@ -11,8 +11,6 @@ import hashlib
 import os
 from pathlib import Path
 
-import platformdirs
-
 __all__ = ["cache_dir", "data_path", "photograph_path", "source_digest"]
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -32,6 +30,8 @@ def photograph_path() -> Path:
 
 def cache_dir() -> Path:
     """Return the user's cache folder for edgecomp: `EDGECOMP_CACHE_DIR`, or the system's usual place."""
+    import platformdirs
+
     named = os.environ.get("EDGECOMP_CACHE_DIR", "")
     return Path(named) if named else Path(platformdirs.user_cache_dir("edgecomp"))
 

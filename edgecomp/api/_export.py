@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,6 +123,8 @@ def export(
         size = found.file(WEIGHTS).size
         return ExportReport(folder, found.manifest, True, None, time.perf_counter() - started, size)
     require_free(folder, force=force)
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise MissingDependency("onnxruntime", needed_for="the check at the end of `edgecomp export`", extra="ort")
 
     progress("loading torch")
     try:
@@ -175,6 +178,8 @@ def _order(
         raise InvalidSpec("give either a method or a recipe file: --method NAME or --recipe FILE")
     if input_dtype not in ("float32", "uint8"):
         raise UnknownName("input dtype", input_dtype, ("float32", "uint8"))
+    if str(recipe) and Path(recipe).suffix != ".toml":
+        raise InvalidSpec(f"--recipe {recipe} does not end in .toml; a method's name is given with --method")
     compressor = None if isinstance(method, str) else method
     named = str(recipe) or (method if isinstance(method, str) else _method_of(method))
     loaded = load_recipe(named)
@@ -239,8 +244,9 @@ def _default_folder(order: Order) -> Path:
     recipe = order.recipe
     backbone = order.backbone if isinstance(order.backbone, str) else type(order.backbone).__name__
     part = order.preset or {"none": "tokens"}.get(backbone, backbone) or recipe.defaults.preset
-    is_encoder = not backbone and recipe.preset(order.preset or recipe.defaults.preset).placement == "encoder"
-    size = order.image_size or (recipe.defaults.image_size if is_encoder else 0)
+    preset = recipe.preset(order.preset or recipe.defaults.preset)
+    is_encoder = not backbone and preset.placement == "encoder"
+    size = order.image_size or (preset.image_size or recipe.defaults.image_size if is_encoder else 0)
     return Path(f"{recipe.method}-{part}" + (f"-{size}" if size else ""))
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from edgecomp.backbones.placed import PlacedModel, PlainModel
-from edgecomp.backbones.timm import TimmHost, load_host, plain_vit, state_digest
+from edgecomp.backbones.timm import TimmHost, host_part, load_host, plain_vit, state_digest
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor, initialise
 from edgecomp.compressors._checkpoint import read_checkpoint
-from edgecomp.errors import InvalidSpec, UnknownName
-from edgecomp.specs import Output, Placement, Preprocess, Recipe, Site, TokenBudget, parse_budget
+from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
+from edgecomp.specs import Output, Placement, Preprocess, Preset, Recipe, Site, TokenBudget, parse_budget
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import WeightsOrigin, file_origin
 
@@ -47,13 +47,14 @@ def assemble(order: Order) -> Assembly:
     """Build the compressor for each budget, where it stands, with its weights."""
     recipe = order.recipe
     cls = type(order.compressor) if order.compressor is not None else compressor_class(recipe.method)
-    state, host_state = _read_weights(order)
-    preset_name, notes = _choose_preset(order, cls, state)
+    notes: list[str] = []
+    state, host_state = _read_weights(order, notes)
+    preset_name = _choose_preset(order, cls, state, notes)
     preset = recipe.preset(preset_name)
     output = _choose_output(order)
     image_size = order.image_size or preset.image_size
     params = _choose_params(order, cls, preset.params, state, notes)
-    host, host_origin = _make_host(order, preset.placement, preset.backbone, image_size, host_state)
+    host, host_origin = _make_host(order, preset, image_size, host_state, notes)
     site, params = _find_site(order, cls, preset.placement, params, host, image_size or recipe.defaults.image_size)
     budgets = _choose_budgets(order, cls, preset_name, params, site)
     params = cls.for_budgets(params, [budget.tokens_out for budget in budgets])
@@ -91,26 +92,26 @@ def assemble(order: Order) -> Assembly:
     )
 
 
-def _read_weights(order: Order) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
+def _read_weights(order: Order, notes: list[str]) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
     """Return the compressor's tensors and the host's; a file with both prefixes serves for both."""
     if order.weights == "random":
         return None, None
-    state = read_checkpoint(Path(order.weights))
+    state = read_checkpoint(Path(order.weights), say=notes.append)
     own = {key.removeprefix("compressor."): value for key, value in state.items() if key.startswith("compressor.")}
-    host = {
-        key.removeprefix("backbone.").removeprefix("model."): value
-        for key, value in state.items()
-        if key.startswith("backbone.")
-    }
+    host = host_part(state)
     return (own or state), (host or None)
 
 
-def _choose_preset(order: Order, cls: type[Compressor], state: Mapping[str, Tensor] | None) -> tuple[str, list[str]]:
+def _choose_preset(order: Order, cls: type[Compressor], state: Mapping[str, Tensor] | None, notes: list[str]) -> str:
     """Return the preset: the one named, the one of the checkpoint's layout, or the placement's own."""
     recipe = order.recipe
     if order.preset:
-        recipe.preset(order.preset)
-        return order.preset, []
+        if recipe.preset(order.preset).placement == "encoder" and order.backbone not in ("", "none"):
+            raise InvalidSpec(
+                f"preset {order.preset} of {recipe.method} is an encoder itself, so --backbone {order.backbone} "
+                "has no place; drop one of the two"
+            )
+        return order.preset
     if order.compressor is not None:
         placement: Placement = order.compressor.site.placement
     elif order.backbone:
@@ -122,11 +123,12 @@ def _choose_preset(order: Order, cls: type[Compressor], state: Mapping[str, Tens
     layout = cls.layout_of(state) if state is not None else ""
     for name, preset in recipe.presets.items():
         if layout and preset.layout == layout and preset.placement == placement:
-            return name, [f"the keys of the weights tell the layout {layout}: preset {name}"]
+            notes.append(f"the keys of the weights tell the layout {layout}: preset {name}")
+            return name
     own = recipe.presets[recipe.defaults.preset]
     if own.placement == placement:
-        return recipe.defaults.preset, []
-    return recipe.placements[placement], []
+        return recipe.defaults.preset
+    return recipe.placements[placement]
 
 
 def _require_placement(recipe: Recipe, placement: Placement, backbone: object) -> None:
@@ -159,7 +161,13 @@ def _choose_params(
     params = cls.parse_params(values, method=method)
     if state is None:
         return params
-    found = cls.infer_params(state, params)
+    try:
+        found = cls.infer_params(state, params)
+    except (ValueError, IndexError, KeyError) as error:  # a tensor of another rank than any layout has
+        raise WeightsError(
+            f"weights file {order.weights} is in no layout of {method} ({type(error).__name__}: {error}); "
+            f"first keys: {', '.join(list(state)[:5])}"
+        ) from error
     assumed = [name for name in cls.unstored_params if name not in found and name not in order.params]
     if assumed:
         taken = ", ".join(f"params.{name}={getattr(params, name)}" for name in assumed)
@@ -178,10 +186,11 @@ def _settle(cls: type[Compressor], params: Any, found: Mapping[str, Any], order:
 
 
 def _make_host(
-    order: Order, placement: Placement, preset_backbone: str, image_size: int, state: dict[str, Tensor] | None
+    order: Order, preset: Preset, image_size: int, state: dict[str, Tensor] | None, notes: list[str]
 ) -> tuple[TimmHost | None, WeightsOrigin | None]:
     """Make the host that stands in front, or refuse what only a host could use."""
-    backbone = order.backbone or preset_backbone or order.recipe.defaults.backbone
+    placement = preset.placement
+    backbone = order.backbone or preset.backbone or order.recipe.defaults.backbone
     if order.compressor is not None and not order.backbone:
         backbone = "none"
     if placement == "encoder" or (isinstance(backbone, str) and backbone == "none"):
@@ -200,7 +209,13 @@ def _make_host(
     else:
         state = None
     return load_host(
-        backbone, weights=weights, state=state, image_size=image_size, feature_layer=layer, seed=order.seed
+        backbone,
+        weights=weights,
+        state=state,
+        image_size=image_size,
+        feature_layer=layer,
+        seed=order.seed,
+        say=notes.append,
     )
 
 

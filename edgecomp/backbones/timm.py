@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from edgecomp.errors import InvalidSpec, RunError, UnknownName, WeightsError
 from edgecomp.specs import Preprocess, Site
 from edgecomp.specs.origin import WeightsOrigin, file_origin
 
-__all__ = ["TimmHost", "load_host", "plain_vit", "state_digest"]
+__all__ = ["TimmHost", "host_part", "load_host", "plain_vit", "state_digest"]
 
+_MORE = "`edgecomp list backbones` shows those that were tried, timm.list_models() all."
 _FAMILIES = "vit, deit, deit3, CLIP, SigLIP, DINOv2 (VisionTransformer in timm)"
 
 
@@ -75,7 +76,14 @@ def _require_vit(model: nn.Module, name: str) -> None:
 
 
 def load_host(
-    name: str, *, weights: str, state: Mapping[str, Tensor] | None, image_size: int, feature_layer: int, seed: int
+    name: str,
+    *,
+    weights: str,
+    state: Mapping[str, Tensor] | None,
+    image_size: int,
+    feature_layer: int,
+    seed: int,
+    say: Callable[[str], None],
 ) -> tuple[TimmHost, WeightsOrigin]:
     """Make a timm vision transformer with random, local or downloaded weights.
 
@@ -87,6 +95,7 @@ def load_host(
             resized to it.
         feature_layer: see `TimmHost`.
         seed: of random weights.
+        say: is told what a user should know of the weights.
 
     Raises:
         UnknownName: timm has no such model; InvalidSpec: it is no vision transformer, or the size does not fit;
@@ -96,7 +105,7 @@ def load_host(
 
     if not timm.is_model(name):
         known = [m for m in timm.list_models() if m.startswith(("vit_", "deit"))]
-        raise UnknownName("backbone", name, (), hint=_nearest(name, known))
+        raise UnknownName("backbone", name, _nearest(name, known), hint=_MORE)
     arguments: dict[str, Any] = {"num_classes": 0, **({"img_size": image_size} if image_size else {})}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -126,17 +135,27 @@ def load_host(
         origin = WeightsOrigin(kind="random", seed=seed)
     else:
         path = Path(weights)
-        _load_state(model, read_checkpoint(path) if state is None else state, name)
+        if state is None:
+            state = read_checkpoint(path, say=say)
+            state = host_part(state) or state
+        _load_state(model, state, name)
         origin = file_origin(path, layout=f"timm {name}")
     return TimmHost(model, name=name, feature_layer=feature_layer), origin
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def _nearest(name: str, known: list[str]) -> list[str]:
     import difflib
 
-    near = difflib.get_close_matches(name, known, n=6, cutoff=0.4)
-    choices = ", ".join(near or known[:6])
-    return f"Near it: {choices}; `edgecomp list backbones` shows those that were tried, timm.list_models() all."
+    return difflib.get_close_matches(name, known, n=6, cutoff=0.4) or known[:6]
+
+
+def host_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the host's tensors of a file that holds compressor and host (keys `backbone.*`); else nothing."""
+    return {
+        key.removeprefix("backbone.").removeprefix("model."): tensor
+        for key, tensor in state.items()
+        if key.startswith("backbone.")
+    }
 
 
 def _load_state(model: Any, state: Mapping[str, Tensor], name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import msgspec
 import torch
@@ -109,10 +109,17 @@ class Compressor(nn.Module):
         for name in values:
             if name not in known:
                 raise UnknownName(f"parameter of {method}", name, known)
-        try:
-            return msgspec.convert(dict(values), cls.Params)
-        except msgspec.ValidationError as error:
-            raise InvalidSpec(f"{method}: {error}; correct that parameter (--set params.NAME=VALUE)") from None
+        for name, value in values.items():
+            try:
+                msgspec.convert({name: value}, cls.Params)
+            except msgspec.ValidationError as error:
+                text = str(error).partition(" - at ")[0]
+                allowed = get_args(get_type_hints(cls.Params)[name])  # of a Literal
+                choices = f" (one of {', '.join(allowed)})" if allowed and text.startswith("Invalid enum") else ""
+                raise InvalidSpec(
+                    f"{method}: params.{name}={value}: {text}{choices}; correct it with --set params.{name}=VALUE"
+                ) from None
+        return msgspec.convert(dict(values), cls.Params)
 
     @classmethod
     def from_recipe(

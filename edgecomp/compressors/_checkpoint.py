@@ -6,7 +6,7 @@ import fnmatch
 import pickle
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,8 +20,11 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path, *, say: Callable[[str], None] = lambda note: None) -> dict[str, Tensor]:
     """Read a `.safetensors` or `.pt` file as fp32 tensors on the CPU; a pickle is read weights-only.
+
+    Args:
+        say: is told when values were stored in another floating type than fp32.
 
     Raises:
         WeightsError: the file is absent, truncated, no checkpoint, holds code, or holds NaN or Inf.
@@ -36,13 +39,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"weights file {path} ends in {path.suffix!r}; give .safetensors or {', '.join(_PICKLES)}")
     if not state:
         raise WeightsError(f"weights file {path} holds no tensor; is it the right file?")
-    read = {}
+    read, stored = {}, set()
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise WeightsError(
                 f"weights file {path}: {name!r} is a sparse, quantized or empty (meta) tensor; save plain values"
             )
         if tensor.is_floating_point():
+            stored.add(str(tensor.dtype).removeprefix("torch."))
             tensor = tensor.to(torch.float32)
             broken = int((~torch.isfinite(tensor)).sum())
             if broken:
@@ -51,6 +55,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
                     "the checkpoint is broken, take an earlier one"
                 )
         read[name] = tensor
+    if stored - {"float32"}:
+        say(f"{path.name} stores {', '.join(sorted(stored))}; it was read as float32")
     return read
 
 

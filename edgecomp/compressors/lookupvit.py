@@ -22,7 +22,7 @@ from edgecomp.compressors._base import Compressor, Params, constant, count_heads
 from edgecomp.compressors._checkpoint import load_exactly, rename_keys
 from edgecomp.compressors._grid import bilinear_matrix, sincos_2d
 from edgecomp.compressors._norms import GammaLayerNorm
-from edgecomp.errors import InvalidSpec
+from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["LookupViT"]
@@ -168,6 +168,10 @@ class LookupViT(Compressor):
                 raise InvalidSpec(
                     f"lookupvit: embed_dim={width} must be a multiple of 4 and at least 8 for its position table"
                 )
+            if not params.patch_kernel % 2:
+                raise InvalidSpec(
+                    f"lookupvit: patch_kernel={params.patch_kernel} must be odd, so that a kernel has a centre"
+                )
             channels, patch = 3, params.patch_size
             if params.patch_kernel == 1:
                 self.patch_embed = nn.Conv2d(channels, width, patch, stride=patch)
@@ -281,10 +285,15 @@ class LookupViT(Compressor):
     @classmethod
     def infer_params(cls, state: Mapping[str, Tensor], params: LookupViTParams) -> dict[str, Any]:
         """Return what the shapes of a checkpoint decide; head widths come from the parameters."""
+        first = ", ".join(list(state)[:5])
         state = _from_lookvit_keys(state)
-        found: dict[str, Any] = {
-            "depth": 1 + max((int(k.split(".")[1]) for k in state if k.startswith("blocks.")), default=-1)
-        }
+        blocks = [int(key.split(".")[1]) for key in state if key.startswith("blocks.") and key.split(".")[1].isdigit()]
+        if not blocks:
+            raise WeightsError(
+                f"weights are in neither layout of lookupvit, lookvit or edgecomp; first keys: {first}. "
+                "Convert them to one of these"
+            )
+        found: dict[str, Any] = {"depth": 1 + max(blocks)}
         sizes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if "norm.gamma" in sizes:
             (width,) = sizes["norm.gamma"]

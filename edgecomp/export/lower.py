@@ -40,7 +40,10 @@ def lower(module: nn.Module, *, inputs: Sequence[TensorSpec], outputs: Sequence[
                 output_names=[spec.name for spec in outputs],
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        root: BaseException = error
+        while root.__cause__ is not None:  # torch wraps the reason in pages of advice
+            root = root.__cause__
+        first = (str(root).strip().splitlines() or [type(root).__name__])[0]
         raise ExportError(
             f"torch could not export {type(module).__name__} at opset {opset}: {first}; "
             "--debug shows torch's own report"
@@ -61,11 +64,11 @@ def lower(module: nn.Module, *, inputs: Sequence[TensorSpec], outputs: Sequence[
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Silence chatter about conversions and skipped folds; what matters is checked on the result."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield

@@ -77,16 +77,24 @@ def check_bucket(
     rows = []
     for case in CASES:
         inputs = {
-            spec.name: np.ascontiguousarray(goldens[golden_key("input", case, spec.name)][: bucket.batch])
+            spec.name: np.ascontiguousarray(_golden(goldens, golden_key("input", case, spec.name))[: bucket.batch])
             for spec in bucket.inputs
         }
         outputs = runner.infer(inputs)
         for spec in bucket.outputs:
             key = golden_key("output", case, spec.name, tokens_out=bucket.budget.tokens_out)
             rows.append(
-                judge(bucket.model, case, spec.name, outputs[spec.name], goldens[key][: bucket.batch], tolerance)
+                judge(
+                    bucket.model, case, spec.name, outputs[spec.name], _golden(goldens, key)[: bucket.batch], tolerance
+                )
             )
     return tuple(rows)
+
+
+def _golden(goldens: Mapping[str, Array], key: str) -> Array:
+    if key not in goldens:
+        raise BundleError(f"{GOLDEN} holds no tensor {key!r}; export the bundle again")
+    return goldens[key]
 
 
 def judge(model: str, case: str, output: str, got: Array, expected: Array, tolerance: Tolerance) -> OutputParity:
