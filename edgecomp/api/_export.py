@@ -123,8 +123,6 @@ def export(
         size = found.file(WEIGHTS).size
         return ExportReport(folder, found.manifest, True, None, time.perf_counter() - started, size)
     require_free(folder, force=force)
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise MissingDependency("onnxruntime", needed_for="the check at the end of `edgecomp export`", extra="ort")
 
     progress("loading torch")
     try:
@@ -134,6 +132,8 @@ def export(
     except ImportError as error:
         raise MissingDependency(str(error.name), needed_for="`edgecomp export`", extra="cpu") from error
 
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise MissingDependency("onnxruntime", needed_for="the check at the end of `edgecomp export`", extra="cpu")
     progress("building the model")
     assembly = assemble(order)
     if with_plain and assembly.plain is None:

@@ -51,12 +51,10 @@ def compare(got: Array, expected: Array) -> Difference:
     mean_square = float(np.mean((clean - y) ** 2))
     cosine = _cosine(clean, y)
     not_finite = int((~finite).sum())
-    if not_finite or mean_square >= peak**2 * 10**_PSNR_CAP:
+    if not_finite or (mean_square and not peak):
         psnr = 0.0
-    elif mean_square == 0.0:
-        psnr = _PSNR_CAP
     else:
-        psnr = min(_PSNR_CAP, 10 * math.log10(peak**2 / mean_square)) if peak else 0.0
+        psnr = min(_PSNR_CAP, 10 * math.log10(peak**2 / mean_square)) if mean_square else _PSNR_CAP
     max_abs = float(error[worst])
     return Difference(
         max_abs=max_abs,

@@ -408,7 +408,7 @@ WITHOUT: list[tuple[str, str, tuple[str, ...]]] = [
     ("torch", SMOKE, ("`edgecomp export` needs the package 'torch'", "edgecomp[cpu]")),
     ("timm", SMOKE, ("'timm'", "edgecomp[cpu]")),
     ("onnx", SMOKE, ("`edgecomp export` needs the package 'onnx'", "edgecomp[cpu]")),
-    ("onnxruntime", SMOKE, ("needs the package 'onnxruntime'", "edgecomp[ort]")),
+    ("onnxruntime", SMOKE, ("needs the package 'onnxruntime'", "edgecomp[cpu]")),
     ("onnxruntime", "parity {bundle}", ("needs the package 'onnxruntime'", "edgecomp[ort]")),
     ("onnxruntime", "run {bundle} {photo}", ("needs the package 'onnxruntime'", "edgecomp[ort]")),
     ("onnxruntime", "profile {bundle}", ("needs the package 'onnxruntime'", "edgecomp[ort]")),

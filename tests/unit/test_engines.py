@@ -626,7 +626,7 @@ def test_unknown_field_and_missing_record_are_refused(engine: Path) -> None:
     with pytest.raises(BuildError, match="`colour`"):
         read_record(engine)
     sidecar_path(engine).unlink()
-    with pytest.raises(BuildError, match=r"model\.rtx\.engine\.json .*No such file"):
+    with pytest.raises(BuildError, match=r"model\.rtx\.json .*No such file"):
         read_record(engine)
 
 
