@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -71,6 +72,11 @@ class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     flops: int
     ops: dict[str, int]
 
+    @property
+    def golden_part(self) -> str:
+        """Whose outputs the golden file holds under its name."""
+        return f"m{self.budget.tokens_out}"
+
 
 class PlainGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The model without its compressor, at one batch size."""
@@ -81,6 +87,11 @@ class PlainGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outputs: tuple[TensorSpec, ...]
     flops: int
     ops: dict[str, int]
+
+    @property
+    def golden_part(self) -> str:
+        """Whose outputs the golden file holds under its name."""
+        return "plain"
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,6 +127,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     notes: tuple[str, ...]
     files: tuple[StoredFile, ...]
     digest: str = ""
+
+
+class _Listing(msgspec.Struct, frozen=True):
+    """The few fields that tell whose a folder is; everything else is left unread."""
+
+    kind: str = ""
+    files: list[dict[str, Any]] = []
 
 
 class Bundle(msgspec.Struct, frozen=True):
@@ -293,17 +311,17 @@ def new_bundle(out: Path, *, force: bool) -> Iterator[Path]:
         EdgecompError: `out` is something that must not be replaced, or cannot be written.
     """
     require_free(out, force=force)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    temporary = out.parent / f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     made = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
         for file in sorted(temporary.iterdir()):
             _sync(file)
         _sync(temporary)
-        _move(temporary, out)
+        require_free(out, force=force)  # again: something may have come in the meantime
+        _move(temporary, out, force=force)
         _sync(out.parent)
     except OSError as error:
         what = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is spent"}.get(
@@ -322,6 +340,8 @@ def new_bundle(out: Path, *, force: bool) -> Iterator[Path]:
 
 def require_free(out: Path, *, force: bool) -> None:
     """Refuse to write where something else is."""
+    if out.absolute() in (Path.cwd(), *Path.cwd().parents):
+        raise EdgecompError(f"--out {out} is the current folder, or holds it; name a new folder")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise EdgecompError(f"--out {out} is a file or a link, not a folder; choose another --out or move it away")
     above = next(folder for folder in out.absolute().parents if folder.exists())
@@ -333,14 +353,28 @@ def require_free(out: Path, *, force: bool) -> None:
         return
     if not any(out.iterdir()):
         return
-    if not (out / MANIFEST).is_file():
-        names = ", ".join(sorted(entry.name for entry in out.iterdir())[:3])
+    foreign = _foreign_entries(out)
+    if foreign:
+        names = ", ".join(foreign[:3])
         raise EdgecompError(
-            f"--out {out} is not empty ({names}) and no bundle; edgecomp never removes what it did not make, "
-            "choose another --out"
+            f"--out {out} is not empty ({names}) and no bundle of edgecomp alone; edgecomp never removes what it "
+            "did not make, choose another --out"
         )
     if not force:
         raise EdgecompError(f"--out {out} holds another bundle; give --force to replace it, or another --out")
+
+
+def _foreign_entries(folder: Path) -> list[str]:
+    """Return the names in a folder that no manifest of edgecomp beside them accounts for."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    try:
+        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Listing)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return names
+    if manifest.kind != _KIND:
+        return names
+    own = {MANIFEST, *_BELOW, *(entry["name"] for entry in manifest.files if isinstance(entry.get("name"), str))}
+    return [name for name in names if name not in own]
 
 
 def _sync(path: Path) -> None:
@@ -351,10 +385,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _move(temporary: Path, out: Path) -> None:
-    """Put `temporary` in the place of `out`, which is absent, an empty folder or an old bundle."""
-    if not out.exists() or not any(out.iterdir()):
-        os.replace(temporary, out)  # an empty folder is replaced in one step
+def _move(temporary: Path, out: Path, *, force: bool) -> None:
+    """Put `temporary` in the place of `out`, which is absent, an empty folder, or with `force` an old bundle.
+
+    Without `force` the rename itself refuses a folder that is not empty, whenever it came to be so.
+    """
+    if not force or not out.exists() or not any(out.iterdir()):
+        os.replace(temporary, out)
         return
     if _exchange(temporary, out):
         return  # the old bundle now bears the temporary name, and is removed by the caller
@@ -378,9 +415,13 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
 
 
-def golden_key(role: str, case: str, name: str, *, tokens_out: int | None = None) -> str:
-    """Return the name of a tensor in the golden file: `input.photo.image`, `output.photo.m25.compressed`."""
-    return f"{role}.{case}.{name}" if tokens_out is None else f"{role}.{case}.m{tokens_out}.{name}"
+def golden_key(role: str, case: str, name: str, *, part: str = "") -> str:
+    """Return the name of a tensor in the golden file: `input.photo.image`, `output.photo.m25.compressed`.
+
+    Args:
+        part: of an output, whose it is: `m25` for the bucket that keeps 25 tokens, `plain` for the plain model.
+    """
+    return ".".join(word for word in (role, case, part, name) if word)
 
 
 def bucket_file(budget: TokenBudget, batch: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import WEIGHTS, open_bundle
 from edgecomp.engines import build_engine, local_gpu_sm
-from edgecomp.errors import EdgecompError, InvalidSpec, TargetMismatch
+from edgecomp.errors import BundleError, EdgecompError, InvalidSpec, TargetMismatch
 from edgecomp.report.build import BuildReport, EngineFile
 from edgecomp.specs import Target, load_target, target_names
 
@@ -44,6 +44,8 @@ def build(
         TargetMismatch: what is installed cannot build for this target; the text says which machine can.
         BuildError: the parser or the builder refuses a graph, naming the node.
     """
+    if not 0 <= workspace_mib <= 1 << 20:
+        raise InvalidSpec(f"workspace {workspace_mib} MiB is not between 0 (the builder's own limit) and {1 << 20}")
     chosen = _local_target() if target == "auto" else load_target(target)
     opened = open_bundle(Path(bundle))
     models = [bucket.model for bucket in opened.select(budget=budget, batch=batch)]
@@ -52,6 +54,8 @@ def build(
     if not _PLAIN_NAME.fullmatch(chosen.name):
         raise InvalidSpec(f"target name {chosen.name!r} in {target} is no plain name; engines/<name>/ must stay below")
     folder = opened.path / "engines" / chosen.name
+    if opened.path.resolve() not in folder.resolve().parents:
+        raise BundleError(f"bundle {opened.path}: {folder} is a link that leaves the bundle; remove it")
     built = []
     for model in models:
         engine = build_engine(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ __all__ = ["export"]
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "timm", "numpy")
 _PRECISIONS = ("fp32",)
+_EXPORTER = threading.Lock()  # torch's exporter serves one thread at a time
 _LOWEST_OPSET, _HIGHEST_OPSET = 18, 20
 
 
@@ -59,8 +61,8 @@ def export(
     backbone: str | nn.Module = "",
     weights: str | Path = "random",
     backbone_weights: str | Path = "random",
-    budget: Sequence[str | int] = (),
-    batch: Sequence[int] = (),
+    budget: str | int | Sequence[str | int] = (),
+    batch: int | Sequence[int] = (),
     image_size: int = 0,
     feature_layer: int = 0,
     output: Output | str = "",
@@ -114,6 +116,7 @@ def export(
         method, recipe, preset, backbone, weights, backbone_weights, budget, image_size, feature_layer, output,
         input_dtype, params, seed,
     )  # fmt: skip
+    batch = (batch,) if isinstance(batch, int) else batch
     defaults = order.recipe.defaults
     precision, opset, batches = precision or defaults.precision, opset or defaults.opset, tuple(batch) or defaults.batch
     _require_in_range(order, precision, opset, batches)
@@ -139,12 +142,13 @@ def export(
     if with_plain and assembly.plain is None:
         raise InvalidSpec(f"{order.recipe.method} on given tokens has no uncompressed model; drop --with-plain")
     with new_bundle(folder, force=force) as work:
-        buckets, plain = write_graphs(
-            work, assembly, order.recipe, opset=opset, batches=batches, with_plain=with_plain, progress=progress
-        )
+        with _EXPORTER:
+            buckets, plain = write_graphs(
+                work, assembly, order.recipe, opset=opset, batches=batches, with_plain=with_plain, progress=progress
+            )
         progress("computing goldens with the original")
         judge_static = _StaticJudge(order.recipe.tolerances["fp32"])
-        write_goldens(work, assembly, batch=max(batches), seed=order.seed, compare=judge_static)
+        write_goldens(work, assembly, batch=max(batches), seed=order.seed, with_plain=with_plain, compare=judge_static)
         roles = {bucket.model: "model" for bucket in buckets} | {graph.model: "plain" for graph in plain}
         roles |= {WEIGHTS: "weights", GOLDEN: "golden"}
         manifest = seal(work, _manifest(assembly, order, request, precision, opset, buckets, plain), roles)
@@ -170,7 +174,7 @@ class _StaticJudge:
 
 def _order(
     method: Any, recipe: str | Path, preset: str, backbone: Any, weights: str | Path, backbone_weights: str | Path,
-    budget: Sequence[str | int], image_size: int, feature_layer: int, output: str, input_dtype: str,
+    budget: str | int | Sequence[str | int], image_size: int, feature_layer: int, output: str, input_dtype: str,
     params: Mapping[str, Any] | None, seed: int,
 ) -> Order:  # fmt: skip
     """Turn the arguments into an order, loading the recipe; torch is not needed yet for names."""
@@ -200,7 +204,7 @@ def _order(
         compressor=compressor,
         weights=str(weights),
         backbone_weights=str(backbone_weights),
-        budgets=tuple(map(str, budget)),
+        budgets=(str(budget),) if isinstance(budget, (str, int)) else tuple(map(str, budget)),
         image_size=image_size,
         feature_layer=feature_layer,
         output=output,
@@ -235,8 +239,8 @@ def _require_in_range(order: Order, precision: str, opset: int, batches: Sequenc
         raise InvalidSpec(f"batches {', '.join(map(str, batches))}: one of them stands there twice; give each once")
     if order.image_size and not 1 <= order.image_size <= 8192:
         raise InvalidSpec(f"image size {order.image_size} is not between 1 and 8192 pixels")
-    if order.seed < 0:
-        raise InvalidSpec(f"seed {order.seed} is negative; give 0 or more")
+    if not 0 <= order.seed < 1 << 63:
+        raise InvalidSpec(f"seed {order.seed} is not between 0 and 2^63 - 1")
 
 
 def _default_folder(order: Order) -> Path:
@@ -323,6 +327,15 @@ def _manifest(
     from edgecomp.export.flops import count_module_flops
 
     model = assembly.models[-1]
+    plain_flops = count_module_flops(assembly.plain) if assembly.plain is not None else 0
+    notes = list(assembly.notes)
+    for bucket in buckets:
+        ratio = bucket.flops / bucket.batch / plain_flops if plain_flops else 0.0
+        if ratio > 1 and bucket.batch == min(b.batch for b in buckets):
+            notes.append(
+                f"keeping {bucket.budget.tokens_out} tokens costs {ratio:.2f}x the FLOPs of the uncompressed "
+                f"{assembly.plain_name}: more, not less; it pays where fewer tokens are read after it"
+            )
     return Manifest(
         schema=0,
         kind="",
@@ -346,25 +359,26 @@ def _manifest(
         unread=dict(order.recipe.unread),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         plain_name=assembly.plain_name,
-        plain_flops=count_module_flops(assembly.plain) if assembly.plain is not None else 0,
+        plain_flops=plain_flops,
         preprocess=assembly.preprocess,
         buckets=buckets,
         plain=plain,
         tools=_tools(),
-        notes=assembly.notes,
+        notes=tuple(notes),
         files=(),
     )
 
 
 def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> ParityReport:
-    """Run each bucket in ONNX Runtime against the goldens; a plain graph must load and give finite numbers."""
+    """Run each graph in ONNX Runtime against the goldens."""
     goldens, tolerance = read_goldens(work), manifest.recipe.tolerances[manifest.precision]
     rows: list[OutputParity] = []
     version = ""
-    for bucket in manifest.buckets:
-        progress(f"checking {bucket.model} in ONNX Runtime")
-        with open_runner("onnxruntime", work / bucket.model, threads=0) as runner:
-            rows.extend(check_bucket(runner, bucket, goldens, tolerance))
+    graphs: list[Bucket | PlainGraph] = [*manifest.buckets, *manifest.plain]
+    for graph in graphs:
+        progress(f"checking {graph.model} in ONNX Runtime")
+        with open_runner("onnxruntime", work / graph.model, threads=0) as runner:
+            rows.extend(check_bucket(runner, graph, goldens, tolerance))
             version = runner.version
     report = ParityReport(str(folder), "onnxruntime", version, 0, manifest.precision, tolerance, tuple(rows))
     if not report:

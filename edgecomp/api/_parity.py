@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from edgecomp.api._progress import Progress, silent
-from edgecomp.bundle import open_bundle
+from edgecomp.bundle import Bucket, PlainGraph, open_bundle
 from edgecomp.errors import InvalidSpec
 from edgecomp.parity import OutputParity, ParityReport, check_bucket, read_goldens
 from edgecomp.runners import open_runner
@@ -28,7 +29,7 @@ def parity(
         bundle: the folder.
         runner: `onnxruntime` or `onnxruntime-cuda`.
         threads: CPU threads; 0: as many as the runtime chooses.
-        budget: only the bucket that keeps so many tokens (a count or a percentage); None: all.
+        budget: only the bucket that keeps so many tokens (a count or a percentage); None: all, and the plain model.
         batch: only this batch size; None: all.
         progress: takes one line for each bucket.
 
@@ -42,19 +43,22 @@ def parity(
     require_threads(threads)
     opened = open_bundle(Path(bundle))
     manifest = opened.manifest
-    buckets = opened.select(budget=budget, batch=batch)
+    graphs: list[Bucket | PlainGraph] = list(opened.select(budget=budget, batch=batch))
+    if budget is None:
+        graphs += [graph for graph in manifest.plain if batch in (None, graph.batch)]
     goldens, tolerance = read_goldens(opened.path), manifest.recipe.tolerances[manifest.precision]
     rows: list[OutputParity] = []
     version = ""
-    for bucket in buckets:
-        progress(f"{bucket.model} in {runner}")
-        with open_runner(runner, opened.path / bucket.model, threads=threads) as loaded:
-            rows.extend(check_bucket(loaded, bucket, goldens, tolerance))
+    for graph in graphs:
+        progress(f"{graph.model} in {runner}")
+        with open_runner(runner, opened.path / graph.model, threads=threads) as loaded:
+            rows.extend(check_bucket(loaded, graph, goldens, tolerance))
             version = loaded.version
     return ParityReport(str(bundle), runner, version, threads, manifest.precision, tolerance, tuple(rows))
 
 
 def require_threads(threads: int) -> None:
-    """Refuse a number of threads that no runtime takes."""
-    if not 0 <= threads <= 1024:
-        raise InvalidSpec(f"threads={threads} is not between 0 (the runtime's choice) and 1024")
+    """Refuse a number of threads that would only bring this machine down."""
+    most = max(64, 2 * (os.cpu_count() or 1))
+    if not 0 <= threads <= most:
+        raise InvalidSpec(f"threads={threads} is not between 0 (the runtime's choice) and {most} on this machine")

@@ -52,6 +52,8 @@ def run(
     inputs = _read_inputs(opened, bucket, Path(input_file) if str(input_file) else photograph_path())
     if str(out) and Path(out).suffix.lower() not in _TENSOR_FILES:
         raise InvalidSpec(f"--out {out} must end in {' or '.join(_TENSOR_FILES)}")
+    if str(out) and opened.path.resolve() in Path(out).resolve().parents:
+        raise InvalidSpec(f"--out {out} lies in the bundle, which would no longer be whole; choose another place")
     progress(f"{bucket.model} in {runner}")
     with open_runner(runner, opened.path / bucket.model, threads=threads) as loaded:
         outputs = loaded.infer(inputs)

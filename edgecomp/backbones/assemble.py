@@ -46,6 +46,8 @@ class Assembly(msgspec.Struct, frozen=True, kw_only=True):
 def assemble(order: Order) -> Assembly:
     """Build the compressor for each budget, where it stands, with its weights."""
     recipe = order.recipe
+    if order.compressor is not None and (order.weights != "random" or order.params):
+        raise InvalidSpec("a Compressor of your own brings its weights and parameters: give neither weights nor params")
     cls = type(order.compressor) if order.compressor is not None else compressor_class(recipe.method)
     notes: list[str] = []
     state, host_state = _read_weights(order, notes)
@@ -99,6 +101,12 @@ def _read_weights(order: Order, notes: list[str]) -> tuple[dict[str, Tensor] | N
     state = read_checkpoint(Path(order.weights), say=notes.append)
     own = {key.removeprefix("compressor."): value for key, value in state.items() if key.startswith("compressor.")}
     host = host_part(state)
+    stray = [key for key in state if not key.startswith(("compressor.", "backbone."))]
+    if own and stray:
+        raise WeightsError(
+            f"weights file {order.weights} holds keys of compressor and host, and {len(stray)} of neither: "
+            f"{', '.join(stray[:5])}; remove them"
+        )
     return (own or state), (host or None)
 
 
@@ -110,6 +118,12 @@ def _choose_preset(order: Order, cls: type[Compressor], state: Mapping[str, Tens
             raise InvalidSpec(
                 f"preset {order.preset} of {recipe.method} is an encoder itself, so --backbone {order.backbone} "
                 "has no place; drop one of the two"
+            )
+        layout, expected = cls.layout_of(state) if state is not None else "", recipe.preset(order.preset).layout
+        if layout and expected and layout != expected:
+            raise InvalidSpec(
+                f"preset {order.preset} is for weights in the layout {expected}, and the keys of {order.weights} tell "
+                f"{layout}; drop --preset"
             )
         return order.preset
     if order.compressor is not None:
@@ -157,6 +171,7 @@ def _choose_params(
     if order.compressor is not None:
         values = {**msgspec.to_builtins(order.compressor.params), **order.params}
     else:
+        cls.parse_params(preset, method=f"a preset of the recipe of {method}")
         values = {**preset, **order.params}
     params = cls.parse_params(values, method=method)
     if state is None:
@@ -200,8 +215,9 @@ def _make_host(
     if isinstance(backbone, nn.Module):
         origin = WeightsOrigin(kind="module", name=type(backbone).__name__, sha256=state_digest(backbone.state_dict()))
         host = TimmHost(_copy(backbone), name=type(backbone).__name__, feature_layer=layer)
-        if image_size not in (0, host.image_size):
-            raise InvalidSpec(f"image size {image_size} was asked for, and {host.name} takes {host.image_size}")
+        _require_finite(backbone, host.name)
+        if order.image_size not in (0, host.image_size):
+            raise InvalidSpec(f"image size {order.image_size} was asked for, and {host.name} takes {host.image_size}")
         return host, origin
     weights = order.backbone_weights
     if state is not None and weights == "random":
@@ -227,6 +243,12 @@ def _require_no_host_options(order: Order, placement: Placement) -> None:
         raise InvalidSpec(f"--feature-layer {order.feature_layer}: {method} stands without a host here; drop it")
     if order.image_size and placement != "encoder":
         raise InvalidSpec(f"--image-size {order.image_size}: {method} takes tokens here, not an image; drop it")
+
+
+def _require_finite(module: nn.Module, name: str) -> None:
+    for key, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise WeightsError(f"{key!r} of {name} holds NaN or Inf; give a module whose weights are finite")
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -265,7 +287,7 @@ def _choose_budgets(
     rows = getattr(params, "latents", 0) or getattr(params, "table_entries", 0)
     asked = order.budgets
     if not asked and order.compressor is not None:
-        asked = (str(order.compressor.budget.tokens_out),)
+        return (order.compressor.budget,)
     if not asked:
         asked = (str(rows),) if rows and rule.allows(rows) else tuple(map(str, rule.default))
     parsed = [parse_budget(text, tokens_in=tokens_in, rule=rule, method=order.recipe.method) for text in asked]
@@ -298,6 +320,7 @@ def _make_compressors(
         compressors = [cls(params, site, budget, output) for budget in budgets]
     first = compressors[0]
     if order.compressor is not None:
+        _require_finite(order.compressor, cls.__name__)
         own = order.compressor.state_dict()
         first.load_state_dict(own, strict=True)
         origin = WeightsOrigin(kind="module", name=cls.__name__, sha256=state_digest(own))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from typing import Annotated, Any
@@ -46,6 +47,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if debug:  # it may stand before or behind the verb
         sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word != "--debug")]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleaned up after like Ctrl-C
     try:
         # typer hands Ctrl-C back as 130, without a word
         code = 0 if listing.answer(sys.argv[1:]) else app(prog_name="edgecomp", standalone_mode=False)

@@ -25,14 +25,16 @@ def command(
     ] = "random",
     budget: Annotated[list[str] | None, typer.Option(help="Tokens KEPT: a count or 25%; repeatable.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeatable.")] = None,
-    image_size: Annotated[int, typer.Option(help="Side of the image in pixels; 0: the recipe's or the host's.")] = 0,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the image in pixels; default: the recipe's or the host's.")
+    ] = None,
     feature_layer: Annotated[
-        int, typer.Option(help="Host layer that is compressed, from the end; 0: the recipe's.")
-    ] = 0,
+        int | None, typer.Option(help="Host layer that is compressed, counted from the end.")
+    ] = None,
     output: Annotated[str, typer.Option(help="`tokens` or `logits`.")] = "",
     input_dtype: Annotated[str, typer.Option(help="`float32`, or `uint8`: raw RGB frames (B, S, S, 3).")] = "float32",
     precision: Annotated[str, typer.Option(help="`fp32`.")] = "",
-    opset: Annotated[int, typer.Option(help="18 to 20; 0: the recipe's.")] = 0,
+    opset: Annotated[int | None, typer.Option(help="18 to 20; default: 20.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="params.NAME=VALUE; repeatable.")] = None,
     with_plain: Annotated[bool, typer.Option("--with-plain", help="Add the uncompressed model.")] = False,
     seed: Annotated[int, typer.Option(help="Of random weights and golden inputs.")] = 0,
@@ -42,6 +44,9 @@ def command(
 ) -> None:
     """Rewrite a compressor for static shapes, export it to ONNX, prove it, and write a bundle."""
     params = parse_sets(set_ or [])
+    for option, number in (("--image-size", image_size), ("--feature-layer", feature_layer), ("--opset", opset)):
+        if number == 0:
+            raise InvalidSpec(f"{option} 0 is out of range; leave it out for the default")
     with progress("export") as say:
         report = api.export(
             method,
@@ -52,12 +57,12 @@ def command(
             backbone_weights=backbone_weights,
             budget=budget or (),
             batch=batch or (),
-            image_size=image_size,
-            feature_layer=feature_layer,
+            image_size=image_size or 0,
+            feature_layer=feature_layer or 0,
             output=output,
             input_dtype=input_dtype,
             precision=precision,
-            opset=opset,
+            opset=opset or 0,
             params=params,
             with_plain=with_plain,
             seed=seed,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from edgecomp import api
-from edgecomp.cli.talk import JSON, emit
+from edgecomp.cli.talk import JSON, emit, finish
 
 __all__ = ["command"]
 
@@ -15,7 +15,7 @@ __all__ = ["command"]
 def command(
     path: Annotated[str, typer.Argument(help="A bundle, an .onnx file or an .engine file.")], json: JSON = False
 ) -> None:
-    """Show what is inside a bundle, an ONNX file or an engine, from files alone."""
+    """Show what is inside a bundle, an ONNX file or an engine; exit 1 when an engine is not what its record says."""
     report = api.inspect(path)
 
     def text() -> str:
@@ -24,3 +24,4 @@ def command(
         return describe_contents(report)
 
     emit(report, as_json=json, text=text)
+    finish(report)

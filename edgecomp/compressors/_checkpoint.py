@@ -141,7 +141,17 @@ def load_exactly(
         for key in own
         if key in given and given[key].shape != own[key].shape
     ]
-    for what, keys in (("missing", missing), ("not known", unknown), ("of another shape", shapes)):
+    types = [
+        f"{key} {given[key].dtype}"
+        for key in own
+        if key in given and own[key].is_floating_point() and not given[key].is_floating_point()
+    ]
+    for what, keys in (
+        ("missing", missing),
+        ("not known", unknown),
+        ("of another shape", shapes),
+        ("not of a floating type", types),
+    ):
         if keys:
             problems.append(f"{len(keys)} {what}: {', '.join(keys)}")
     if problems:

@@ -113,11 +113,11 @@ class LookupBlock(nn.Module):
         width = params.embed_dim
         self.gather = Attention(width, params.lookup_heads, params.lookup_head_dim, context=True)
         self.refine = Attention(width, params.num_heads, params.head_dim)
-        self.refine_mlp = Mlp(width, int(width * params.mlp_ratio))
+        self.refine_mlp = Mlp(width, max(1, int(width * params.mlp_ratio)))
         if infuses:
             self.infuse = Attention(width, params.lookup_heads, params.lookup_head_dim, keys=False)
             self.lookup_norm = GammaLayerNorm(width)
-            self.lookup_mlp = Mlp(width, int(width * params.lookup_mlp_ratio))
+            self.lookup_mlp = Mlp(width, max(1, int(width * params.lookup_mlp_ratio)))
 
     def forward(self, tokens: Tensor, lookup: Tensor, *, infuse: bool) -> tuple[Tensor, Tensor]:
         """Update both streams: tokens (B, M, D) and lookup (B, N, D); the second only with `infuse`."""

@@ -89,7 +89,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, params: PerceiverParams, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        hidden = int(params.width * params.ff_mult)
+        hidden = max(1, int(params.width * params.ff_mult))
         self.norm = norm(params.width)
         self.fc1 = nn.Linear(params.width, hidden, bias=False)
         if params.family == "idefics2":

@@ -31,6 +31,7 @@ from edgecomp.specs.target import Target
 __all__ = ["BuiltEngine", "EngineRecord", "build_engine", "read_record"]
 
 _ERRORS_SHOWN = 5
+_TURING = 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def build_engine(
     if workspace_mib < 0:
         raise BuildError(f"workspace_mib={workspace_mib} is negative; give MiB, or 0 for the builder's own limit")
     flavour = load_flavour(choose_flavour(target, runtime))
-    _require_target_runs(precision, target)
+    _require_target_runs(precision, target, flavour.name)
     engine = out_dir / f"{onnx.stem}.{flavour.name}.engine"
     inputs = {
         "model": onnx.name,
@@ -102,8 +103,13 @@ def build_engine(
     return BuiltEngine(engine, record, reused=False)
 
 
-def _require_target_runs(precision: str, target: Target) -> None:
+def _require_target_runs(precision: str, target: Target, runtime: str) -> None:
     """Refuse a type that the hardware has not; TensorRT says so late in the build, or not at all."""
+    if runtime == "rtx" and target.sm == _TURING and precision == "fp32":
+        raise TargetMismatch(
+            f"TensorRT for RTX has no fp32 matrix product for {target.name} (SM{target.sm}; tried with 1.7.1), and the "
+            f"graph is fp32; full TensorRT has it: build on a machine with that GPU and TensorRT, with --runtime tensorrt"
+        )
     if precision != "fp32" and precision not in target.precisions:
         raise TargetMismatch(
             f"{target.name} (SM{target.sm}) does not run {precision}; it runs {', '.join(target.precisions)}. "

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from edgecomp.backbones.assemble import Assembly
+from edgecomp.backbones.placed import PlacedModel, PlainModel
 from edgecomp.bundle import GOLDEN, golden_key
 from edgecomp.images import PixelType, read_image, resize_and_crop, to_pixels
 from edgecomp.resources import photograph_path
@@ -24,29 +25,40 @@ _PATCH = 16  # pixels; side of the photograph's patches where tokens are made of
 
 
 def write_goldens(
-    folder: Path, assembly: Assembly, *, batch: int, seed: int, compare: Callable[[str, str, Array, Array], None]
+    folder: Path,
+    assembly: Assembly,
+    *,
+    batch: int,
+    seed: int,
+    with_plain: bool,
+    compare: Callable[[str, str, Array, Array], None],
 ) -> None:
     """Write inputs and the original's outputs for each budget, at the largest batch; smaller ones take the first rows.
 
     Args:
         batch: the largest batch.
         seed: of the inputs.
+        with_plain: hold outputs of the uncompressed model too.
         compare: is handed case, output name, what the static module gives and what the original gives.
     """
     from safetensors.numpy import save
 
     specs = assembly.models[0].input_specs(batch)
+    models: dict[str, PlacedModel | PlainModel] = {
+        f"m{model.compressor.budget.tokens_out}": model for model in assembly.models
+    }
+    if with_plain and assembly.plain is not None:
+        models["plain"] = assembly.plain
     tensors: dict[str, Array] = {}
     for case, inputs in golden_inputs(specs, seed=seed, preprocess=assembly.preprocess).items():
         for name, array in inputs.items():
             tensors[golden_key("input", case, name)] = np.ascontiguousarray(array)
         arrays = [inputs[spec.name] for spec in specs]
-        for model in assembly.models:
+        for part, model in models.items():
             expected, got = run_module(model.reference().eval(), arrays), run_module(model, arrays)
             for spec, want, have in zip(model.output_specs(batch), expected, got, strict=True):
                 compare(case, spec.name, have, want)
-                key = golden_key("output", case, spec.name, tokens_out=model.compressor.budget.tokens_out)
-                tensors[key] = np.ascontiguousarray(want)
+                tensors[golden_key("output", case, spec.name, part=part)] = np.ascontiguousarray(want)
     (folder / GOLDEN).write_bytes(save(tensors))
 
 
@@ -55,7 +67,8 @@ def golden_inputs(
 ) -> dict[str, dict[str, Array]]:
     """Return two cases of named inputs, `seeded` and `photo`.
 
-    seeded: images and tokens of standard normal values (uint8: uniform), masks that end at different lengths.
+    seeded: images and tokens of standard normal values (uint8: uniform), masks that end at different lengths
+    (row 0 at three quarters).
     photo: the shipped photograph, in each row turned by a further quarter (mirrored after four); tokens are
     its 16-pixel patches times a fixed random matrix; masks are full.
 
@@ -83,9 +96,14 @@ def golden_inputs(
 
 
 def run_module(module: nn.Module, inputs: Sequence[Array]) -> tuple[npt.NDArray[np.float32], ...]:
-    """Run a torch module on numpy arrays, without gradients."""
-    with torch.inference_mode():
-        outputs = module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in inputs))
+    """Run a torch module on numpy arrays, without gradients, on one thread: equal bytes on any number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            outputs = module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in inputs))
+    finally:
+        torch.set_num_threads(threads)
     return tuple(output.numpy() for output in outputs)
 
 
@@ -101,11 +119,11 @@ def _noise(generator: np.random.Generator, spec: TensorSpec) -> Array:
 
 
 def _ragged_mask(spec: TensorSpec) -> Array:
-    """Return rows that keep all tokens, three quarters, a half, one quarter of them, and so on."""
+    """Return rows that keep three quarters of the tokens, a half, all, one, none, and so on."""
     count = spec.shape[-1]
+    lengths = [max(1, count * 3 // 4), max(1, count // 2), count, 1, 0]
     rows = np.arange(math.prod(spec.shape[:-1]))
-    lengths = np.maximum(1, count * (4 - rows % 4) // 4)
-    return (np.arange(count) < lengths[:, None]).reshape(spec.shape)
+    return (np.arange(count) < np.array(lengths)[rows % 5, None]).reshape(spec.shape)
 
 
 def _turned(pixels: npt.NDArray[np.uint8], row: int) -> npt.NDArray[np.uint8]:

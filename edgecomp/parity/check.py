@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgecomp.bundle import GOLDEN, Bucket, golden_key
+from edgecomp.bundle import GOLDEN, Bucket, PlainGraph, golden_key
 from edgecomp.errors import BundleError
 from edgecomp.parity.metrics import Difference, compare
 from edgecomp.runners import Runner
@@ -71,9 +71,9 @@ def read_goldens(bundle: Path) -> dict[str, Array]:
 
 
 def check_bucket(
-    runner: Runner, bucket: Bucket, goldens: Mapping[str, Array], tolerance: Tolerance
+    runner: Runner, bucket: Bucket | PlainGraph, goldens: Mapping[str, Array], tolerance: Tolerance
 ) -> tuple[OutputParity, ...]:
-    """Run one bucket on each golden case and judge each output."""
+    """Run one bucket, or the plain model, on each golden case and judge each output."""
     rows = []
     for case in CASES:
         inputs = {
@@ -82,7 +82,7 @@ def check_bucket(
         }
         outputs = runner.infer(inputs)
         for spec in bucket.outputs:
-            key = golden_key("output", case, spec.name, tokens_out=bucket.budget.tokens_out)
+            key = golden_key("output", case, spec.name, part=bucket.golden_part)
             rows.append(
                 judge(
                     bucket.model, case, spec.name, outputs[spec.name], _golden(goldens, key)[: bucket.batch], tolerance

@@ -38,13 +38,16 @@ class OnnxContents(msgspec.Struct, frozen=True, tag="onnx"):
 
 
 class EngineContents(msgspec.Struct, frozen=True, tag="engine"):
-    """An engine: its own size and hash, and its record where one lies beside it."""
+    """An engine: its own size and hash, and its record where one lies beside it; false where the two disagree."""
 
     path: str
     size_bytes: int
     sha256: str
     record: EngineRecord | None
     record_problem: str
+
+    def __bool__(self) -> bool:
+        return not self.record_problem
 
 
 def describe_contents(contents: BundleContents | OnnxContents | EngineContents) -> str:

@@ -34,5 +34,5 @@ def read_toml(path: Path, kind: type[Spec], *, what: str) -> Spec:
         return msgspec.toml.decode(content, type=kind)
     except UnicodeDecodeError as error:
         raise InvalidSpec(f"{what} {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise InvalidSpec(f"{what} {path}: {error}; compare it with the ones that edgecomp ships") from None
