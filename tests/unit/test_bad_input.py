@@ -176,7 +176,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (f"{SMOKE} --batch x", ("--batch", "'x'")),
     (f"{SMOKE} --batch 0", ("batch 0 is not between 1 and 4096",)),
     (f"{SMOKE} --batch 2 --batch 2", ("batches 2, 2", "twice")),
-    (f"{SMOKE} --seed -1", ("seed -1 is negative",)),
+    (f"{SMOKE} --seed -1", ("seed -1 is not between 0",)),
     (f"{SMOKE} --opset 17", ("opset 17 is not between 18 and 20",)),
     (f"{SMOKE} --opset 21", ("opset 21 is not between 18 and 20",)),
     (f"{SMOKE} --opset twenty", ("--opset", "'twenty'")),
@@ -205,7 +205,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     ("profile {bundle} --duration 0", ("duration 0.0 s",)),
     ("profile {bundle} --duration nan", ("duration nan s",)),
     ("profile {bundle} --duration 1e9", ("duration 1000000000.0 s",)),
-    ("build {bundle} --target rtx-4090 --workspace -1", ("workspace_mib=-1",)),
+    ("build {bundle} --target rtx-4090 --workspace -1", ("workspace -1 MiB",)),
     # image sizes
     (f"{SMOKE} --image-size 65", ("image size 65 is not a multiple of the patch, 16", "nearest that is: 64")),
     (f"{SMOKE} --image-size 79", ("image size 79", "nearest that is: 80")),
