@@ -29,7 +29,7 @@ def parse(description: str, **flags: tuple[type, Any, str]) -> argparse.Namespac
 
 
 def interleave(runs: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int = 1) -> dict[str, list[float]]:
-    """Time each callable in turn, A B C A B C, so that the machine's drift meets all alike.
+    """Time each callable in turn, A B C A B C, so that the machine's drift meets all alike; each turn warms up first.
 
     Args:
         runs: callables by name; each is called twice before the first round.
@@ -45,6 +45,8 @@ def interleave(runs: Mapping[str, Callable[[], object]], *, rounds: int, repeats
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            time.sleep(0.2)  # threads of the run before spin for a while, and would take a core from this one
+            run()
             started = time.perf_counter_ns()
             for _ in range(repeats):
                 run()
