@@ -20,7 +20,7 @@ from typing import Any, Literal
 import msgspec
 
 from edgecomp.errors import BundleError, EdgecompError, InvalidSpec
-from edgecomp.specs import Output, Placement, Preprocess, Recipe, TensorSpec, TokenBudget
+from edgecomp.specs import Output, Placement, Preprocess, Recipe, TensorSpec, TokenBudget, read_count
 from edgecomp.specs.origin import WeightsOrigin, file_sha256
 
 __all__ = [
@@ -155,7 +155,7 @@ class Bundle(msgspec.Struct, frozen=True):
         kept = sorted({bucket.budget.tokens_out for bucket in buckets})
         batches = sorted({bucket.batch for bucket in buckets})
         if budget is not None:
-            count = _count_of(str(budget), buckets[0].budget.tokens_in)
+            count = read_count(str(budget), tokens_in=buckets[0].budget.tokens_in)
             if count not in kept:
                 raise InvalidSpec(f"bundle {self.path} has no budget {budget}; it has {', '.join(map(str, kept))}")
             buckets = tuple(bucket for bucket in buckets if bucket.budget.tokens_out == count)
@@ -164,13 +164,6 @@ class Bundle(msgspec.Struct, frozen=True):
                 raise InvalidSpec(f"bundle {self.path} has no batch {batch}; it has {', '.join(map(str, batches))}")
             buckets = tuple(bucket for bucket in buckets if bucket.batch == batch)
         return buckets
-
-
-def _count_of(text: str, tokens_in: int) -> int:
-    try:
-        return round(float(text[:-1]) / 100 * tokens_in) if text.endswith("%") else int(text)
-    except (ValueError, OverflowError):  # OverflowError: inf%
-        raise InvalidSpec(f"budget {text!r} is neither a count nor a percentage; for example --budget 49") from None
 
 
 # -- reading ------------------------------------------------------------------------------------------------

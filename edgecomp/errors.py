@@ -107,11 +107,18 @@ class RunError(EdgecompError):
 
 
 class MissingDependency(EdgecompError):
-    """A verb needs a package that is not installed; the text names the extra that brings it."""
+    """A verb needs a package that is not installed; the text names the extra that brings it.
 
-    def __init__(self, package: str, *, needed_for: str, extra: str) -> None:
+    Args:
+        package: what is missing.
+        needed_for: the verb, or what it makes.
+        extra: edgecomp's extra that brings it.
+        advice: what to do where no extra brings it.
+    """
+
+    def __init__(self, package: str, *, needed_for: str, extra: str, advice: str = "") -> None:
         self.package, self.extra = package, extra
         super().__init__(
             f"{needed_for} needs the package {package!r}, which is not installed here; "
-            f"install it with: pip install 'edgecomp[{extra}]'"
+            + (advice or f"install it with: pip install 'edgecomp[{extra}]'")
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgecomp import api
+from edgecomp.engines import installed_flavours
 from edgecomp.specs import load_recipe, method_names
 
 pytestmark = pytest.mark.slow
@@ -19,9 +20,9 @@ FULL_SIZE = [
 ]
 
 
+@pytest.mark.skipif("rtx" not in installed_flavours(), reason="TensorRT for RTX is not installed")
 @pytest.mark.parametrize(("method", "preset"), FULL_SIZE)
 def test_every_preset_goes_the_whole_way(method: str, preset: str, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install '.[rtx]'")
     report = api.export(method, preset=preset, out=tmp_path / "bundle")
     assert report
     for threads in (1, 2):

@@ -133,7 +133,7 @@ def export(
         from edgecomp.export.golden import write_goldens
         from edgecomp.export.graphs import write_graphs
     except ImportError as error:
-        raise MissingDependency(str(error.name), needed_for="`edgecomp export`", extra="cpu") from error
+        raise MissingDependency(error.name or str(error), needed_for="`edgecomp export`", extra="cpu") from error
 
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingDependency("onnxruntime", needed_for="the check at the end of `edgecomp export`", extra="cpu")

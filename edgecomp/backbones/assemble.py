@@ -325,7 +325,7 @@ def _make_compressors(
         first.load_state_dict(own, strict=True)
         origin = WeightsOrigin(kind="module", name=cls.__name__, sha256=state_digest(own))
     elif state is not None:
-        layout = first.load_original(state)
+        layout = first.load_original(state, unread=tuple(order.recipe.unread))
         origin = file_origin(Path(order.weights), layout=layout)
     else:
         initialise(first, torch.Generator().manual_seed(order.seed))

@@ -19,6 +19,7 @@ from edgecomp.specs.origin import WeightsOrigin, file_origin
 __all__ = ["TimmHost", "host_part", "load_host", "plain_vit", "state_digest"]
 
 _MORE = "`edgecomp list backbones` shows those that were tried, timm.list_models() all."
+_CLASSIFIER = ("head.*", "head_dist.*", "fc_norm.*")  # keys of a checkpoint that no token passes
 _FAMILIES = "vit, deit, deit3, CLIP, SigLIP, DINOv2 (VisionTransformer in timm)"
 
 
@@ -138,7 +139,7 @@ def load_host(
         if state is None:
             state = read_checkpoint(path, say=say)
             state = host_part(state) or state
-        _load_state(model, state, name)
+        _load_state(model, state, name, say)
         origin = file_origin(path, layout=f"timm {name}")
     return TimmHost(model, name=name, feature_layer=feature_layer), origin
 
@@ -158,7 +159,7 @@ def host_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _load_state(model: Any, state: Mapping[str, Tensor], name: str) -> None:
+def _load_state(model: Any, state: Mapping[str, Tensor], name: str, say: Callable[[str], None]) -> None:
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     try:
@@ -168,7 +169,9 @@ def _load_state(model: Any, state: Mapping[str, Tensor], name: str) -> None:
             f"weights do not fit backbone {name!r}: {type(error).__name__} {error}; first keys: "
             f"{', '.join(list(state)[:5])}. Give a checkpoint in timm's layout of that model"
         ) from None
-    load_exactly(model, fitted, layout=f"timm {name}", unread=("head.*", "head_dist.*", "fc_norm.*"))
+    skipped = load_exactly(model, fitted, layout=f"timm {name}", unread=_CLASSIFIER)
+    if skipped:
+        say(f"left unread in the weights of {name}, since tokens do not pass its classifier: {', '.join(skipped)}")
 
 
 def plain_vit(arguments: Mapping[str, Any], *, image_size: int, num_classes: int, seed: int) -> nn.Module:

@@ -96,8 +96,12 @@ class Compressor(nn.Module):
         """Return the arguments of the plain ViT that an `encoder` method stands in for, in timm's words."""
         return None
 
-    def load_original(self, state: Mapping[str, Tensor]) -> str:
-        """Load a checkpoint in a layout of the original, and return that layout's name."""
+    def load_original(self, state: Mapping[str, Tensor], *, unread: Sequence[str] = ()) -> str:
+        """Load a checkpoint in a layout of the original, and return that layout's name.
+
+        Args:
+            unread: keys (shell patterns) that the recipe lets stand unread.
+        """
         raise InvalidSpec(f"{type(self).__name__} has no checkpoint layout but its own; save it with edgecomp first")
 
     # -- what every method has ------------------------------------------------------------------------

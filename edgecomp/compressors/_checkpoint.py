@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edgecomp.errors import WeightsError
 
-__all__ = ["load_exactly", "read_checkpoint", "rename_keys"]
+__all__ = ["load_exactly", "read_checkpoint", "rename_key", "rename_keys"]
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
@@ -109,45 +109,56 @@ def _damaged(path: Path, problem: str) -> WeightsError:
     )
 
 
+def rename_key(name: str, patterns: Sequence[tuple[str, str]]) -> str:
+    """Rename a key by regular expressions, each applied to what the one before it left."""
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def rename_keys(state: Mapping[str, Tensor], patterns: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """Rename keys by regular expressions, each applied to what the one before it left."""
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, replacement in patterns:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
+    """Rename all keys; see `rename_key`."""
+    return {rename_key(name, patterns): tensor for name, tensor in state.items()}
 
 
 def load_exactly(
-    module: nn.Module, state: Mapping[str, Tensor], *, layout: str, unread: Sequence[str] = ()
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    layout: str,
+    unread: Sequence[str] = (),
+    file_keys: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
     """Load `state` into `module`; every key must fit, or stand among `unread` (shell patterns).
+
+    Args:
+        file_keys: what the file calls a key of `state`, where `rename_keys` gave it another name.
 
     Returns:
         the keys that were left unread.
 
     Raises:
-        WeightsError: it lists every key that is missing, not known, or of another shape.
+        WeightsError: it lists every key that is missing, not known, or of another shape, as the file spells it.
     """
+    spelt = file_keys or {}
     own = module.state_dict()
     skipped = tuple(key for key in state if any(fnmatch.fnmatchcase(key, pattern) for pattern in unread))
     given = {key: tensor for key, tensor in state.items() if key not in skipped}
     problems = []
     missing = [key for key in own if key not in given]
-    unknown = [key for key in given if key not in own]
+    unknown = [spelt.get(key, key) for key in given if key not in own]
     shapes = [
-        f"{key} {tuple(given[key].shape)} instead of {tuple(own[key].shape)}"
+        f"{spelt.get(key, key)} {tuple(given[key].shape)} instead of {tuple(own[key].shape)}"
         for key in own
         if key in given and given[key].shape != own[key].shape
     ]
     types = [
-        f"{key} {given[key].dtype}"
+        f"{spelt.get(key, key)} {given[key].dtype}"
         for key in own
         if key in given and own[key].is_floating_point() and not given[key].is_floating_point()
     ]
     for what, keys in (
-        ("missing", missing),
+        ("missing (by edgecomp's names)" if spelt else "missing", missing),
         ("not known", unknown),
         ("of another shape", shapes),
         ("not of a floating type", types),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._attention import merge_heads, split_heads
 from edgecomp.compressors._base import Compressor, Params, constant, count_heads
-from edgecomp.compressors._checkpoint import load_exactly, rename_keys
+from edgecomp.compressors._checkpoint import load_exactly, rename_key, rename_keys
 from edgecomp.compressors._grid import bilinear_matrix, sincos_2d
 from edgecomp.compressors._norms import GammaLayerNorm
 from edgecomp.errors import InvalidSpec, WeightsError
@@ -317,10 +317,12 @@ class LookupViT(Compressor):
                 found.update(patch_size=math.isqrt(channels // 3), patch_kernel=kernel)
         return found
 
-    def load_original(self, state: Mapping[str, Tensor]) -> str:
+    def load_original(self, state: Mapping[str, Tensor], *, unread: Sequence[str] = ()) -> str:
         """Load a checkpoint in the LookViT layout of vit-pytorch, or in edgecomp's own."""
-        layout = self.layout_of(state) or "edgecomp"
-        load_exactly(self, _from_lookvit_keys(state), layout=layout, unread=("pos_embedding",))
+        layout = self.layout_of(state)
+        file_keys = {rename_key(key, _LOOKVIT_KEYS): key for key in state} if layout else None
+        layout = layout or "edgecomp"
+        load_exactly(self, _from_lookvit_keys(state), layout=layout, unread=unread, file_keys=file_keys)
         return layout
 
 

@@ -7,8 +7,7 @@ appendix A.1.1. One module carries the weight families of flamingo-pytorch, Open
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._attention import merge_heads, split_heads
 from edgecomp.compressors._base import Compressor, Params, count_heads
-from edgecomp.compressors._checkpoint import load_exactly, rename_keys
+from edgecomp.compressors._checkpoint import load_exactly, rename_key
 from edgecomp.compressors._norms import RMSNorm
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
@@ -276,7 +275,7 @@ class Perceiver(Compressor):
     @classmethod
     def infer_params(cls, state: Mapping[str, Tensor], params: PerceiverParams) -> dict[str, Any]:
         """Return family, sizes and counts of a checkpoint; the head width comes from the parameters."""
-        family, own = _to_own_keys(state, params.family)
+        family, own, _ = _to_own_keys(state, params.family)
         sizes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         latents, width = sizes["latents"]
         found: dict[str, Any] = {"family": family, "latents": latents, "embed_dim": width}
@@ -298,10 +297,11 @@ class Perceiver(Compressor):
             found[name] = sizes[name][0] if name in sizes else 0
         return found
 
-    def load_original(self, state: Mapping[str, Tensor]) -> str:
+    def load_original(self, state: Mapping[str, Tensor], *, unread: Sequence[str] = ()) -> str:
         """Load a checkpoint of any of the four families, or edgecomp's own; its keys say which."""
         layout = self.layout_of(state) or "edgecomp"
-        load_exactly(self, _to_own_keys(state, self.params.family)[1], layout=layout)
+        _, own, file_keys = _to_own_keys(state, self.params.family)
+        load_exactly(self, own, layout=layout, unread=unread, file_keys=file_keys)
         return layout
 
 
@@ -363,40 +363,51 @@ def _is_own_layout(state: Mapping[str, Tensor]) -> bool:
     return "layers.0.to_kv.weight" in state
 
 
-def _to_own_keys(state: Mapping[str, Tensor], family: Family) -> tuple[Family, dict[str, Tensor]]:
-    """Tell the layout by its keys, strip the prefix of a whole model, and rename to this module's keys."""
+def _to_own_keys(
+    state: Mapping[str, Tensor], family: Family
+) -> tuple[Family, dict[str, Tensor], dict[str, str] | None]:
+    """Tell the layout by its keys, strip the prefix of a whole model, and rename to this module's keys.
+
+    Returns:
+        the family, the tensors under this module's keys, and what the file calls each of these keys.
+    """
     if _is_own_layout(state):
-        return family, dict(state)
+        return family, dict(state), None
     prefixes = [key[: -len("latents")] for key in state if key == "latents" or key.endswith(".latents")]
     if len(prefixes) != 1:
         raise WeightsError(
             f"weights hold {len(prefixes)} tensors named 'latents', and a perceiver has one; first keys: "
             f"{', '.join(list(state)[:5])}. Give a checkpoint of Flamingo, OpenFlamingo, Idefics1 or Idefics2"
         )
-    own = {key[len(prefixes[0]) :]: tensor for key, tensor in state.items() if key.startswith(prefixes[0])}
-    connector = prefixes[0].removesuffix("perceiver_resampler.")
-    if connector != prefixes[0]:
+    prefix = prefixes[0]
+    file_keys = {key.removeprefix(prefix): key for key in state if key.startswith(prefix)}
+    connector = prefix.removesuffix("perceiver_resampler.")
+    if connector != prefix:
         projection = f"{connector}modality_projection."
-        own.update({k[len(connector) :]: tensor for k, tensor in state.items() if k.startswith(projection)})
-    if "layers.0.self_attn.q_proj.weight" in own:
-        return "idefics2", _pack_kv(rename_keys(own, _IDEFICS2_KEYS))
-    if "blocks.0.0.q_proj.weight" in own:
-        return "idefics1", _pack_kv(rename_keys(own, _IDEFICS1_KEYS))
-    if "layers.0.0.to_q.weight" in own:
-        return "flamingo" if "media_pos_emb" in own else "open-flamingo", rename_keys(own, _FLAMINGO_KEYS)
+        file_keys |= {key.removeprefix(connector): key for key in state if key.startswith(projection)}
+    found, patterns = _tell_family(file_keys)
+    file_keys = {rename_key(short, patterns): key for short, key in file_keys.items()}
+    own = {name: state[key] for name, key in file_keys.items()}
+    for keys in [name for name in own if name.endswith(".to_k.weight")]:
+        values, packed = keys.replace("to_k", "to_v"), keys.replace("to_k", "to_kv")
+        if values in own:  # one matrix, keys first
+            own[packed] = torch.cat([own.pop(keys), own.pop(values)])
+            file_keys[packed] = f"{file_keys[keys]} with {file_keys[values]}"
+    return found, own, file_keys
+
+
+def _tell_family(keys: Collection[str]) -> tuple[Family, Sequence[tuple[str, str]]]:
+    """Return the family of a checkpoint's keys, and the patterns that rename them."""
+    if "layers.0.self_attn.q_proj.weight" in keys:
+        return "idefics2", _IDEFICS2_KEYS
+    if "blocks.0.0.q_proj.weight" in keys:
+        return "idefics1", _IDEFICS1_KEYS
+    if "layers.0.0.to_q.weight" in keys:
+        return "flamingo" if "media_pos_emb" in keys else "open-flamingo", _FLAMINGO_KEYS
     raise WeightsError(
         f"weights are in none of the layouts flamingo, open-flamingo, idefics1, idefics2 or edgecomp; "
-        f"first keys: {', '.join(list(own)[:5])}. Convert them to one of these"
+        f"first keys: {', '.join(list(keys)[:5])}. Convert them to one of these"
     )
-
-
-def _pack_kv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Lay key and value projections in one matrix, keys first."""
-    packed = {name: tensor for name, tensor in state.items() if not re.search(r"\.to_[kv]\.weight$", name)}
-    for name, keys in state.items():
-        if name.endswith(".to_k.weight") and (value := name.replace("to_k", "to_v")) in state:
-            packed[name.replace("to_k", "to_kv")] = torch.cat([keys, state[value]])
-    return packed
 
 
 class PerceiverOriginal(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import platform
 import sys
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ def load_flavour(name: str) -> Flavour:
     flavour = _require_name(name)
     module_name = _module_name(flavour)
     if not module_name:
-        raise MissingDependency(_MODULES[flavour][0], needed_for="building an engine", extra=_EXTRAS[flavour])
+        raise _missing(flavour, "building an engine")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, OSError) as error:
@@ -99,10 +100,8 @@ def choose_flavour(target: Target, runtime: str = "auto") -> FlavourName:
                 f"{_TITLES[other[0]]}, which is installed here, does not build for {target.name} (SM{target.sm}); "
                 f"{_TITLES[name]} {target.runtimes[name]} does. {target.build_on}"
             )
-        raise MissingDependency(
-            _MODULES[name][0],
-            needed_for=f"building an engine for {target.name} (SM{target.sm}; {target.build_on.rstrip('.')})",
-            extra=_EXTRAS[name],
+        raise _missing(
+            name, f"building an engine for {target.name} (SM{target.sm}; {target.build_on.rstrip('.')})"
         )
     refusals = []
     for name in installed:
@@ -116,6 +115,14 @@ def choose_flavour(target: Target, runtime: str = "auto") -> FlavourName:
         if name not in installed
     ]
     raise TargetMismatch(f"{'; '.join(refusals)}; {target.build_on}")
+
+
+def _missing(name: FlavourName, needed_for: str) -> MissingDependency:
+    """Return the error of a flavour that is not installed; on Arm, TensorRT is not in the package index."""
+    advice = ""
+    if name == "tensorrt" and platform.machine() != "x86_64":
+        advice = "on Jetson it comes with JetPack: make the virtual environment with --system-site-packages"
+    return MissingDependency(_MODULES[name][0], needed_for=needed_for, extra=_EXTRAS[name], advice=advice)
 
 
 def create_network(flavour: Flavour, builder: Any) -> Any:

@@ -1,6 +1,6 @@
 """Frozen nouns and their TOML loaders. No torch, numpy or ONNX here."""
 
-from edgecomp.specs.budget import BudgetRule, TokenBudget, parse_budget
+from edgecomp.specs.budget import BudgetRule, TokenBudget, parse_budget, read_count
 from edgecomp.specs.oplist import OpList, OpRule, Refusal, load_oplists
 from edgecomp.specs.preprocess import Preprocess
 from edgecomp.specs.recipe import Preset, Recipe, Tolerance, load_recipe, method_names
@@ -29,5 +29,6 @@ __all__ = [
     "load_target",
     "method_names",
     "parse_budget",
+    "read_count",
     "target_names",
 ]

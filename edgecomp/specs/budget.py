@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from edgecomp.errors import InvalidSpec
 
-__all__ = ["BudgetRule", "TokenBudget", "parse_budget"]
+__all__ = ["BudgetRule", "TokenBudget", "parse_budget", "read_count"]
 
 Count = Annotated[int, Meta(ge=1)]
 
@@ -60,25 +60,32 @@ class BudgetRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"from {self.minimum} to {self.maximum}"
 
 
-def parse_budget(text: str, *, tokens_in: int, rule: BudgetRule, method: str) -> TokenBudget:
-    """Read `"49"` (tokens kept) or `"25%"` (share of tokens kept) as a budget that `rule` allows.
+def read_count(text: str, *, tokens_in: int) -> int:
+    """Read `"49"`, or `"25%"` of `tokens_in`, as a count.
 
-    A percentage is rounded to the nearest count, halves to even, as Python's `round` does.
+    A percentage is rounded to the nearest count, halves to even as Python's `round` does, and at least 1.
     """
     number = text.strip()
     try:
-        if number.endswith("%"):
-            share = float(number[:-1])
-            if not 0 < share <= 100:
-                raise InvalidSpec(f"budget {text!r} is not above 0% and at most 100%; give the share of tokens kept")
-            count = max(1, round(share / 100 * tokens_in))
-        else:
-            count = int(number)
+        if not number.endswith("%"):
+            return int(number)
+        share = float(number[:-1])
     except ValueError:
         raise InvalidSpec(
             f"budget {text!r} is neither a count nor a percentage; write for example --budget 49 or --budget 25%"
         ) from None
-    asked = f"{text} of {tokens_in} = {count}" if number.endswith("%") else str(count)
+    if not 0 < share <= 100:
+        raise InvalidSpec(f"budget {text!r} is not above 0% and at most 100%; give the share of tokens kept")
+    return max(1, round(share / 100 * tokens_in))
+
+
+def parse_budget(text: str, *, tokens_in: int, rule: BudgetRule, method: str) -> TokenBudget:
+    """Read `"49"` (tokens kept) or `"25%"` (share of tokens kept) as a budget that `rule` allows.
+
+    A percentage is read as `read_count` does.
+    """
+    count = read_count(text, tokens_in=tokens_in)
+    asked = f"{text} of {tokens_in} = {count}" if text.strip().endswith("%") else str(count)
     if count > tokens_in:
         raise InvalidSpec(
             f"budget {asked} is above the {tokens_in} tokens that go into {method}; a budget is what is KEPT"

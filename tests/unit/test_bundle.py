@@ -289,9 +289,9 @@ def test_select(exported: Path, budget: str | int | None, count: int) -> None:
         ({"budget": 5}, "has no budget 5; it has 4, 9"),
         ({"budget": "50%"}, "has no budget 50%; it has 4, 9"),
         ({"budget": "many"}, "budget 'many' is neither a count nor a percentage"),
-        ({"budget": "inf%"}, "budget 'inf%' is neither"),
-        ({"budget": "nan%"}, "budget 'nan%' is neither"),
-        ({"budget": "-25%"}, "has no budget -25%"),
+        ({"budget": "inf%"}, "budget 'inf%' is not above 0% and at most 100%"),
+        ({"budget": "nan%"}, "budget 'nan%' is not above 0%"),
+        ({"budget": "-25%"}, "budget '-25%' is not above 0%"),
         ({"batch": 3}, "has no batch 3; it has 1"),
     ],
 )

@@ -196,3 +196,12 @@ def test_one_file_serves_compressor_and_host(tmp_path: Path, how: str) -> None:
     with open_runner("onnxruntime", report.bundle / "model.m8.b1.onnx", threads=1) as runner:
         got = runner.infer({"image": image.numpy()})["latents"]
     np.testing.assert_allclose(got, expected.numpy(), atol=1e-4)
+
+
+def test_load_exactly_spells_keys_as_the_file_does() -> None:
+    module = torch.nn.Linear(2, 3)
+    state = {"weight": torch.zeros(3, 4), "spare": torch.zeros(1)}
+    with pytest.raises(WeightsError) as caught:
+        load_exactly(module, state, layout="tiny", file_keys={"weight": "layers.0.w", "spare": "layers.0.x"})
+    for words in ("1 missing (by edgecomp's names): bias", "1 not known: layers.0.x", "layers.0.w (3, 4) instead of"):
+        assert words in str(caught.value)
