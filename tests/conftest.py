@@ -1,8 +1,16 @@
-"""What all tests share: a test marked `gpu` is skipped, with the reason, where there is no GPU."""
+"""What all tests share: Ctrl-C reaches children, and a test marked `gpu` is skipped where there is no GPU."""
 
 from __future__ import annotations
 
+import signal
+
 import pytest
+
+
+def pytest_configure() -> None:
+    """Take Ctrl-C again where a shell that put the run into the background had it ignored: children inherit that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

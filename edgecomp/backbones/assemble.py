@@ -10,13 +10,15 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from edgecomp.backbones.inside import InsideModel
 from edgecomp.backbones.placed import PlacedModel, PlainModel
 from edgecomp.backbones.timm import TimmHost, host_part, load_host, plain_vit, state_digest
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor, initialise
 from edgecomp.compressors._checkpoint import read_checkpoint
+from edgecomp.compressors._merging import TokenMerger
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
-from edgecomp.specs import Output, Placement, Preprocess, Preset, Recipe, Site, TokenBudget, parse_budget
+from edgecomp.specs import DType, Output, Placement, Preprocess, Preset, Recipe, Site, TokenBudget, parse_budget
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import WeightsOrigin, file_origin
 
@@ -56,19 +58,20 @@ def assemble(order: Order) -> Assembly:
     output = _choose_output(order)
     image_size = order.image_size or preset.image_size
     params = _choose_params(order, cls, preset.params, state, notes)
-    host, host_origin = _make_host(order, preset, image_size, host_state, notes)
+    keep_head = preset.placement == "inside" and output == "logits"
+    host, host_origin = _make_host(order, preset, image_size, keep_head, host_state, notes)
     site, params = _find_site(order, cls, preset.placement, params, host, image_size or recipe.defaults.image_size)
     budgets = _choose_budgets(order, cls, preset_name, params, site)
     params = cls.for_budgets(params, [budget.tokens_out for budget in budgets])
     preprocess = _find_preprocess(recipe, host, site)
 
     compressors, origin = _make_compressors(order, cls, params, site, budgets, output, state)
-    models = tuple(
-        PlacedModel(compressor, host, preprocess=preprocess, input_dtype=order.input_dtype).eval()
-        for compressor in compressors
-    )
+    models = tuple(_place(compressor, host, preprocess, order.input_dtype).eval() for compressor in compressors)
     plain, plain_name = _make_plain(order, cls, params, host, models[0], output)
-    if host is not None and host.num_prefix_tokens:
+    notes += [
+        f"budget {model.compressor.budget.tokens_out}: {note}" for model in models for note in model.compressor.remarks
+    ]
+    if host is not None and host.num_prefix_tokens and preset.placement != "inside":
         notes.append(f"{host.num_prefix_tokens} prefix token(s) of {host.name} are dropped before the compressor")
     if plain is not None and host is None:
         notes.append(f"the uncompressed model is a {plain_name} with random weights: for latency and FLOPs alone")
@@ -129,9 +132,7 @@ def _choose_preset(order: Order, cls: type[Compressor], state: Mapping[str, Tens
     if order.compressor is not None:
         placement: Placement = order.compressor.site.placement
     elif order.backbone:
-        placement = "after" if "after" in recipe.placements else next(iter(recipe.placements))
-        if isinstance(order.backbone, nn.Module) or order.backbone != "none":
-            _require_placement(recipe, "after", order.backbone)
+        placement = _placement_with(recipe, order.backbone)
     else:
         placement = recipe.preset(recipe.defaults.preset).placement
     layout = cls.layout_of(state) if state is not None else ""
@@ -145,12 +146,18 @@ def _choose_preset(order: Order, cls: type[Compressor], state: Mapping[str, Tens
     return recipe.placements[placement]
 
 
-def _require_placement(recipe: Recipe, placement: Placement, backbone: object) -> None:
+def _placement_with(recipe: Recipe, backbone: object) -> Placement:
+    """Return where a method stands with a host (its default place, if that takes one), or with none."""
+    own = recipe.preset(recipe.defaults.preset).placement
+    if isinstance(backbone, str) and backbone == "none":
+        return "after" if "after" in recipe.placements else own
+    placement = own if own in ("inside", "after") else "after"
     if placement not in recipe.placements:
         raise InvalidSpec(
             f"{recipe.method} stands {' or '.join(recipe.placements)}, not {placement} a host, "
             f"so --backbone {backbone} has no place; drop it"
         )
+    return placement
 
 
 def _choose_output(order: Order) -> Output:
@@ -201,7 +208,7 @@ def _settle(cls: type[Compressor], params: Any, found: Mapping[str, Any], order:
 
 
 def _make_host(
-    order: Order, preset: Preset, image_size: int, state: dict[str, Tensor] | None, notes: list[str]
+    order: Order, preset: Preset, image_size: int, keep_head: bool, state: dict[str, Tensor] | None, notes: list[str]
 ) -> tuple[TimmHost | None, WeightsOrigin | None]:
     """Make the host that stands in front, or refuse what only a host could use."""
     placement = preset.placement
@@ -214,7 +221,7 @@ def _make_host(
     layer = order.feature_layer or order.recipe.defaults.feature_layer
     if isinstance(backbone, nn.Module):
         origin = WeightsOrigin(kind="module", name=type(backbone).__name__, sha256=state_digest(backbone.state_dict()))
-        host = TimmHost(_copy(backbone), name=type(backbone).__name__, feature_layer=layer)
+        host = TimmHost(_copy(backbone), name=type(backbone).__name__, feature_layer=layer, keep_head=keep_head)
         _require_finite(backbone, host.name)
         if order.image_size not in (0, host.image_size):
             raise InvalidSpec(f"image size {order.image_size} was asked for, and {host.name} takes {host.image_size}")
@@ -230,6 +237,7 @@ def _make_host(
         state=state,
         image_size=image_size,
         feature_layer=layer,
+        keep_head=keep_head,
         seed=order.seed,
         say=notes.append,
     )
@@ -269,6 +277,14 @@ def _find_site(
     if host is None:
         return Site(placement, tokens_in=params.tokens, embed_dim=getattr(params, cls.width_param)), params
     site = host.site
+    if placement == "inside":
+        site = msgspec.structs.replace(
+            site,
+            placement="inside",
+            num_prefix_tokens=host.num_prefix_tokens,
+            depth=len(host.model.blocks),
+            num_classes=host.num_classes,
+        )
     found = {"tokens": site.tokens_in, cls.width_param: site.embed_dim}
     decided = getattr(params, cls.width_param)
     if order.weights != "random" and decided != site.embed_dim:
@@ -289,8 +305,10 @@ def _choose_budgets(
     if not asked and order.compressor is not None:
         return (order.compressor.budget,)
     if not asked:
-        asked = (str(rows),) if rows and rule.allows(rows) else tuple(map(str, rule.default))
+        decided = cls.default_counts(params, site) or ((rows,) if rows and rule.allows(rows) else rule.default)
+        asked = tuple(map(str, decided))
     parsed = [parse_budget(text, tokens_in=tokens_in, rule=rule, method=order.recipe.method) for text in asked]
+    parsed = [msgspec.structs.replace(budget, num_prefix_tokens=site.num_prefix_tokens) for budget in parsed]
     counts = [budget.tokens_out for budget in parsed]
     if len(set(counts)) != len(counts):
         raise InvalidSpec(f"budgets {', '.join(asked)} name {sorted(counts)}, one of them twice; give each once")
@@ -335,10 +353,20 @@ def _make_compressors(
     return compressors, origin
 
 
+def _place(
+    compressor: Compressor, host: TimmHost | None, preprocess: Preprocess | None, input_dtype: DType
+) -> PlacedModel:
+    if isinstance(compressor, TokenMerger) and compressor.site.placement == "inside" and host is not None:
+        return InsideModel(compressor, host, preprocess=preprocess, input_dtype=input_dtype)
+    return PlacedModel(compressor, host, preprocess=preprocess, input_dtype=input_dtype)
+
+
 def _make_plain(
     order: Order, cls: type[Compressor], params: Any, host: TimmHost | None, placed: PlacedModel, output: Output
 ) -> tuple[PlainModel | None, str]:
     """Return the model without the compressor, and its name."""
+    if host is not None and output == "logits":
+        return PlainModel(host.model, placed, output="logits", shape=(host.num_classes,)).eval(), host.name
     if host is not None:
         shape = (host.site.tokens_in, host.site.embed_dim)
         return PlainModel(host, placed, output="tokens", shape=shape).eval(), host.name

@@ -34,20 +34,28 @@ class TimmHost(nn.Module):
         model: a timm VisionTransformer; blocks and head that are not needed are removed from it.
         name: what to call it.
         feature_layer: counted from the end, -1 or lower.
+        keep_head: leave the classifier on, for logits.
     """
 
-    def __init__(self, model: nn.Module, *, name: str, feature_layer: int) -> None:
+    def __init__(self, model: nn.Module, *, name: str, feature_layer: int, keep_head: bool = False) -> None:
         super().__init__()
         _require_vit(model, name)
         vit: Any = model
         depth = len(vit.blocks)
         if not 1 <= depth + 1 + feature_layer <= depth:
             raise InvalidSpec(f"feature layer {feature_layer} of {name} must lie between -{depth} and -1")
-        vit.prune_intermediate_layers([depth + feature_layer], prune_norm=feature_layer != -1, prune_head=True)
+        if keep_head and feature_layer != -1:
+            raise InvalidSpec(
+                f"logits come after the last layer of {name}, and feature layer {feature_layer} was asked"
+            )
+        vit.prune_intermediate_layers([depth + feature_layer], prune_norm=feature_layer != -1, prune_head=not keep_head)
         self.model = vit
         self.name = name
         self.feature_layer = feature_layer
         self.num_prefix_tokens = int(vit.num_prefix_tokens)
+        self.num_classes = int(vit.num_classes) if keep_head else 0
+        if keep_head and not self.num_classes:
+            raise InvalidSpec(f"{name} has no classifier, so --output logits has nothing to give; use --output tokens")
         self.image_size = int(vit.patch_embed.img_size[0])
         config: Mapping[str, Any] = getattr(vit, "pretrained_cfg", None) or {}
         self.preprocess = Preprocess(
@@ -83,6 +91,7 @@ def load_host(
     state: Mapping[str, Tensor] | None,
     image_size: int,
     feature_layer: int,
+    keep_head: bool = False,
     seed: int,
     say: Callable[[str], None],
 ) -> tuple[TimmHost, WeightsOrigin]:
@@ -94,7 +103,7 @@ def load_host(
         state: tensors to load instead of a file (a checkpoint that holds compressor and host).
         image_size: side in pixels, a multiple of the patch; 0: the model's own. Position tables of a file are
             resized to it.
-        feature_layer: see `TimmHost`.
+        feature_layer, keep_head: see `TimmHost`.
         seed: of random weights.
         say: is told what a user should know of the weights.
 
@@ -107,7 +116,14 @@ def load_host(
     if not timm.is_model(name):
         known = [m for m in timm.list_models() if m.startswith(("vit_", "deit"))]
         raise UnknownName("backbone", name, _nearest(name, known), hint=_MORE)
-    arguments: dict[str, Any] = {"num_classes": 0, **({"img_size": image_size} if image_size else {})}
+    if weights not in ("random", "pretrained") and state is None:
+        state = read_checkpoint(Path(weights), say=say)
+        state = host_part(state) or state
+    arguments: dict[str, Any] = {"img_size": image_size} if image_size else {}
+    if not keep_head:
+        arguments["num_classes"] = 0
+    elif state is not None and "head.weight" in state:
+        arguments["num_classes"] = int(state["head.weight"].shape[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -135,13 +151,9 @@ def load_host(
     elif weights == "random" and state is None:
         origin = WeightsOrigin(kind="random", seed=seed)
     else:
-        path = Path(weights)
-        if state is None:
-            state = read_checkpoint(path, say=say)
-            state = host_part(state) or state
-        _load_state(model, state, name, say)
-        origin = file_origin(path, layout=f"timm {name}")
-    return TimmHost(model, name=name, feature_layer=feature_layer), origin
+        _load_state(model, state or {}, name, say, keep_head=keep_head)
+        origin = file_origin(Path(weights), layout=f"timm {name}")
+    return TimmHost(model, name=name, feature_layer=feature_layer, keep_head=keep_head), origin
 
 
 def _nearest(name: str, known: list[str]) -> list[str]:
@@ -159,7 +171,9 @@ def host_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _load_state(model: Any, state: Mapping[str, Tensor], name: str, say: Callable[[str], None]) -> None:
+def _load_state(
+    model: Any, state: Mapping[str, Tensor], name: str, say: Callable[[str], None], *, keep_head: bool
+) -> None:
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     try:
@@ -169,7 +183,8 @@ def _load_state(model: Any, state: Mapping[str, Tensor], name: str, say: Callabl
             f"weights do not fit backbone {name!r}: {type(error).__name__} {error}; first keys: "
             f"{', '.join(list(state)[:5])}. Give a checkpoint in timm's layout of that model"
         ) from None
-    skipped = load_exactly(model, fitted, layout=f"timm {name}", unread=_CLASSIFIER)
+    unread = () if keep_head else _CLASSIFIER
+    skipped = load_exactly(model, fitted, layout=f"timm {name}", unread=unread)
     if skipped:
         say(f"left unread in the weights of {name}, since tokens do not pass its classifier: {', '.join(skipped)}")
 

@@ -92,6 +92,16 @@ class Compressor(nn.Module):
         return params
 
     @classmethod
+    def default_counts(cls, params: Any, site: Site) -> tuple[int, ...]:
+        """Return the tokens kept where the parameters alone decide them; empty: the recipe's budgets hold."""
+        return ()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What an export should say of this compressor, for example its schedule."""
+        return ()
+
+    @classmethod
     def plain_vit(cls, params: Any) -> dict[str, Any] | None:
         """Return the arguments of the plain ViT that an `encoder` method stands in for, in timm's words."""
         return None

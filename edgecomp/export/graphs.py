@@ -16,7 +16,15 @@ from edgecomp.errors import ExportError
 from edgecomp.export.flops import count_flops, count_ops
 from edgecomp.export.lower import lower
 from edgecomp.export.opcheck import require_allowed
-from edgecomp.export.passes import WeightsFile, name_weights, require_static, share_weights, strip_metadata
+from edgecomp.export.passes import (
+    WeightsFile,
+    add_merge_body,
+    inline_functions,
+    name_weights,
+    require_static,
+    share_weights,
+    strip_metadata,
+)
 from edgecomp.specs import Recipe, load_oplists
 
 __all__ = ["write_graphs"]
@@ -68,9 +76,12 @@ def _write_graph(
     graph = lower(model, inputs=model.input_specs(batch), outputs=model.output_specs(batch), opset=opset)
     strip_metadata(graph, producer_version=__version__)
     require_static(graph)
-    require_allowed(graph, load_oplists(), extra=recipe.extra_ops)
+    add_merge_body(graph)
+    flat = inline_functions(graph)
+    require_static(flat)
+    require_allowed(flat, load_oplists(), extra=recipe.extra_ops)
     name_weights(graph)
-    counts = count_flops(graph), count_ops(graph)
+    counts = count_flops(flat), count_ops(graph)
     share_weights(graph, weights)
     path.write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
     return counts

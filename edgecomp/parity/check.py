@@ -105,6 +105,14 @@ def judge(model: str, case: str, output: str, got: Array, expected: Array, toler
         )
     difference = compare(got, expected)
     failures = []
+    if expected.dtype.kind in "iu":
+        wrong = int((got != expected).sum())
+        if wrong:
+            failures.append(
+                f"{wrong} of {got.size} indices differ, most at {list(difference.worst)}: got {difference.got:.0f}, "
+                f"expected {difference.expected:.0f}"
+            )
+        return OutputParity(model, case, output, difference, tuple(failures))
     if difference.not_finite:
         failures.append(f"{difference.not_finite} of {got.size} values are NaN or Inf")
     if not difference.max_rel <= tolerance.max_rel:

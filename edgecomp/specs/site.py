@@ -21,9 +21,15 @@ class Site(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         image_size: side of the image in pixels; 0 where tokens are handed over.
         tokens_in: tokens handed over, prefix tokens not counted; 0 for `encoder`, which makes its own.
         embed_dim: width of these tokens; 0 for `encoder`.
+        num_prefix_tokens: class, distillation and register tokens in front; only `inside`.
+        depth: blocks of the host; only `inside`.
+        num_classes: of the host's classifier; 0 where it has none, or is not kept.
     """
 
     placement: Placement
     image_size: int = 0
     tokens_in: int = 0
     embed_dim: int = 0
+    num_prefix_tokens: int = 0
+    depth: int = 0
+    num_classes: int = 0

@@ -53,6 +53,8 @@ FOLDERS = {
         rounds_to_fp32="transformers computes Idefics2's RMSNorm and softmax in fp32 whatever the input's type",
     ),
 }
+#: Folders that `test_golden_merging.py` reads, and their methods.
+MERGING = {"tome": "tome", "tome_vit": "tome"}
 #: The original's word for an output -> edgecomp's; whatever else a file holds is an intermediate value.
 OUTPUTS = {"tokens": "tokens", "latents": "tokens", "logits": "logits"}
 
@@ -166,8 +168,8 @@ def test_every_weight_of_the_original_counts(path, read):
 
 def test_every_folder_is_read(note, read):
     """A folder of goldens that no line of `FOLDERS` names would be checked by nothing."""
-    assert sorted(FOLDERS) == sorted(path.name for path in ROOT.iterdir() if path.is_dir())
-    assert sorted(_FILES) == sorted(ROOT.rglob("*.safetensors"))
+    assert sorted({*FOLDERS, *MERGING}) == sorted(path.name for path in ROOT.iterdir() if path.is_dir())
+    assert sorted(_FILES) == sorted(path for name in FOLDERS for path in (ROOT / name).rglob("*.safetensors"))
     cases = sum(len(read(path).outputs) for path in _FILES)
     assert cases >= len(_FILES) > 0
     note(f"golden: {len(_FILES)} files in {len(FOLDERS)} folders, {cases} outputs")
@@ -184,7 +186,7 @@ def test_every_unread_key_is_in_a_golden_file(read):
 def test_every_method_with_an_original_has_goldens(method):
     if load_recipe(method).level == "E4":
         pytest.skip("E4: there is no original that runs")
-    assert method in {folder.method for folder in FOLDERS.values()}
+    assert method in {folder.method for folder in FOLDERS.values()} | set(MERGING.values())
 
 
 # -- reading ------------------------------------------------------------------------------------------------

@@ -48,8 +48,12 @@ def _without_gradient(smoke, make_assembly, outputs_of, make_inputs):
         model = assembly.models[-1]
         inputs = make_inputs(assembly, dtype="float64")["seeded"]
         generator = torch.Generator().manual_seed(1)
-        total = sum((value * torch.randn(value.shape, generator=generator)).sum() for value in model(*inputs))
-        names, parameters = zip(*model.named_parameters(), strict=True)
+        values = [value for value in model(*inputs) if value.is_floating_point() and value.requires_grad]
+        total = sum((value * torch.randn(value.shape, generator=generator)).sum() for value in values)
+        named = dict(model.named_parameters())
+        if not named:
+            continue
+        names, parameters = zip(*named.items(), strict=True)
         for name, gradient in zip(names, torch.autograd.grad(total, parameters, allow_unused=True), strict=True):
             size = 0.0 if gradient is None else float(gradient.abs().max())
             largest[name] = max(size, largest.get(name, 0.0))

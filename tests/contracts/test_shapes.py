@@ -36,7 +36,8 @@ def test_specs_are_static_and_named_apart(smoke, assembled, outputs_of):
 def test_tokens_out_are_the_budget(smoke, assembled):
     for model in assembled(smoke).models:
         tokens = [spec for spec in model.output_specs() if spec.kind == "tokens"]
-        assert [spec.shape[-2] for spec in tokens] == [model.compressor.budget.tokens_out]
+        budget = model.compressor.budget
+        assert [spec.shape[-2] for spec in tokens] == [budget.num_prefix_tokens + budget.tokens_out]
 
 
 def test_parameters_do_not_depend_on_the_budget(smoke, assembled):

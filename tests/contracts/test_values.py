@@ -13,7 +13,7 @@ LIMITS = {"float64": 1e-10, "float32": 1e-5}
 def test_static_equals_the_original(smoke, dtype, assembled, outputs_of, make_inputs):
     for output in outputs_of(smoke):
         assembly = assembled(smoke, output=output, dtype=dtype)
-        assert {parameter.dtype for parameter in assembly.models[0].parameters()} == {getattr(torch, dtype)}
+        assert {parameter.dtype for parameter in assembly.models[0].parameters()} <= {getattr(torch, dtype)}
         for case, inputs in make_inputs(assembly, dtype=dtype).items():
             for model in assembly.models:
                 error = _error(model, inputs)

@@ -1,0 +1,80 @@
+"""Function bodies of merge nodes: gives each model its body, and for tools that know none, strips or inlines it."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from edgecomp.errors import ExportError
+from edgecomp.export.merge_body import merge_body
+
+__all__ = ["add_merge_body", "inline_functions", "merge_nodes", "strip_functions"]
+
+_DOMAIN, _OP, _VERSION = "edgecomp", "TopKMerge", 1
+_ATTRIBUTES = ("r", "num_prefix_tokens", "mode", "partition", "order", "plugin_version", "plugin_namespace")
+_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+
+
+def merge_nodes(model: ir.Model) -> list[ir.Node]:
+    """Return the merge nodes of a graph.
+
+    Raises:
+        ExportError: one of them lacks an attribute that TensorRT needs to find the plugin, or the body to compute.
+    """
+    nodes = [node for node in model.graph if node.domain == _DOMAIN and node.op_type == _OP]
+    for node in nodes:
+        missing = [name for name in _ATTRIBUTES if name not in node.attributes]
+        if missing:
+            raise ExportError(
+                f"merge node {node.name!r} has no attribute {', '.join(missing)}; without it TensorRT would leave the "
+                "plugin out in silence. Export the model again, or mend the tool that changed the graph"
+            )
+    return nodes
+
+
+def add_merge_body(model: ir.Model) -> None:
+    """Add the function that all merge nodes of a model share; nothing where there is none.
+
+    Raises:
+        ExportError: the nodes differ in mode, partition, order or type, which one function cannot serve.
+    """
+    nodes = merge_nodes(model)
+    if not nodes:
+        return
+    kinds = {
+        (*(node.attributes[name].as_string() for name in ("mode", "partition", "order")), str(node.inputs[1].dtype))  # type: ignore[union-attr]
+        for node in nodes
+    }
+    if len(kinds) > 1:
+        listed = "; ".join(sorted(" ".join(kind) for kind in kinds))
+        raise ExportError(f"merge nodes of one graph share mode, partition, order and type; here they are {listed}")
+    ((mode, partition, order, dtype),) = kinds
+    body = merge_body(
+        mode=mode,
+        partition=partition,
+        order=order,
+        largest_r=max(node.attributes["r"].as_int() for node in nodes),
+        dtype=_DTYPES[dtype],  # type: ignore[arg-type]
+        opset=model.opset_imports[""],
+    )
+    model.functions[body.identifier()] = body
+    model.opset_imports[_DOMAIN] = _VERSION
+
+
+def inline_functions(model: ir.Model) -> ir.Model:
+    """Return a copy without functions, all shapes inferred, for tools that know none; the same model if it has none."""
+    if not model.functions:
+        return model
+    from onnxscript import optimizer
+
+    flat = model.clone()
+    InlinePass()(flat)
+    optimizer.optimize(flat, num_iterations=2, onnx_shape_inference=True)
+    return flat
+
+
+def strip_functions(model: ir.Model) -> ir.Model:
+    """Return a copy without function bodies, for TensorRT 10.3: it wants the plugin, and would inline a body."""
+    bare = model.clone()
+    bare.functions.clear()
+    return bare
