@@ -35,6 +35,7 @@ def merge_body(
     partition: str,
     order: str,
     largest_r: int,
+    with_map: bool = True,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     opset: int,
 ) -> ir.Function:
@@ -43,6 +44,7 @@ def merge_body(
     Args:
         mode, partition, order: the nodes' attributes.
         largest_r: of all nodes; it decides whether groups are summed at once or in chunks.
+        with_map: give `src_map` too. ONNX Runtime computes what a function holds, whether it is read or not.
         dtype: of metric and x; similarity, sums and divisions are computed in float32 whatever it is.
         opset: of the model.
     """
@@ -53,7 +55,7 @@ def merge_body(
     pairs = body.pair_by_score(order) if partition == "by_score" else body.pair_alternate(order)
     join = body.join_in_chunks if largest_r > _AT_ONCE else body.join_at_once
     y, sizes = join(pairs, mode)
-    outputs = {"y": y, "merged_size": sizes, "src_map": body.source_map(pairs)}
+    outputs = {"y": y, "merged_size": sizes} | ({"src_map": body.source_map(pairs)} if with_map else {})
     for name, value in outputs.items():
         value.name = name
     for node in op.tape.nodes:

@@ -49,11 +49,16 @@ def add_merge_body(model: ir.Model) -> None:
         listed = "; ".join(sorted(" ".join(kind) for kind in kinds))
         raise ExportError(f"merge nodes of one graph share mode, partition, order and type; here they are {listed}")
     ((mode, partition, order, dtype),) = kinds
+    with_map = any(node.outputs[2].uses() or node.outputs[2].is_graph_output() for node in nodes)
+    if not with_map:
+        for node in nodes:
+            node.resize_outputs(2)
     body = merge_body(
         mode=mode,
         partition=partition,
         order=order,
         largest_r=max(node.attributes["r"].as_int() for node in nodes),
+        with_map=with_map,
         dtype=_DTYPES[dtype],  # type: ignore[arg-type]
         opset=model.opset_imports[""],
     )
