@@ -105,7 +105,8 @@ def pair_tokens(
         similarity = take(unit, sources) @ take(unit, targets).transpose(1, 2)  # (B, r, r)
         match = similarity.argmax(-1)
     else:
-        even, odd = candidates[candidates % 2 == 0], candidates[candidates % 2 == 1]
+        is_odd = num_prefix_tokens % 2
+        even, odd = candidates[is_odd::2], candidates[1 - is_odd :: 2]
         similarity = unit[:, even] @ unit[:, odd].transpose(1, 2)  # (B, ceil, floor)
         best, nearest = similarity.max(-1).values, similarity.argmax(-1)
         ranked = top_k(best, len(even))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgecomp.compressors._merging import BlockState, Merged, MergeParams, OriginalMerger, TokenMerger
-from edgecomp.compressors._tokens import top_k_merge
+from edgecomp.compressors._tokens import top_k, top_k_merge
 
 __all__ = ["ToMe"]
 
@@ -70,7 +70,7 @@ def bipartite_soft_matching(keys: Tensor, tokens: Tensor, size: Tensor, r: int, 
     scores[:, :even_prefix] = -torch.inf  # prefix tokens do not merge,
     scores[:, :, :odd_prefix] = -torch.inf  # and nothing merges into them
     best, nearest = scores.max(dim=-1)
-    ranking = best.argsort(dim=-1, descending=True, stable=True)
+    ranking = top_k(best, best.shape[1])
     sources, unmerged = ranking[:, :r], ranking[:, r:]
     if ascending:
         unmerged = unmerged.sort(dim=-1).values
