@@ -1,8 +1,8 @@
 // Enough of CUDA to run the kernels of this repository on a CPU, for tests where there is no GPU.
 //
-// A thread of a block is a fibre; blocks run one after the other. Within a block the fibres run in a shuffled order up
-// to their next barrier, so that a missing barrier changes the result. Shared memory behind what a launch asked for
-// is off limits under AddressSanitizer.
+// A thread of a block is a fibre; blocks run one after the other. Within a block one warp after the other, in shuffled
+// order, runs as far as it can before the next may start, so that a missing barrier changes the result. Shared memory
+// behind what a launch asked for is off limits under AddressSanitizer.
 #ifndef CUDA_ON_HOST_CUDA_RUNTIME_H
 #define CUDA_ON_HOST_CUDA_RUNTIME_H
 
@@ -66,6 +66,7 @@ struct Block {
     std::vector<ucontext_t> fibres;
     std::vector<std::unique_ptr<char[]>> stacks;
     std::vector<char> done;
+    std::vector<char> waits;  // at a barrier of the block, at which a warp alone gets no further
     ucontext_t scheduler;
     int current = 0;
     Barrier all;
@@ -90,7 +91,12 @@ inline void wait(Barrier& barrier, int count) {
         ++barrier.generation;
         return;
     }
-    while (barrier.generation == generation) yield();
+    const int mine = block.current;
+    while (barrier.generation == generation) {
+        block.waits[mine] = &barrier == &block.all;
+        yield();
+    }
+    block.waits[mine] = 0;
 }
 
 inline void enter() {
@@ -117,19 +123,24 @@ inline void run_block(int threads, const std::function<void()>& body) {
     block.warps.assign((threads + 31) / 32, {});
     block.slots.assign(threads, 0);
     block.body = &body;
-    std::vector<int> alive(threads);
-    for (int i = 0; i < threads; ++i) {
-        alive[i] = i;
-        prepare(i, kStack);
-    }
-    std::shuffle(alive.begin(), alive.end(), order);
-    while (!alive.empty()) {
-        for (const int i : alive) {
-            block.current = i;
-            threadIdx = dim3(i, 0, 0);
-            swapcontext(&block.scheduler, &block.fibres[i]);
+    block.waits.assign(threads, 0);
+    std::vector<int> warps(threads / 32);
+    for (int i = 0; i < threads; ++i) prepare(i, kStack);
+    for (size_t i = 0; i < warps.size(); ++i) warps[i] = static_cast<int>(i);
+    std::shuffle(warps.begin(), warps.end(), order);
+    while (std::find(block.done.begin(), block.done.end(), 0) != block.done.end()) {
+        for (const int warp : warps) {
+            for (bool moves = true; moves;) {
+                moves = false;
+                for (int i = warp * 32; i < warp * 32 + 32; ++i) {
+                    if (block.done[i]) continue;
+                    block.current = i;
+                    threadIdx = dim3(i, 0, 0);
+                    swapcontext(&block.scheduler, &block.fibres[i]);
+                    moves = moves || (!block.done[i] && !block.waits[i]);
+                }
+            }
         }
-        alive.erase(std::remove_if(alive.begin(), alive.end(), [](int i) { return block.done[i]; }), alive.end());
     }
 }
 
