@@ -322,6 +322,27 @@ def test_kernel_repeats_its_bits_and_splits_as_the_batch_does(kernel: ctypes.CDL
         assert all(torch.equal(a[sample : sample + 1], b) for a, b in zip(first, alone, strict=True))
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_missing_barrier_shows(number: int, tmp_path: Path) -> None:
+    """The CPU stands in for a GPU only if it notices: without one barrier of the matching, the result is another."""
+    source = (FOLDER / "kernel.cu").read_text(encoding="utf-8")
+    start = source.index("void match_tile(")
+    parts = source[start:].split("__syncthreads();")
+    assert len(parts) == 5, "the number of barriers in match_tile has changed; so does this test"
+    mutant = source[:start] + "__syncthreads();".join(parts[: number + 1]) + "".join(parts[number + 1 : number + 2])
+    mutant += "".join(f"__syncthreads();{part}" for part in parts[number + 2 :])
+    (tmp_path / "kernel.cu").write_text(mutant, encoding="utf-8")
+    for name in ("index.h", "kernel.h"):
+        shutil.copyfile(FOLDER / name, tmp_path / name)
+    shutil.copyfile(NATIVE / "kernel_on_host.cpp", tmp_path / "kernel_on_host.cpp")
+    words = ["-O1", "-fno-strict-aliasing", f"-I{NATIVE / 'cuda_on_host'}", tmp_path / "kernel_on_host.cpp"]
+    library = compile_on_host(tmp_path / "mutant.so", *words)
+    case = Case(197, 16, prefix=1, metric_width=96, dtype="float16")
+    inputs = inputs_of(case, 1, discrete=True)
+    with pytest.raises(AssertionError):
+        assert_follows(case, inputs, call_kernel(library, case, inputs))
+
+
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), 0.0, 3e38])
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_hostile_metric_keeps_every_index_in_range(odd: float, partition: str, kernel: ctypes.CDLL) -> None:
@@ -410,3 +431,59 @@ def test_small_workspace_and_missing_scores_are_refused(kernel: ctypes.CDLL) -> 
             None, ctypes.byref(params), space, space, space, None, space, space, space, space, ctypes.c_size_t(16)
         )
         assert message in kernel.edgecomp_topk_merge_error(code).decode()
+
+
+# -- on a GPU -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The kernel alone, without TensorRT, compiled for the GPU that is here."""
+    from edgecomp.engines import local_gpu_sm
+
+    program = shutil.which("nvcc")
+    if program is None:
+        pytest.skip("there is no nvcc on PATH")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
+    sm, out = local_gpu_sm(), tmp_path_factory.mktemp("gpu") / "kernel.so"
+    words = ["-shared", "-std=c++17", "-O3", f"-gencode=arch=compute_{sm},code=sm_{sm}", "-Xcompiler=-fPIC"]
+    subprocess.run([program, *words, FOLDER / "kernel.cu", "-o", out], check=True, timeout=600)
+    return ctypes.CDLL(str(out))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_follows_the_definition(dtype: str, on_gpu: ctypes.CDLL) -> None:
+    """Small random cases, as on the CPU."""
+    chance = random.Random(7)
+    for seed in range(200):
+        sizes = {"batch": chance.choice([1, 3]), "metric_width": chance.choice([4, 16, 64, 100])}
+        case = any_case(chance, dtype=dtype, width=chance.choice([1, 3, 8, 24, 40]), **sizes)
+        inputs = inputs_of(case, seed, discrete=True)
+        assert_follows(case, inputs, call_kernel(on_gpu, case, inputs, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("partition", PARTITIONS)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tokens": 197, "r": 16, "prefix": 1, "batch": 64, "metric_width": 64, "width": 768},
+        {"tokens": 577, "r": 288, "prefix": 1, "batch": 2, "metric_width": 64, "width": 1024},
+        {"tokens": 4096, "r": 2048, "batch": 1, "metric_width": 64, "width": 64, "order": "rank"},
+        {"tokens": 16, "r": 4, "batch": 1024, "metric_width": 4096, "width": 4096},
+    ],
+    ids=lambda sizes: f"b{sizes['batch']}-n{sizes['tokens']}-d{sizes['width']}",
+)
+def test_gpu_at_size(sizes: dict[str, Any], partition: str, dtype: str, on_gpu: ctypes.CDLL) -> None:
+    """The sizes of encoders, and the limits; twice, with the same bits."""
+    for mode in MODES:
+        case = Case(**sizes, mode=mode, partition=partition, dtype=dtype)
+        inputs = inputs_of(case, 1, discrete=True)
+        first = call_kernel(on_gpu, case, inputs, device="cuda")
+        again = call_kernel(on_gpu, case, inputs, device="cuda")
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        few = dataclasses.replace(case, batch=1)
+        assert_follows(few, tuple(t[:1] for t in inputs), tuple(t[:1] for t in first))

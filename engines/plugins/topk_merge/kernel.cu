@@ -447,6 +447,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp, 4)
         float sums[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) sums[j] = own_weight * to_float(pack.values[j]);
+#pragma unroll 2
         for (int32_t k = from; k < to; ++k) {
             const int32_t token = groups.merged[k];
             const float weight = weighted ? size[first_token + token] : 1.0f;
