@@ -212,14 +212,15 @@ def why_unfit(library: PluginLibrary, plugin: Plugin, sm: int, flavour: Flavour)
     if sm not in found.sm:
         names = ", ".join(f"SM{number}" for number in found.sm)
         return f"it was compiled for {names}, and SM{sm} is needed: {again}"
-    runtime_major = int(flavour.version.partition(".")[0])
-    fits = found.tensorrt_major == runtime_major
+    wanted, title = int(flavour.version.partition(".")[0]), "TensorRT"
+    fits = found.tensorrt_major == wanted
     if flavour.name == "rtx":
-        fits = found.tensorrt_major >= _OLDEST_RTX_HEADERS
+        wanted, title = _OLDEST_RTX_HEADERS, "TensorRT for RTX"
+        fits = found.tensorrt_major >= wanted
     if not fits:
         return (
-            f"it was compiled with the headers of TensorRT {found.tensorrt}, and {flavour.version} is here: "
-            f"{again} --tensorrt-include DIR, the headers of TensorRT {runtime_major}"
+            f"it was compiled with the headers of TensorRT {found.tensorrt}, and {title} {flavour.version} is here: "
+            f"{again} --tensorrt-include DIR, with the headers of TensorRT {wanted}"
         )
     if found.sources_sha256 != plugin.source_digest():
         return f"it was compiled from other sources than those of this edgecomp: {again}"
