@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import re
@@ -22,9 +23,11 @@ from edgecomp.engines import (
     build_engine,
     build_library,
     cached_libraries,
+    choose_flavour,
     find_plugin_nodes,
     installed_flavours,
     load_flavour,
+    local_gpu_sm,
     plugins,
     read_library,
     read_record,
@@ -33,7 +36,7 @@ from edgecomp.engines._onnx import custom_nodes, without_functions
 from edgecomp.engines.network import collecting_logger, parse_onnx
 from edgecomp.engines.plugin_use import graph_for_plugins
 from edgecomp.engines.plugins import find_headers, find_nvcc, loaded_library, why_unfit
-from edgecomp.errors import BuildError, InvalidSpec, PluginMissing, UnknownName
+from edgecomp.errors import BuildError, InvalidSpec, MissingDependency, PluginMissing, TargetMismatch, UnknownName
 from edgecomp.specs import Plugin, Target, load_plugin, load_target, plugin_names
 from edgecomp.specs.origin import file_sha256
 
@@ -731,6 +734,89 @@ def test_build_of_a_bundle(cli: Cli, bundle: Path, filled: PluginLibrary) -> Non
     said = cli("build", bundle, "--target", "rtx-4090")
     assert said.code == 0
     assert "plugin" not in said.out
+
+
+@rtx
+def test_build_of_a_bundle_in_which_one_bucket_merges(
+    cli: Cli, bundle: Path, filled: PluginLibrary, edit_manifest: Callable[..., None]
+) -> None:
+    """`require` is about the graphs that merge; the text says what ran each node, and what to load before the plan."""
+    onnx = write_merge(bundle / "model.m9.b1.onnx")
+
+    def reseal(raw: dict[str, Any]) -> None:
+        (entry,) = (one for one in raw["files"] if one["name"] == onnx.name)
+        entry |= {"sha256": file_sha256(onnx), "size": onnx.stat().st_size}
+
+    edit_manifest(bundle, reseal)
+    target = sm_target(SM).name
+    said = cli("build", bundle, "--target", target, "--plugin", "require")
+    assert said.code == 0, said.err
+    folder = bundle / "engines" / target
+    names = {path.name for path in folder.iterdir()}
+    library = f"libedgecomp_topk_merge.{filled.sha256[:12]}.so"
+    assert {"model.m4.b1.rtx.engine", "model.m9.b1.rtx.plugin.engine", "model.m9.b1.rtx.plugin.json", library} <= names
+    assert f"model.m9.b1.rtx.plugin.engine: 1 edgecomp::TopKMerge node by the plugin {filled.path}" in said.out
+    assert f"{folder / library} (sha256 {filled.sha256[:12]}) has to be loaded before the plan" in said.out
+    document = json.loads(cli("build", bundle, "--target", target, "--json").out)
+    merging = [engine for engine in document["engines"] if engine["record"]["merges"]]
+    assert [engine["record"]["plugins"][0]["library"] for engine in merging] == [library]
+    assert all(engine["reused"] for engine in document["engines"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["FLOAT", "FLOAT16", "BFLOAT16"])
+@pytest.mark.parametrize("by_score", [False, True])
+def test_engine_gives_the_bits_of_the_kernel(dtype: str, by_score: bool, tmp_path: Path) -> None:
+    """Inside an engine as through the C interface; `test_plugin_index` holds the latter against the definition."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
+    sm = local_gpu_sm()
+    assert sm is not None
+    targets = [target for row in api.list_targets() if (target := load_target(row.name)).sm == sm and target.runtimes]
+    if not targets:
+        pytest.skip(f"no shipped target has SM{sm}")
+    try:
+        runtime = choose_flavour(targets[0])
+    except (TargetMismatch, MissingDependency) as error:
+        pytest.skip(f"no TensorRT builds for this GPU: {error}")
+    onnx = write_merge(tmp_path / "model.onnx", dtype=dtype, by_score=by_score, tokens=197, r=16, width=192)
+    precision = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}[dtype]
+    built = make(onnx, tmp_path / "out", target=targets[0], runtime=runtime, precision=precision, plugin="require")
+
+    flavour = load_flavour(runtime)
+    trt, logger = flavour.module, collecting_logger(flavour)
+    library = built.path.parent / built.record.plugins[0].library
+    engine_runtime = trt.Runtime(logger)
+    handle = engine_runtime.get_plugin_registry().load_library(str(library))
+    assert handle is not None
+    engine = engine_runtime.deserialize_cuda_engine(built.path.read_bytes())
+    context = engine.create_execution_context()
+    kinds = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int32")}
+    tensors = {}
+    for tensor in (*built.record.inputs, *built.record.outputs):
+        value = torch.randn(tensor.shape, device="cuda").abs() + 0.1
+        tensors[tensor.name] = value.to(kinds[tensor.dtype])
+        context.set_tensor_address(tensor.name, tensors[tensor.name].data_ptr())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    assert context.execute_async_v3(stream.cuda_stream)
+    torch.cuda.synchronize()
+
+    kernel = ctypes.CDLL(str(library))
+    kernel.edgecomp_topk_merge_workspace.restype = ctypes.c_size_t
+    kinds_of_kernel = ("FLOAT", "FLOAT16", "BFLOAT16")
+    params = (ctypes.c_int32 * 10)(2, 197, 4, 192, 16, 1, 0, int(by_score), 0, kinds_of_kernel.index(dtype))
+    needed = kernel.edgecomp_topk_merge_workspace(ctypes.byref(params))
+    space = torch.empty(needed, dtype=torch.uint8, device="cuda")
+    again = {name: torch.zeros_like(tensors[name]) for name in ("y0", "z0", "i0")}
+    given = [tensors.get(name) for name in ("m0", "x0", "s0", "c0")] + list(again.values()) + [space]
+    pointers = [ctypes.c_void_p(value.data_ptr() if value is not None else None) for value in given]
+    code = kernel.edgecomp_topk_merge(None, ctypes.byref(params), *pointers, ctypes.c_size_t(needed))
+    torch.cuda.synchronize()
+    assert code == 0
+    for name, value in again.items():
+        assert torch.equal(tensors[name], value), name
 
 
 @pytest.mark.slow
