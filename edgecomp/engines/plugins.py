@@ -101,7 +101,7 @@ class Headers(msgspec.Struct, frozen=True):
 
 def find_nvcc(named: Path | None = None) -> tuple[Path, str]:
     """Return the compiler, and its release."""
-    program = str(named) if named is not None else shutil.which("nvcc") or _USUAL_NVCC
+    program = shutil.which(named or "nvcc") or str(named or _USUAL_NVCC)
     if not Path(program).is_file():
         where = f"{program} is not there" if named is not None else f"there is no nvcc on PATH, nor {_USUAL_NVCC}"
         raise PluginMissing(

@@ -757,6 +757,9 @@ def test_build_of_a_bundle_in_which_one_bucket_merges(
     assert {"model.m4.b1.rtx.engine", "model.m9.b1.rtx.plugin.engine", "model.m9.b1.rtx.plugin.json", library} <= names
     assert f"model.m9.b1.rtx.plugin.engine: 1 edgecomp::TopKMerge node by the plugin {filled.path}" in said.out
     assert f"{folder / library} (sha256 {filled.sha256[:12]}) has to be loaded before the plan" in said.out
+    shown = cli("inspect", folder / "model.m9.b1.rtx.plugin.engine").out
+    assert f"plugin     topk_merge 1 for edgecomp::TopKMerge: load {library} beside it first" in shown
+    assert "merge      /blocks.0/merge by the plugin" in shown
     document = json.loads(cli("build", bundle, "--target", target, "--json").out)
     merging = [engine for engine in document["engines"] if engine["record"]["merges"]]
     assert [engine["record"]["plugins"][0]["library"] for engine in merging] == [library]
