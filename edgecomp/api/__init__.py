@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgecomp.api._inspect import inspect
     from edgecomp.api._listing import list_backbones, list_methods, list_targets
     from edgecomp.api._parity import parity
+    from edgecomp.api._plugin import plugin_build, plugin_check, plugin_list
     from edgecomp.api._profile import profile
     from edgecomp.api._run import run
 
@@ -31,6 +32,9 @@ __all__ = [
     "list_methods",
     "list_targets",
     "parity",
+    "plugin_build",
+    "plugin_check",
+    "plugin_list",
     "profile",
     "run",
 ]
@@ -39,5 +43,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'edgecomp.api' has no attribute {name!r}")
-    module = "_listing" if name.startswith("list_") else f"_{name}"
+    verb = name.partition("_")[0]
+    module = "_listing" if verb == "list" else f"_{verb}"
     return getattr(importlib.import_module(f"edgecomp.api.{module}"), name)

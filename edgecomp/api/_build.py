@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import WEIGHTS, open_bundle
-from edgecomp.engines import build_engine, local_gpu_sm
+from edgecomp.engines import build_engine, find_plugin_nodes, local_gpu_sm
 from edgecomp.errors import BundleError, EdgecompError, InvalidSpec, TargetMismatch
 from edgecomp.report.build import BuildReport, EngineFile
 from edgecomp.specs import Target, load_target, target_names
@@ -25,6 +25,7 @@ def build(
     budget: str | int | None = None,
     batch: int | None = None,
     workspace_mib: int = 0,
+    plugin: str = "auto",
     force: bool = False,
     progress: Progress = silent,
 ) -> BuildReport:
@@ -36,6 +37,9 @@ def build(
         runtime: `tensorrt`, `rtx` (TensorRT for RTX), or `auto`: full TensorRT where it is installed and fits.
         budget, batch: only these buckets; None: all, and the plain model.
         workspace_mib: the most scratch memory of a layer; 0: the builder's own limit.
+        plugin: `auto` takes a compiled library that fits the target, and else the function bodies of the graph;
+            `require` compiles one where nvcc and headers are there, and fails otherwise; `off` takes none; a path
+            that ends in `.so` takes that library.
         force: build even when nothing changed.
         progress: takes one line for each step.
 
@@ -43,6 +47,7 @@ def build(
         BundleError: the bundle is not whole. UnknownName: no such target.
         TargetMismatch: what is installed cannot build for this target; the text says which machine can.
         BuildError: the parser or the builder refuses a graph, naming the node.
+        PluginMissing: a plugin was asked for, and there is none that fits; the text says what is missing.
     """
     if not 0 <= workspace_mib <= 1 << 20:
         raise InvalidSpec(f"workspace {workspace_mib} MiB is not between 0 (the builder's own limit) and {1 << 20}")
@@ -56,8 +61,11 @@ def build(
     folder = opened.path / "engines" / chosen.name
     if opened.path.resolve() not in folder.resolve().parents:
         raise BundleError(f"bundle {opened.path}: {folder} is a link that leaves the bundle; remove it")
+    merging = [model for model in models if find_plugin_nodes(opened.path / model)]
     built = []
     for model in models:
+        # Where one bucket merges, `require` is about that one: the plain model never does.
+        wanted = plugin if model in merging or not merging else "off"
         engine = build_engine(
             opened.path / model,
             folder,
@@ -67,10 +75,11 @@ def build(
             onnx_sha256=opened.file(model).sha256,
             weights_sha256=opened.file(WEIGHTS).sha256,
             workspace_mib=workspace_mib,
+            plugin=wanted,
             force=force,
             progress=progress,
         )
-        built.append(EngineFile(engine.path, engine.record, engine.reused))
+        built.append(EngineFile(engine.path, engine.record, engine.reused, engine.plugins))
     record = built[0].record
     return BuildReport(str(bundle), chosen.name, chosen.sm, record.runtime, record.runtime_version, tuple(built))
 

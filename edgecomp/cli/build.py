@@ -19,6 +19,9 @@ def command(
     budget: Annotated[str | None, typer.Option(help="Only the bucket that keeps so many tokens.")] = None,
     batch: Annotated[int | None, typer.Option(help="Only this batch size.")] = None,
     workspace: Annotated[int, typer.Option(help="Most scratch memory of a layer, in MiB; 0: the builder's limit.")] = 0,
+    plugin: Annotated[
+        str, typer.Option(help="Merge nodes in the plugin: `auto` (if compiled), `require`, `off`, or a library.so.")
+    ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Build even when nothing changed.")] = False,
     json: JSON = False,
 ) -> None:
@@ -31,6 +34,7 @@ def command(
             budget=budget,
             batch=batch,
             workspace_mib=workspace,
+            plugin=plugin,
             force=force,
             progress=say,
         )

@@ -23,6 +23,17 @@ from edgecomp.engines.network import (
     require_precision,
     require_static,
 )
+from edgecomp.engines.plugin_use import (
+    PluginChoice,
+    SizeAboveLimit,
+    choose_libraries,
+    copy_library,
+    find_plugin_nodes,
+    graph_for_plugins,
+    loaded_plugins,
+    require_plugin_layers,
+    without_libraries,
+)
 from edgecomp.engines.record import EngineRecord, read_record, sidecar_path
 from edgecomp.errors import BuildError, TargetMismatch
 from edgecomp.specs.origin import file_sha256
@@ -36,11 +47,19 @@ _TURING = 75
 
 @dataclasses.dataclass(frozen=True)
 class BuiltEngine:
-    """An engine on disk; `reused` tells that it was there already and nothing was built."""
+    """An engine on disk.
+
+    Attributes:
+        path: the plan.
+        record: what is known about it.
+        reused: it was there already, and nothing was built.
+        plugins: one line for each op that a plugin could run: what runs it, and why.
+    """
 
     path: Path
     record: EngineRecord
     reused: bool
+    plugins: tuple[str, ...] = ()
 
 
 def build_engine(
@@ -53,13 +72,15 @@ def build_engine(
     onnx_sha256: str,
     weights_sha256: str = "",
     workspace_mib: int = 0,
+    plugin: str = "auto",
     force: bool = False,
     progress: Callable[[str], None],
 ) -> BuiltEngine:
     """Build `<out_dir>/<stem of onnx>.<runtime>.engine`, a raw plan, and its record beside it.
 
-    An engine that is there is kept when its record names the same inputs and its hash is the recorded one. The
-    files appear at once and whole, also when the build is interrupted.
+    Where a plugin runs nodes of the graph, the plan is named `.<runtime>.plugin.engine`, so that both kinds stay, and
+    the library is copied beside it. An engine that is there is kept when its record names the same inputs and its
+    hash is the recorded one. The files appear at once and whole, also when the build is interrupted.
 
     Args:
         onnx: the graph; its external data lies in the same folder.
@@ -70,6 +91,8 @@ def build_engine(
         onnx_sha256: hash of the graph, from the bundle's manifest.
         weights_sha256: hash of the external data, or "" where there is none.
         workspace_mib: the most scratch memory for a layer; 0 leaves the builder's own limit.
+        plugin: "auto" takes a library that is compiled for the target, "require" compiles one or fails, "off" takes
+            none; a path that ends in `.so` takes that library.
         force: build even when nothing changed.
         progress: receives a line for each step.
     """
@@ -77,7 +100,8 @@ def build_engine(
         raise BuildError(f"workspace_mib={workspace_mib} is negative; give MiB, or 0 for the builder's own limit")
     flavour = load_flavour(choose_flavour(target, runtime))
     _require_target_runs(precision, target, flavour.name)
-    engine = out_dir / f"{onnx.stem}.{flavour.name}.engine"
+    found = find_plugin_nodes(onnx)
+    choices = choose_libraries(onnx, found, plugin, sm=target.sm, flavour=flavour, progress=progress)
     inputs = {
         "model": onnx.name,
         "onnx_sha256": onnx_sha256,
@@ -89,18 +113,51 @@ def build_engine(
         "precision": precision,
         "workspace_mib": workspace_mib,
     }
+    try:
+        return _build_or_keep(flavour, onnx, out_dir, inputs, choices, force=force, progress=progress)
+    except SizeAboveLimit as error:
+        if plugin != "auto":
+            raise
+        choices = without_libraries(choices, str(error))
+        progress(choices[0].line)
+        return _build_or_keep(flavour, onnx, out_dir, inputs, choices, force=force, progress=progress)
+
+
+def _build_or_keep(
+    flavour: Flavour,
+    onnx: Path,
+    out_dir: Path,
+    inputs: dict[str, Any],
+    choices: tuple[PluginChoice, ...],
+    *,
+    force: bool,
+    progress: Callable[[str], None],
+) -> BuiltEngine:
+    """Build one engine with these libraries, unless it is there."""
+    plugins = tuple(one for choice in choices if (one := choice.record()) is not None)
+    kind = f"{flavour.name}.plugin" if plugins else flavour.name
+    engine = out_dir / f"{onnx.stem}.{kind}.engine"
+    inputs = {**inputs, "plugins": plugins}
+    lines = tuple(choice.line for choice in choices)
     reason = "a rebuild was asked for" if force else _why_rebuild(engine, inputs)
     if not reason:
+        for choice in choices:
+            copy_library(choice, out_dir)
         progress(f"{engine.name}: kept, nothing changed since it was built")
-        return BuiltEngine(engine, read_record(engine), reused=True)
-    progress(f"{engine.name}: building with {flavour.name} {flavour.version} for SM{target.sm} ({reason})")
-    plan, measured = _build_plan(flavour, onnx, sms=(target.sm,), precision=precision, workspace_mib=workspace_mib)
+        return BuiltEngine(engine, read_record(engine), reused=True, plugins=lines)
+    sm = inputs["sm"]
+    progress(f"{engine.name}: building with {flavour.name} {flavour.version} for SM{sm[0]} ({reason})")
+    plan, measured = _build_plan(
+        flavour, onnx, sms=sm, precision=inputs["precision"], workspace_mib=inputs["workspace_mib"], choices=choices
+    )
     fields = {"schema": 1, **inputs, **measured, "edgecomp_version": __version__}
     record = msgspec.convert(fields, EngineRecord)
+    for choice in choices:
+        copy_library(choice, out_dir)
     _write_pair(engine, plan, record)
     warned = f", {len(record.warnings)} warnings" if record.warnings else ""
     progress(f"{engine.name}: {record.size_bytes} bytes in {record.seconds:.1f} s{warned}")
-    return BuiltEngine(engine, record, reused=False)
+    return BuiltEngine(engine, record, reused=False, plugins=lines)
 
 
 def _require_target_runs(precision: str, target: Target, runtime: str) -> None:
@@ -134,7 +191,13 @@ def _why_rebuild(engine: Path, inputs: dict[str, object]) -> str:
 
 
 def _build_plan(
-    flavour: Flavour, onnx: Path, *, sms: tuple[int, ...], precision: str, workspace_mib: int
+    flavour: Flavour,
+    onnx: Path,
+    *,
+    sms: tuple[int, ...],
+    precision: str,
+    workspace_mib: int,
+    choices: tuple[PluginChoice, ...],
 ) -> tuple[memoryview, dict[str, object]]:
     """Return the plan, and the fields of its record that are known only after building."""
     if not onnx.is_file():
@@ -142,25 +205,31 @@ def _build_plan(
     start = time.monotonic()
     logger = collecting_logger(flavour)
     builder = flavour.module.Builder(logger)
-    network = create_network(flavour, builder)
-    parser = parse_onnx(flavour, network, logger, onnx)
-    require_static(network, onnx)
-    require_precision(flavour, network, onnx, precision)
-    config = create_config(flavour, builder, sms=sms, precision=precision, workspace_mib=workspace_mib)
-    serialized = builder.build_serialized_network(network, config)
-    del parser  # it owns the weights until here
+    with loaded_plugins(builder, choices):
+        network = create_network(flavour, builder)
+        parser = parse_onnx(flavour, network, logger, onnx, content=graph_for_plugins(flavour, onnx, choices))
+        require_static(network, onnx)
+        require_precision(flavour, network, onnx, precision)
+        merges = require_plugin_layers(flavour, network, onnx, choices)
+        config = create_config(flavour, builder, sms=sms, precision=precision, workspace_mib=workspace_mib)
+        serialized = builder.build_serialized_network(network, config)
+        known = {
+            "num_layers": network.num_layers,
+            "merges": merges,
+            "inputs": network_inputs(network),
+            "outputs": network_outputs(network),
+        }
+        del parser, network  # the parser owns the weights until here, and plugin layers go before their library
     if serialized is None:
         errors = "; ".join(logger.errors[-_ERRORS_SHOWN:]) or "the builder gives no reason"
         raise BuildError(f"{onnx.name} does not build with {flavour.name} {flavour.version}: {errors}")
     plan = memoryview(serialized).cast("B")
     return plan, {
         "seconds": round(time.monotonic() - start, 3),
-        "num_layers": network.num_layers,
         "size_bytes": plan.nbytes,
         "sha256": hashlib.sha256(plan).hexdigest(),
         "warnings": tuple(logger.warnings),
-        "inputs": network_inputs(network),
-        "outputs": network_outputs(network),
+        **known,
     }
 
 

@@ -72,14 +72,22 @@ def collecting_logger(flavour: Flavour) -> Any:
     return CollectingLogger()
 
 
-def parse_onnx(flavour: Flavour, network: Any, logger: Any, onnx: Path) -> Any:
+def parse_onnx(flavour: Flavour, network: Any, logger: Any, onnx: Path, *, content: bytes | None = None) -> Any:
     """Parse a file into an empty network and return the parser.
 
     Keep the parser until the engine is built, because it owns the memory of the weights. It reads from the file,
     since external data is looked for beside it, and it serves only once.
+
+    Args:
+        flavour: the TensorRT that builds.
+        network: an empty network.
+        logger: collects what the parser says.
+        onnx: the file.
+        content: what to parse in its place; external data still lies beside the file.
     """
     parser = flavour.module.OnnxParser(network, logger)
-    if parser.parse_from_file(str(onnx)) and not parser.num_errors:
+    parsed = parser.parse_from_file(str(onnx)) if content is None else parser.parse(content, str(onnx))
+    if parsed and not parser.num_errors:
         return parser
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     at_nodes = [_node_error(error) for error in errors if error.node_operator()]

@@ -12,7 +12,7 @@ import msgspec
 
 from edgecomp.errors import BuildError
 
-__all__ = ["EngineRecord", "EngineTensor", "read_record", "sidecar_path"]
+__all__ = ["EngineMerge", "EnginePlugin", "EngineRecord", "EngineTensor", "read_record", "sidecar_path"]
 
 _SCHEMA = 1
 _LARGEST_SIDECAR = 1 << 24  # bytes
@@ -24,6 +24,37 @@ class EngineTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+
+class EnginePlugin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A plugin library that an engine needs before it can be read; it lies beside the engine.
+
+    Attributes:
+        name: the plugin's.
+        op: the ONNX op that it runs.
+        version: of the op.
+        library: file name of the copy beside the engine.
+        sha256: its hash.
+        sm: compute capabilities that it holds code for.
+        tensorrt: version of the headers that it was compiled with.
+        cuda: release of the compiler.
+    """
+
+    name: str
+    op: str
+    version: str
+    library: str
+    sha256: str
+    sm: tuple[int, ...]
+    tensorrt: str
+    cuda: str
+
+
+class EngineMerge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A node that a plugin could run, and what runs it in this engine; seen in the parsed network."""
+
+    node: str
+    by: Literal["plugin", "function"]
 
 
 class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,6 +74,8 @@ class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         size_bytes: size of the plan.
         sha256: hash of the plan.
         warnings: what the parser and the builder warned of, each once.
+        plugins: libraries that have to be loaded before the engine is.
+        merges: every node that a plugin could run, and what runs it.
     """
 
     schema: Literal[1]
@@ -63,6 +96,8 @@ class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs: tuple[EngineTensor, ...]
     outputs: tuple[EngineTensor, ...]
     edgecomp_version: str
+    plugins: tuple[EnginePlugin, ...] = ()
+    merges: tuple[EngineMerge, ...] = ()
 
 
 class _Versioned(msgspec.Struct, frozen=True):

@@ -13,11 +13,12 @@ __all__ = ["BuildReport", "EngineFile", "describe_build"]
 
 
 class EngineFile(msgspec.Struct, frozen=True):
-    """One engine: where it lies, its record, and whether it was there already."""
+    """One engine: where it lies, its record, whether it was there already, and what runs its merge nodes and why."""
 
     path: Path
     record: EngineRecord
     reused: bool
+    plugins: tuple[str, ...] = ()
 
 
 class BuildReport(msgspec.Struct, frozen=True):
@@ -55,5 +56,12 @@ def describe_build(report: BuildReport) -> str:
         "",
         table(["engine", "", "layers", "size", "seconds", "warnings"], rows),
     ]
+    lines += [f"{engine.path.name}: {line}" for engine in report.engines for line in engine.plugins]
+    beside = dict.fromkeys(
+        f"{engine.path.parent / plugin.library} (sha256 {plugin.sha256[:12]}) has to be loaded before the plan"
+        for engine in report.engines
+        for plugin in engine.record.plugins
+    )
+    lines += beside
     lines += [f"warning    {text}" for text in dict.fromkeys(w for e in report.engines for w in e.record.warnings)]
     return "\n".join(lines)

@@ -130,6 +130,8 @@ def _describe_engine(contents: EngineContents) -> str:
             f"  took       {r.seconds:.1f} s",
             *(f"  input      {t.name} {t.dtype}{list(t.shape)}" for t in r.inputs),
             *(f"  output     {t.name} {t.dtype}{list(t.shape)}" for t in r.outputs),
+            *(f"  plugin     {p.name} {p.version} for {p.op}: load {p.library} beside it first" for p in r.plugins),
+            *(f"  merge      {m.node} by the {m.by}" for m in r.merges),
             *(f"  warning    {text}" for text in r.warnings),
         ]
     if contents.record_problem:

@@ -2,6 +2,7 @@
 
 from edgecomp.specs.budget import BudgetRule, TokenBudget, parse_budget, read_count
 from edgecomp.specs.oplist import OpList, OpRule, Refusal, load_oplists
+from edgecomp.specs.plugin import Plugin, load_plugin, plugin_names
 from edgecomp.specs.preprocess import Preprocess
 from edgecomp.specs.recipe import Preset, Recipe, Tolerance, load_recipe, method_names
 from edgecomp.specs.site import Output, Placement, Site
@@ -15,6 +16,7 @@ __all__ = [
     "OpRule",
     "Output",
     "Placement",
+    "Plugin",
     "Preprocess",
     "Preset",
     "Recipe",
@@ -25,10 +27,12 @@ __all__ = [
     "TokenBudget",
     "Tolerance",
     "load_oplists",
+    "load_plugin",
     "load_recipe",
     "load_target",
     "method_names",
     "parse_budget",
+    "plugin_names",
     "read_count",
     "target_names",
 ]

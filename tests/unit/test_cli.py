@@ -89,7 +89,10 @@ def test_words_that_are_nearly_a_list(cli: Cli, words: list[str]) -> None:
     assert words[1 if words[1] == "x" else 2] in said.err
 
 
-@pytest.mark.parametrize("verb", ["", *VERBS, "list methods", "list targets", "list backbones"])
+@pytest.mark.parametrize(
+    "verb",
+    ["", *VERBS, "list methods", "list targets", "list backbones", "plugin build", "plugin list", "plugin check"],
+)
 def test_help(cli: Cli, verb: str) -> None:
     said = cli(*verb.split(), "--help")
     assert said.code == 0
