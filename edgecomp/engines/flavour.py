@@ -100,9 +100,7 @@ def choose_flavour(target: Target, runtime: str = "auto") -> FlavourName:
                 f"{_TITLES[other[0]]}, which is installed here, does not build for {target.name} (SM{target.sm}); "
                 f"{_TITLES[name]} {target.runtimes[name]} does. {target.build_on}"
             )
-        raise _missing(
-            name, f"building an engine for {target.name} (SM{target.sm}; {target.build_on.rstrip('.')})"
-        )
+        raise _missing(name, f"building an engine for {target.name} (SM{target.sm}; {target.build_on.rstrip('.')})")
     refusals = []
     for name in installed:
         refusal = _refusal(name, target)

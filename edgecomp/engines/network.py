@@ -43,9 +43,10 @@ _REQUIRED = {
 }
 _REDUCED = frozenset({"float16", "bfloat16", "int8", "float8_e4m3fn", "int4", "float4_e2m1fn"})
 
-# TensorRT keeps the first logger of a process and says so whenever a later one is handed over; it still sends the
-# messages of a builder to that builder's own logger, and the sentence tells nothing about the engine.
-_OF_THE_LOGGER = "The logger passed into"
+# Warnings that tell nothing about the engine. TensorRT keeps the first logger of a process and says so whenever a later
+# one is handed over, and still sends the messages of a builder to that builder's own logger. A function body that serves
+# several nodes is inlined for each, under the same names.
+_OF_NO_USE = ("The logger passed into", "already exists, the output tensors of this new instance will not be queryable")
 
 
 def collecting_logger(flavour: Flavour) -> Any:
@@ -60,7 +61,7 @@ def collecting_logger(flavour: Flavour) -> Any:
             self.errors: list[str] = []
 
         def log(self, level: Any, message: str) -> None:
-            if level == severity.WARNING and _OF_THE_LOGGER not in message:
+            if level == severity.WARNING and not any(words in message for words in _OF_NO_USE):
                 kept = self.warnings
             elif level in (severity.ERROR, severity.INTERNAL_ERROR):
                 kept = self.errors
