@@ -165,7 +165,7 @@ def _require_target_runs(precision: str, target: Target, runtime: str) -> None:
     if runtime == "rtx" and target.sm == _TURING and precision == "fp32":
         raise TargetMismatch(
             f"TensorRT for RTX has no fp32 matrix product for {target.name} (SM{target.sm}; tried with 1.7.1), and the "
-            "graph is fp32; full TensorRT has it: build on a machine with that GPU and TensorRT, with --runtime tensorrt"
+            "graph is fp32; full TensorRT has it: build where that GPU and TensorRT are, with --runtime tensorrt"
         )
     if precision != "fp32" and precision not in target.precisions:
         raise TargetMismatch(

@@ -44,8 +44,8 @@ _REQUIRED = {
 _REDUCED = frozenset({"float16", "bfloat16", "int8", "float8_e4m3fn", "int4", "float4_e2m1fn"})
 
 # Warnings that tell nothing about the engine. TensorRT keeps the first logger of a process and says so whenever a later
-# one is handed over, and still sends the messages of a builder to that builder's own logger. A function body that serves
-# several nodes is inlined for each, under the same names.
+# one is handed over, and still sends the messages of a builder to that builder's own logger. A function body that
+# serves several nodes is inlined for each, under the same names.
 _OF_NO_USE = ("The logger passed into", "already exists, the output tensors of this new instance will not be queryable")
 
 

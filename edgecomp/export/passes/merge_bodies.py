@@ -49,6 +49,8 @@ def add_merge_body(model: ir.Model) -> None:
         listed = "; ".join(sorted(" ".join(kind) for kind in kinds))
         raise ExportError(f"merge nodes of one graph share mode, partition, order and type; here they are {listed}")
     ((mode, partition, order, dtype),) = kinds
+    for index, node in enumerate(nodes):
+        node.name = f"topk_merge_{index}"  # an engine's layers are found by it
     with_map = any(node.outputs[2].uses() or node.outputs[2].is_graph_output() for node in nodes)
     if not with_map:
         for node in nodes:
