@@ -215,6 +215,11 @@ def _make_host(
     backbone = order.backbone or preset.backbone or order.recipe.defaults.backbone
     if order.compressor is not None and not order.backbone:
         backbone = "none"
+    if placement == "inside" and isinstance(backbone, str) and backbone == "none":
+        raise InvalidSpec(
+            f"this preset of {order.recipe.method} stands inside a host, and the backbone is none; name a --backbone, "
+            f"or a preset for given tokens: {order.recipe.placements.get('after', 'this method has none')}"
+        )
     if placement == "encoder" or (isinstance(backbone, str) and backbone == "none"):
         _require_no_host_options(order, placement)
         return None, None

@@ -81,7 +81,7 @@ def _require_vit(model: nn.Module, name: str) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     if not isinstance(model, VisionTransformer):
-        raise InvalidSpec(f"backbone {name!r} is a {type(model).__name__}; hosts that work are {_FAMILIES}")
+        raise InvalidSpec(f"backbone {name!r} is of class {type(model).__name__}; hosts that work are {_FAMILIES}")
 
 
 def load_host(

@@ -146,7 +146,8 @@ class TokenMerger(Compressor):
         super().__init__(params, site, budget, output)
         if output == "logits" and site.placement != "inside":
             raise InvalidSpec(
-                f"output logits needs a host with a classifier, and this merger stands {site.placement} one"
+                "output logits comes from a host's classifier, and here tokens are merged as they are given; name a "
+                "--backbone for the method to stand in, or drop --output"
             )
         self.num_prefix_tokens = site.num_prefix_tokens
         self.steps = merge_steps(

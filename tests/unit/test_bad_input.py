@@ -147,6 +147,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SMOKE = "export --method lookupvit --preset smoke --out {out}"
+MERGE = "export --method tome --preset smoke --out {out}"
 HOST = "export --method perceiver --preset smoke-host --out {out}"
 TOKENS = "export --method perceiver --preset smoke --out {out}"
 
@@ -155,7 +156,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     ("export --method lookupvitt --out {out}", ("no method 'lookupvitt'; did you mean 'lookupvit'?", "perceiver")),
     ("build {bundle} --target rtx-409", ("no target 'rtx-409'; did you mean 'rtx-4090'?", "orin-nano")),
     ("export --method perceiver --backbone vit_small_patch16_244 --out {out}", ("'vit_small_patch16_244'", "_224")),
-    ("export --method perceiver --backbone resnet18 --out {out}", ("'resnet18' is a ResNet", "DINOv2")),
+    ("export --method perceiver --backbone resnet18 --out {out}", ("'resnet18' is of class ResNet", "DINOv2")),
     (f"{SMOKE} --precision fp61", ("no precision 'fp61'", "fp32")),
     ("export --method lookupvit --preset smok --out {out}", ("'smok'; did you mean 'smoke'?", "s16, b16")),
     (f"{SMOKE} --set params.dept=4", ("'dept'; did you mean 'depth'?", "num_heads", "patch_size", "table_entries")),
@@ -225,6 +226,22 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (f"{SMOKE} --budget 0", ("budget 0 is not possible",)),
     (f"{SMOKE} --budget -3", ("budget -3 is not possible",)),
     (f"{SMOKE} --budget 9 --budget 9", ("budgets 9, 9", "twice")),
+    # merging inside a host
+    (f"{MERGE} --set params.r=-1", ("params.r=-1", ">= 0")),
+    (f"{MERGE} --set params.r=2.5", ("params.r=2.5", "int")),
+    (f"{MERGE} --set params.r=9", ("r=9 is above 8, the most that one merge of 16 tokens can remove", "1 protected")),
+    (f"{MERGE} --set params.r=2 --set params.inflect=2", ("params.inflect=2", "<= 1.0")),
+    (f"{MERGE} --set params.schedule=[1,2]", ("params.schedule has 2 entries and the host 6 blocks",)),
+    (f"{MERGE} --set params.schedule=[1,2,3,1,0,-1]", ("params.schedule=[1, 2, 3, 1, 0, -1]", ">= 0")),
+    (f"{MERGE} --set params.schedule=[1,1,1,1,1,1] --set params.r=1", ("params.r=1 and params.schedule=", "give one")),
+    (f"{MERGE} --set params.r=2 --budget 9", ("leaves 4 of 16 tokens and the budget says 9",)),
+    (f"{MERGE} --budget 17", ("budget 17 is above the 16 tokens",)),
+    (f"{MERGE} --set params.metric=q", ("params.metric=q", "k, x")),
+    (f"{MERGE} --backbone none", ("stands inside a host, and the backbone is none", "given")),
+    (f"{MERGE} --output logits --feature-layer -2", ("logits come after the last layer of test_vit", "-2")),
+    ("export --method tome --backbone none --output logits --out {out}", ("a host's classifier", "--backbone")),
+    ("export --method tome --backbone resnet18 --out {out}", ("'resnet18' is of class ResNet", "DINOv2")),
+    ("export --method tome --backbone eva02_tiny_patch14_224 --out {out}", ("is of class Eva", "deit3")),
     (f"{HOST} --budget 17", ("budget 17 is above the 16 tokens",)),
     ("export --method perceiver --backbone none --budget 300 --out {out}", ("budget 300", "from 16 to 256")),
     ("export --method lookupvit --out {out} --budget 10%", ("budget 10% of 196 = 20", "one of 9, 25, 49, 100")),

@@ -170,7 +170,7 @@ def test_blocks_that_it_does_not_know_are_refused(block: Any) -> None:
 
 def test_rotary_positions_are_refused() -> None:
     eva = timm.create_model("eva02_tiny_patch14_224", pretrained=False, img_size=28, depth=1)
-    with pytest.raises(InvalidSpec, match=r"is a Eva; hosts that work are vit, deit"):
+    with pytest.raises(InvalidSpec, match=r"is of class Eva; hosts that work are vit, deit"):
         TimmHost(eva, name="eva02", feature_layer=-1)
 
 
@@ -178,7 +178,7 @@ def test_logits_need_a_classifier() -> None:
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=0)
     with pytest.raises(InvalidSpec, match="has no classifier"):
         TimmHost(vit, name="headless", feature_layer=-1, keep_head=True)
-    with pytest.raises(InvalidSpec, match="output logits needs a host with a classifier"):
+    with pytest.raises(InvalidSpec, match="output logits comes from a host's classifier"):
         ToMe(ToMeParams(), Site("after", tokens_in=16, embed_dim=8), TokenBudget(16, 8), "logits")
 
 
