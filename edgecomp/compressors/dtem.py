@@ -1,6 +1,6 @@
 """DTEM: tokens merge as in ToMe, and a small learned head in each block says how alike they are.
 
-Sections: "Learning to Merge Tokens via Decoupled Embedding for Efficient Vision Transformers" (NeurIPS 2024,
+Paper: "Learning to Merge Tokens via Decoupled Embedding for Efficient Vision Transformers" (NeurIPS 2024,
 arXiv:2412.10569), its evaluation path. The original, movinghoon/DTEM, has no licence: this is written from the
 formulas, and held to numbers that the original gave.
 """
@@ -39,7 +39,7 @@ class DTEMParams(MergeParams, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class DTEM(TokenMerger):
-    """Merge the r pairs of tokens in each block that a learned head finds most alike (section 3.2).
+    """Merge the r pairs of tokens in each block that a learned head finds most alike.
 
     Shapes: image (B, 3, S, S) inside a host -> tokens (B, P + M, D), sizes (B, P + M, 1) and source map (B, P + N), or
     the host's logits.
@@ -47,7 +47,7 @@ class DTEM(TokenMerger):
     Static rewrite (level E1): ToMe's, with the metric of a linear head on what the attention reads. The soft matching
     of training is not here: in evaluation the original matches as ToMe does.
 
-    Source: arXiv:2412.10569, section 3.2 (decoupled embedding); matching and proportional attention as in
+    Source: arXiv:2412.10569, decoupled embedding; matching and proportional attention as in
     arXiv:2210.09461.
     """
 

@@ -1,6 +1,6 @@
 """PiToMe: tokens in large similar groups merge, isolated ones are protected, without training.
 
-Sections: "Accelerating Transformers with Spectrum-Preserving Token Merging" (arXiv:2405.16148). The original,
+Paper: "Accelerating Transformers with Spectrum-Preserving Token Merging" (arXiv:2405.16148). The original,
 hchautran/PiToMe, is under a non-commercial licence: this is written from the formulas, and held to numbers that the
 original gave.
 """
@@ -36,7 +36,7 @@ class PiToMeParams(KeyMergeParams, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class PiToMe(TokenMerger):
-    """Merge the r pairs among the 2r tokens of highest energy in each block (section 3.2).
+    """Merge the r pairs among the 2r tokens of highest energy in each block.
 
     The energy of token i is the mean over all tokens j of elu(cos(i, j) - margin): high in large groups of alike ones.
 
@@ -48,7 +48,7 @@ class PiToMe(TokenMerger):
     by energy and hands them to the op with `partition = alternate`, without the prefix, whose length would decide
     whether the first is a source.
 
-    Source: arXiv:2405.16148, section 3.2, equation 4 (energy), algorithm 1; margin schedule of section 4. Proportional
+    Source: arXiv:2405.16148, energy score and margin over depth (blocks counted from 0 here). Proportional
     attention as in arXiv:2210.09461, equation 1.
     """
 
@@ -112,7 +112,7 @@ def energies(metric: Tensor, margin: float) -> Tensor:
 
 
 class PiToMeOriginal(OriginalMerger):
-    """The eager original: algorithm 1 of the paper, op by op."""
+    """The eager original: the paper's algorithm, op by op."""
 
     static: PiToMe
 

@@ -1,8 +1,8 @@
 """ToFu: the most similar tokens are pruned in early blocks, and averaged with their norm kept in later ones.
 
-Sections: "Token Fusion: Bridging the Gap between Token Pruning and Token Merging" (arXiv:2312.01026). Its authors
-published no code; that of hchautran/PiToMe, which has it for comparison, is under a non-commercial licence: this is
-written from the formulas, and held to numbers that that code gave.
+Paper: "Token Fusion: Bridging the Gap between Token Pruning and Token Merging" (arXiv:2312.01026). No code
+of its authors is known to us; that of hchautran/PiToMe, which has it for comparison, is under a non-commercial licence:
+this is written from the formulas, and held to numbers that that code gave.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ToFuParams(KeyMergeParams, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class ToFu(TokenMerger):
-    """Merge the r best-matched pairs of tokens in each block into means that keep the norm (section 3.3).
+    """Merge the r best-matched pairs of tokens in each block into means that keep the norm.
 
     Shapes: image (B, 3, S, S) inside a host, or tokens (B, N, D) -> tokens (B, P + M, D), sizes (B, P + M, 1) and
     source map (B, P + N), or the host's logits. A pruned token counts in the size of its match, and is mapped to it.
@@ -43,7 +43,8 @@ class ToFu(TokenMerger):
     graph holds one mode: where a block prunes, the rows of the targets, the last ones of the op, are replaced by the
     targets themselves, a slice of what went in.
 
-    Source: arXiv:2312.01026, section 3.2 (pruned merging in early layers) and 3.3 (norm-preserving merging).
+    Source: arXiv:2312.01026, pruning in early layers and norm-preserving merging (MLERP), in the form of the code named
+    in the recipe: the largest norm of the group over that of the target.
     Proportional attention as in arXiv:2210.09461, equation 1.
     """
 

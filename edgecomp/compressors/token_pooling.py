@@ -34,7 +34,7 @@ class TokenPoolingParams(Params, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class TokenPooling(Compressor):
-    """Cluster the tokens around K centres, weighted by significance, and hand on the centres (section 4).
+    """Cluster the tokens around K centres, weighted by significance, and hand on the centres.
 
     Shapes: tokens (B, N, D), where asked significance (B, N) -> merged (B, K, D), size (B, K, 1) in tokens, source map
     (B, N) int32. K is the budget; centres start at the K most significant tokens, and keep their order.
@@ -42,7 +42,7 @@ class TokenPooling(Compressor):
     Static rewrite (level E4): K and the iterations are fixed. A token is assigned by an ArgMax of 2 x c - |c|^2, and
     clusters are summed by a product with their one-hot rows; one without weight keeps its centre.
 
-    Source: arXiv:2110.03860, section 4.2 (weighted K-means and K-medoids on the squared distance).
+    Source: arXiv:2110.03860, weighted K-means and K-medoids; both on the squared distance here.
     """
 
     Params = TokenPoolingParams
