@@ -52,7 +52,7 @@ def assemble(order: Order) -> Assembly:
         raise InvalidSpec("a Compressor of your own brings its weights and parameters: give neither weights nor params")
     cls = type(order.compressor) if order.compressor is not None else compressor_class(recipe.method)
     notes: list[str] = []
-    state, host_state = _read_weights(order, notes)
+    state, host_state = _read_weights(order, cls, notes)
     preset_name = _choose_preset(order, cls, state, notes)
     preset = recipe.preset(preset_name)
     output = _choose_output(order)
@@ -97,8 +97,10 @@ def assemble(order: Order) -> Assembly:
     )
 
 
-def _read_weights(order: Order, notes: list[str]) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
-    """Return the compressor's tensors and the host's; a file with both prefixes serves for both."""
+def _read_weights(
+    order: Order, cls: type[Compressor], notes: list[str]
+) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
+    """Return the compressor's tensors and the host's; a file with both prefixes, or an original's, serves for both."""
     if order.weights == "random":
         return None, None
     state = read_checkpoint(Path(order.weights), say=notes.append)
@@ -110,6 +112,8 @@ def _read_weights(order: Order, notes: list[str]) -> tuple[dict[str, Tensor] | N
             f"weights file {order.weights} holds keys of compressor and host, and {len(stray)} of neither: "
             f"{', '.join(stray[:5])}; remove them"
         )
+    if not own and not host:
+        own, host = cls.split_checkpoint(state)
     return (own or state), (host or None)
 
 

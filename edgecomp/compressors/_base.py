@@ -49,6 +49,8 @@ class Compressor(nn.Module):
     width_param: ClassVar[str] = "embed_dim"
     #: Parameters that no checkpoint stores; the export says which value it took.
     unstored_params: ClassVar[tuple[str, ...]] = ()
+    #: Weights (shell patterns) that only decide which tokens are taken: no gradient passes them, and no NaN.
+    ranking_params: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, params: Any, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:
         super().__init__()
@@ -80,6 +82,11 @@ class Compressor(nn.Module):
     def layout_of(cls, state: Mapping[str, Tensor]) -> str:
         """Return the checkpoint layout that the keys tell, as recipes write it; "" for edgecomp's own."""
         return ""
+
+    @classmethod
+    def split_checkpoint(cls, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the compressor's tensors of an original's checkpoint, and the host's under the host's own keys."""
+        return dict(state), {}
 
     @classmethod
     def infer_params(cls, state: Mapping[str, Tensor], params: Any) -> dict[str, Any]:

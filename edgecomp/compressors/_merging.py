@@ -18,7 +18,9 @@ from edgecomp.compressors._tokens import compose_maps, largest_r
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
-__all__ = ["BlockState", "MergeParams", "Merged", "TokenMerger", "merge_steps", "parse_r"]
+__all__ = ["BlockState", "KeyMergeParams", "MergeParams", "Merged", "TokenMerger", "merge_steps", "parse_r"]
+
+_COUNTS = ("r", "schedule", "keep_ratio")  # each of these parameters says how many tokens are removed
 
 
 class BlockState(NamedTuple):
@@ -52,8 +54,8 @@ class MergeParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=True)
         r: tokens that each block (or step) removes; 0: as many as the budget asks.
         inflect: how r changes from the first block to the last, -1 (2r to 0) over 0 (constant) to 1 (0 to 2r).
         schedule: r for each block, instead of `r` and `inflect`.
+        keep_ratio: share of its tokens that each block (or step) keeps, instead of `r`; 0: not used.
         prop_attn: add log(size) to the attention's scores, so that a merged token weighs as much as its parts.
-        metric: what similarity is measured on inside a host: `k`, the mean over heads of the keys; `x`, the tokens.
         order: of unmerged tokens: `ascending`; `rank`; or `original`: as the published code has it, ascending where
             there are prefix tokens and rank where there are none.
     """
@@ -61,9 +63,28 @@ class MergeParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=True)
     r: Annotated[int, Meta(ge=0, le=65536)] = 0
     inflect: Annotated[float, Meta(ge=-1, le=1)] = 0.0
     schedule: tuple[Annotated[int, Meta(ge=0, le=65536)], ...] = ()
+    keep_ratio: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     prop_attn: bool = True
-    metric: Literal["k", "x"] = "k"
     order: Literal["original", "ascending", "rank"] = "original"
+
+    @property
+    def decides_counts(self) -> bool:
+        """Whether the parameters say how many tokens each block removes."""
+        return bool(self.r or self.schedule or self.keep_ratio)
+
+
+class KeyMergeParams(MergeParams, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Parameters of mergers without weights, with those of `MergeParams`.
+
+    Attributes:
+        metric: what similarity is measured on inside a host: `k`, the mean over heads of the keys; `x`, the tokens.
+    """
+
+    metric: Literal["k", "x"] = "k"
+
+    def metric_of(self, state: BlockState) -> Tensor:
+        """Return what similarity is measured on, (B, N, d)."""
+        return state.keys.mean(1) if self.metric == "k" else state.tokens
 
 
 def parse_r(depth: int, r: int, inflect: float) -> tuple[int, ...]:
@@ -86,15 +107,19 @@ def merge_steps(params: MergeParams, *, tokens: int, num_prefix_tokens: int, dep
     Raises:
         InvalidSpec: a schedule of another length, an r that no block can remove, or parameters and budget that differ.
     """
-    if params.schedule and params.r:
-        raise InvalidSpec(f"params.r={params.r} and params.schedule={list(params.schedule)} are given; give one")
+    given = [f"params.{name}={getattr(params, name)}" for name in _COUNTS if getattr(params, name)]
+    if len(given) > 1:
+        raise InvalidSpec(f"{' and '.join(given)} are given; give one")
     if params.schedule and len(params.schedule) != depth:
         raise InvalidSpec(
             f"params.schedule has {len(params.schedule)} entries and the host {depth} blocks; give one r for each block"
         )
-    if not params.schedule and not params.r:
+    if not params.decides_counts:
         return _steps_to(keep, tokens=tokens, depth=depth)
-    asked = params.schedule or parse_r(depth, params.r, params.inflect)
+    if params.keep_ratio:
+        asked = _shares(tokens, depth, params.keep_ratio)
+    else:
+        asked = params.schedule or parse_r(depth, params.r, params.inflect)
     most = largest_r(tokens + num_prefix_tokens, num_prefix_tokens)
     if max(asked) > most:
         raise InvalidSpec(
@@ -108,6 +133,15 @@ def merge_steps(params: MergeParams, *, tokens: int, num_prefix_tokens: int, dep
             f"the r that was set leaves {left} of {tokens} tokens and the budget says {keep}; give one of both"
         )
     return steps
+
+
+def _shares(tokens: int, depth: int, keep_ratio: float) -> tuple[int, ...]:
+    """Return r for each block where each keeps a share of its tokens: n less n times that share, rounded down."""
+    steps = []
+    for _ in range(depth):
+        steps.append(int(tokens - tokens * keep_ratio))
+        tokens -= steps[-1]
+    return tuple(steps)
 
 
 def _clipped(asked: Sequence[int], tokens: int) -> tuple[int, ...]:
@@ -150,12 +184,16 @@ class TokenMerger(Compressor):
                 "--backbone for the method to stand in, or drop --output"
             )
         self.num_prefix_tokens = site.num_prefix_tokens
-        self.steps = merge_steps(
-            params,
-            tokens=budget.tokens_in,
-            num_prefix_tokens=site.num_prefix_tokens,
-            depth=self.depth_of(params, site, budget.tokens_out),
-            keep=budget.tokens_out,
+        self.steps = self.plan()
+
+    def plan(self) -> tuple[int, ...]:
+        """Return how many tokens each merge removes."""
+        return merge_steps(
+            self.params,
+            tokens=self.budget.tokens_in,
+            num_prefix_tokens=self.num_prefix_tokens,
+            depth=self.depth_of(self.params, self.site, self.budget.tokens_out),
+            keep=self.budget.tokens_out,
         )
 
     @classmethod
@@ -165,12 +203,12 @@ class TokenMerger(Compressor):
             return site.depth
         if params.schedule:
             return len(params.schedule)
-        return 1 if params.r or not keep else max(1, math.ceil(math.log2(site.tokens_in / keep)))
+        return 1 if params.decides_counts or not keep else max(1, math.ceil(math.log2(site.tokens_in / keep)))
 
     @classmethod
     def default_counts(cls, params: Any, site: Site) -> tuple[int, ...]:
         """Return what the parameters leave, where they say how much each block removes."""
-        if not params.r and not params.schedule:
+        if not params.decides_counts:
             return ()
         steps = merge_steps(
             params,

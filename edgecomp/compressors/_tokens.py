@@ -24,6 +24,7 @@ __all__ = [
     "merge_pairs",
     "pair_tokens",
     "source_map",
+    "take",
     "top_k",
     "top_k_merge",
     "unit_rows",

@@ -6,17 +6,31 @@ non-commercial licence: this is written from the paper, and held to numbers that
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
 import torch
+import torch.nn.functional as F
+from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._merging import BlockState, Merged, MergeParams, OriginalMerger, TokenMerger
-from edgecomp.compressors._tokens import top_k, top_k_merge
+from edgecomp.compressors._merging import BlockState, KeyMergeParams, Merged, OriginalMerger, TokenMerger, merge_steps
+from edgecomp.compressors._tokens import largest_r, top_k, top_k_merge, unit_rows
+from edgecomp.errors import InvalidSpec
+from edgecomp.specs import Site, TensorSpec
 
 __all__ = ["ToMe"]
 
 
-class ToMeParams(MergeParams, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Parameters of ToMe; see `MergeParams`."""
+class ToMeParams(KeyMergeParams, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Parameters of ToMe, with those of `KeyMergeParams`.
+
+    Attributes:
+        threshold: merge only pairs whose similarity is above it, and at most r of them (where r is not set: as many as
+            can merge). How many merge depends on the data, so that there are rows for all tokens, and a count; on
+            given tokens alone. None: all r pairs merge.
+    """
+
+    threshold: Annotated[float, Meta(ge=-1, le=1)] | None = None
 
 
 class ToMe(TokenMerger):
@@ -25,17 +39,74 @@ class ToMe(TokenMerger):
     Shapes: image (B, 3, S, S) inside a host, or tokens (B, N, D) -> tokens (B, P + M, D), sizes (B, P + M, 1) and
     source map (B, P + N), or the host's logits.
 
-    Static rewrite (level E1): r is fixed for each block, so that all counts are; the pairs are found by TopK of r and
-    summed by a product with their one-hot rows, in the op `edgecomp::TopKMerge`.
+    With a threshold there are also the count (B,) int64 of real rows and a mask (B, N); rows behind the count are zero.
 
-    Source: arXiv:2210.09461, section 3 (bipartite soft matching), equation 1 (proportional attention), appendix D.
+    Static rewrite (level E1): r is fixed for each block, so that all counts are; the pairs are found by TopK of r and
+    summed by a product with their one-hot rows, in the op `edgecomp::TopKMerge`. With a threshold (level E2, plain
+    ops): the pairs above it are the first of the ranking, so that their number alone moves the rows of other tokens.
+
+    Source: arXiv:2210.09461, section 3 (bipartite soft matching), equation 1 (proportional attention), appendix D; the
+    threshold: the project's founding notes.
     """
 
     Params = ToMeParams
+    params: ToMeParams
+
+    def plan(self) -> tuple[int, ...]:
+        """Return how many tokens each merge removes; with a threshold, the most that its one merge may."""
+        if self.params.threshold is None:
+            return super().plan()
+        rows, tokens = self.budget.tokens_out, self.budget.tokens_in
+        if self.site.placement == "inside":
+            raise InvalidSpec(
+                f"params.threshold={self.params.threshold} leaves the count of tokens to the data, and the blocks of a "
+                "host take a fixed one; use it on given tokens or after a host"
+            )
+        if rows != tokens:
+            raise InvalidSpec(
+                f"with params.threshold={self.params.threshold} nothing may merge, so that rows for all {tokens} "
+                f"tokens are needed, and the budget is {rows}; leave the budget out, and limit the merging by params.r"
+            )
+        depth = self.depth_of(self.params, self.site, 0)
+        if depth > 1:
+            raise InvalidSpec(f"params.threshold merges once, and params.schedule has {depth} steps; give params.r")
+        if not self.params.decides_counts:
+            return (largest_r(tokens, 0),)
+        return merge_steps(self.params, tokens=tokens, num_prefix_tokens=0, depth=1, keep=0)
+
+    @classmethod
+    def default_counts(cls, params: Any, site: Site) -> tuple[int, ...]:
+        """Return what the parameters leave; with a threshold, rows for all tokens."""
+        return super().default_counts(params, site) if params.threshold is None else (site.tokens_in,)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What an export should say of the counts."""
+        if self.params.threshold is None:
+            return super().remarks
+        return (f"at most {self.steps[0]} pairs merge; `count` says how many rows are real, the others are zero",)
+
+    def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
+        """Return `merged`, `size` and `source_map`, with a threshold `count` and `mask`, or `logits`."""
+        specs = super().output_specs(batch)
+        if self.params.threshold is None:
+            return specs
+        rows = self.budget.tokens_out
+        return (
+            *specs,
+            TensorSpec("count", (batch,), "int64", "indices"),
+            TensorSpec("mask", (batch, rows), "bool", "mask"),
+        )
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Merge given tokens."""
+        if self.params.threshold is None:
+            return super().forward(tokens)
+        return merge_above(tokens, self.params.threshold, r=self.steps[0], ascending=self.order == "ascending")
 
     def reduce(self, block: int, state: BlockState) -> Merged:
         """Merge the tokens between attention and MLP of a block."""
-        metric = state.keys.mean(1) if self.params.metric == "k" else state.tokens
+        metric = self.params.metric_of(state)
         merged = top_k_merge(
             metric,
             state.tokens,
@@ -51,14 +122,66 @@ class ToMe(TokenMerger):
         return ToMeOriginal(self)
 
 
+def merge_above(tokens: Tensor, threshold: float, *, r: int, ascending: bool) -> tuple[Tensor, ...]:
+    """Average the pairs of tokens (B, N, D) that are more similar than a threshold, at most r of them.
+
+    Returns:
+        rows (B, N, D), sizes (B, N, 1), source map (B, N), count (B,), mask (B, N).
+    """
+    count = tokens.shape[1]
+    unit = unit_rows(tokens)
+    similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (B, S, Q)
+    best, nearest = similarity.amax(-1), similarity.argmax(-1)
+    sources, targets = similarity.shape[1:]
+    ranking = top_k(best, sources)
+    places = torch.arange(sources, device=tokens.device)
+    merges = (places < r) & (best.gather(1, ranking) > threshold)  # in the order of the ranking
+    merged = merges.sum(1, keepdim=True)  # (B, 1)
+    rank = top_k(-ranking.to(tokens.dtype), sources)  # of each source
+    stays = (rank >= merged).to(tokens.dtype)
+    row = (stays @ (places.unsqueeze(-1) < places).to(tokens.dtype)).to(rank.dtype) if ascending else rank - merged
+    row = torch.where(rank >= merged, row, nearest + sources - merged)
+    of_target = torch.arange(targets, device=tokens.device) + sources - merged
+    source_map = torch.stack([row, F.pad(of_target, (0, sources - targets))], dim=-1).flatten(1)[:, :count]
+    rows = torch.arange(count, device=tokens.device)
+    members = (source_map.unsqueeze(1) == rows.unsqueeze(-1)).to(tokens.dtype)  # (B, N, N)
+    size = members.sum(-1, keepdim=True)
+    real = count - merged
+    averaged = members @ tokens / size.clamp(min=1.0)
+    return averaged, size, source_map.to(torch.int32), real.squeeze(1), rows < real
+
+
 class ToMeOriginal(OriginalMerger):
     """The eager original: appendix D of the paper, op by op."""
+
+    static: ToMe
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Merge given tokens; with a threshold, as many pairs of each sample as there are above it."""
+        threshold = self.static.params.threshold
+        if threshold is None:
+            return super().forward(tokens)
+        samples = [_pad_sample(x, threshold, self.static) for x in tokens]
+        return tuple(torch.stack(part) for part in zip(*samples, strict=True))
 
     def reduce(self, block: int, state: BlockState) -> Merged:
         """Merge the tokens between attention and MLP of a block."""
         keys = state.keys.transpose(1, 2).mean(2) if self.static.params.metric == "k" else state.tokens
         r, prefix = self.static.steps[block], self.static.num_prefix_tokens
         return bipartite_soft_matching(keys, state.tokens, state.size, r, prefix, self.static.order == "ascending")
+
+
+def _pad_sample(x: Tensor, threshold: float, static: ToMe) -> tuple[Tensor, ...]:
+    """Merge one sample (N, D) with the r that its similarities allow, and pad what comes out."""
+    length = x.square().sum(-1, keepdim=True).sqrt()
+    unit = torch.where(length > 0, x / length, torch.zeros_like(x))
+    above = int(((unit[::2] @ unit[1::2].T).amax(1) > threshold).sum())
+    size = x.new_ones(1, len(x), 1)
+    r = min(above, static.steps[0])
+    merged = bipartite_soft_matching(x[None], x[None], size, r, 0, static.order == "ascending")
+    real = len(x) - r
+    tokens, sizes = (F.pad(values[0], (0, 0, 0, r)) for values in merged[:2])
+    return tokens, sizes, merged.rows[0], torch.tensor(real), torch.arange(len(x)) < real
 
 
 def bipartite_soft_matching(keys: Tensor, tokens: Tensor, size: Tensor, r: int, prefix: int, ascending: bool) -> Merged:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from edgecomp.compressors import compressor_class
 from edgecomp.export.lower import lower
@@ -54,7 +55,7 @@ FOLDERS = {
     ),
 }
 #: Folders that `test_golden_merging.py` reads, and their methods.
-MERGING = {"tome": "tome", "tome_vit": "tome"}
+MERGING = {"tome": "tome", "tome_vit": "tome", "pitome": "pitome", "tofu": "tofu", "dtem": "dtem"}
 #: The original's word for an output -> edgecomp's; whatever else a file holds is an intermediate value.
 OUTPUTS = {"tokens": "tokens", "latents": "tokens", "logits": "logits"}
 
@@ -179,6 +180,8 @@ def test_every_unread_key_is_in_a_golden_file(read):
     """What a recipe excuses is there: a stale pattern could hide a weight that is lost."""
     for name in method_names():
         keys = [key for path in _FILES if FOLDERS[path.parent.name].method == name for key in read(path).weights]
+        folders = [folder for folder, method in MERGING.items() if method == name]
+        keys += [key for folder in folders for path in (ROOT / folder).glob("*.safetensors") for key in _weights(path)]
         for pattern in load_recipe(name).unread:
             assert fnmatch.filter(keys, pattern), f"{name}: no checkpoint has {pattern}"
 
@@ -195,6 +198,10 @@ def test_every_method_with_an_original_has_goldens(method):
 def _with_role(tensors, role):
     prefix = f"{role}."
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _weights(path):
+    return _with_role(load_file(path), "weight")
 
 
 def _find(config, where):

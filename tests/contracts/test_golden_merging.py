@@ -10,11 +10,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from edgecomp.backbones.assemble import assemble
 from edgecomp.backbones.inside import InsideModel
 from edgecomp.backbones.timm import TimmHost
-from edgecomp.compressors._merging import parse_r
+from edgecomp.compressors._merging import BlockState, parse_r
 from edgecomp.compressors._tokens import (
     group_matrix,
     merge_pairs,
@@ -23,11 +24,15 @@ from edgecomp.compressors._tokens import (
     top_k_merge,
     unmerge,
 )
+from edgecomp.compressors.dtem import DTEM, DTEMParams
+from edgecomp.compressors.pitome import PiToMe, PiToMeParams
+from edgecomp.compressors.tofu import ToFu, ToFuParams
 from edgecomp.compressors.tome import ToMe, ToMeParams, bipartite_soft_matching
 from edgecomp.export.lower import lower
 from edgecomp.export.passes import add_merge_body
 from edgecomp.runners import open_runner
-from edgecomp.specs import Site, TensorSpec, TokenBudget
+from edgecomp.specs import Site, TensorSpec, TokenBudget, load_recipe
+from edgecomp.specs.order import Order
 
 ROOT = Path(__file__).parents[1] / "golden"
 FP64, FP32 = 1e-14, 4e-7  # relative to the largest magnitude of the output
@@ -118,10 +123,102 @@ def test_step_of_tome(path, tmp_path):
         assert _error(y, outputs[key]) <= FP32
 
 
+def _reduce(module, metric, x, size):
+    """Run one step of a compressor in the first block of a host that hands over a metric."""
+    with torch.inference_mode():
+        return module.reduce(0, BlockState(x, x, metric.unsqueeze(1), size))
+
+
+def _merged_by_onnx(folder, compressor, metric, x, size):
+    """Run one step of a compressor as ONNX with its function body."""
+
+    class Step(torch.nn.Module):
+        def forward(self, metric, x, size):
+            return tuple(compressor.reduce(0, BlockState(x, x, metric.unsqueeze(1), size)))
+
+    values = {"metric": metric, "x": x, "size": size}
+    specs = [TensorSpec(name, tuple(value.shape), "float32", "features") for name, value in values.items()]
+    batch, tokens, width = x.shape
+    left = tokens - compressor.steps[0]
+    outputs = [
+        TensorSpec("y", (batch, left, width), "float32", "tokens"),
+        TensorSpec("sizes", (batch, left, 1), "float32", "features"),
+        TensorSpec("rows", (batch, tokens), "int32", "indices"),
+    ]
+    model = lower(Step(), inputs=specs, outputs=outputs, opset=20)
+    add_merge_body(model)
+    ir.save(model, folder / "step.onnx")
+    with open_runner("onnxruntime", folder / "step.onnx", threads=2) as runner:
+        got = runner.infer({name: np.ascontiguousarray(value.numpy()) for name, value in values.items()})
+    return tuple(torch.from_numpy(got[spec.name]) for spec in outputs)
+
+
+def _step_of(cls, params, x, prefix):
+    """Make a compressor for a host of one block that hands over these tokens."""
+    tokens = x.shape[1] - prefix
+    site = Site("inside", 0, tokens, x.shape[2], prefix, 1)
+    (left,) = cls.default_counts(params, site)
+    return cls(params, site, TokenBudget(tokens, left, prefix))
+
+
+@pytest.mark.parametrize("path", _files("pitome"), ids=lambda path: path.stem)
+def test_step_of_pitome(path, tmp_path):
+    config, inputs, outputs, _, _ = _read(path)
+    metric, x = inputs["metric"], inputs["x"]
+    size = inputs.get("size", torch.ones_like(x[..., :1]))
+    variant = {"vision": "score", "bsm": "bsm"}[config["kind"]]
+    params = PiToMeParams(keep_ratio=config["ratio"], margin=config["margin"], variant=variant)
+    compressor = _step_of(PiToMe, params, x, config["cls"])
+    for module in (compressor, compressor.reference()):
+        for merged in (_reduce(module, metric, x, size), _reduce(module, *(v.double() for v in (metric, x, size)))):
+            assert _error(merged.tokens, outputs["merged"]) <= FP32
+            assert torch.equal(merged.size.float(), outputs["merged_size"])
+            assert torch.equal(group_matrix(merged.rows, merged.size.shape[1]), outputs["source"].bool())
+    mean = _reduce(compressor, metric, x, torch.ones_like(size))
+    assert _error(mean.tokens, outputs["merged_mean"]) <= FP32
+    y, sizes, rows = _merged_by_onnx(tmp_path, compressor, metric, x, size)
+    assert _error(y, outputs["merged"]) <= FP32
+    assert torch.equal(sizes, outputs["merged_size"])
+    assert torch.equal(group_matrix(rows, y.shape[1]), outputs["source"].bool())
+
+
+# The files hold `merged_amax` too, the largest of each group by element. The code that was run has it as a mode of its
+# reduction; neither paper merges by it, and the op has no such mode.
+@pytest.mark.parametrize("path", _files("tofu"), ids=lambda path: path.stem)
+def test_step_of_tofu(path, tmp_path):
+    config, inputs, outputs, _, _ = _read(path)
+    metric, x = inputs["metric"], inputs["x"]
+    size, prefix = torch.ones_like(x[..., :1]), config["cls"]
+    merging = _step_of(ToFu, ToFuParams(keep_ratio=config["ratio"]), x, prefix)
+    assert x.shape[1] - merging.steps[0] == outputs["merged_tofu"].shape[1]
+    for module in (merging, merging.reference()):
+        assert _error(_reduce(module, metric, x, size).tokens, outputs["merged_tofu"]) <= FP32
+    y, _, _ = _merged_by_onnx(tmp_path, merging, metric, x, size)
+    assert _error(y, outputs["merged_tofu"]) <= FP32
+    attributes = {"r": merging.steps[0], "num_prefix_tokens": prefix, "order": merging.order}
+    mean, _, _ = top_k_merge(metric, x, size, mode="mean", **attributes)
+    assert _error(mean, outputs["merged_mean"]) <= FP32
+    mean, _, _ = _onnx_step(tmp_path, (metric, x, size), mode="mean", **attributes)
+    assert _error(mean, outputs["merged_mean"]) <= FP32
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_pruned_tofu_is_the_ops_own_pruning(prefix, tmp_path):
+    """The rows of the targets are put in by hand where a block prunes, since a graph holds one mode."""
+    metric, x = torch.randn(2, 2, 31, 8, generator=torch.Generator().manual_seed(prefix)).unbind()
+    size = torch.ones_like(x[..., :1])
+    pruning = _step_of(ToFu, ToFuParams(r=9, prune_blocks=1), x, prefix)
+    attributes = {"r": 9, "num_prefix_tokens": prefix, "order": pruning.order}
+    expected = top_k_merge(metric, x, size, mode="prune", **attributes)
+    for got in (_reduce(pruning, metric, x, size), _merged_by_onnx(tmp_path, pruning, metric, x, size)):
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
 # -- a whole model ----------------------------------------------------------------------------------------------
 
 
-def _whole_model(config, weights, output):
+def _host(config, weights):
+    """Return the host of the goldens, with its weights, and where a compressor stands in it."""
     from timm.models.vision_transformer import VisionTransformer
 
     vit = VisionTransformer(
@@ -130,13 +227,28 @@ def _whole_model(config, weights, output):
     )  # fmt: skip
     vit.load_state_dict(weights)
     host = TimmHost(vit, name="golden", feature_layer=-1, keep_head=True)
-    r, inflect = config["r"] if isinstance(config["r"], list) else (config["r"], 0.0)
-    params = ToMeParams(r=r, inflect=inflect)
     tokens = (config["img"] // config["patch"]) ** 2
-    site = Site("inside", config["img"], tokens, config["dim"], 1, config["depth"], config["classes"])
-    (left,) = ToMe.default_counts(params, site)
-    compressor = ToMe(params, site, TokenBudget(tokens, left, 1), output)
+    return host, Site("inside", config["img"], tokens, config["dim"], 1, config["depth"], config["classes"])
+
+
+def _inside(cls, params, output, host, site):
+    (left,) = cls.default_counts(params, site)
+    compressor = cls(params, site, TokenBudget(site.tokens_in, left, 1), output)
     return InsideModel(compressor, host, preprocess=None, input_dtype="float32").eval()
+
+
+def _whole_model(config, weights, output):
+    r, inflect = config["r"] if isinstance(config["r"], list) else (config["r"], 0.0)
+    return _inside(ToMe, ToMeParams(r=r, inflect=inflect), output, *_host(config, weights))
+
+
+def _whole_by_onnx(folder, whole, image):
+    specs = whole.input_specs(len(image)), whole.output_specs(len(image))
+    model = lower(whole, inputs=specs[0], outputs=specs[1], opset=20)
+    add_merge_body(model)
+    ir.save(model, folder / "whole.onnx")
+    with open_runner("onnxruntime", folder / "whole.onnx", threads=2) as runner:
+        return runner.infer({"image": image.float().numpy()})
 
 
 @pytest.mark.parametrize("path", _files("tome_vit"), ids=lambda path: path.stem)
@@ -160,13 +272,61 @@ def test_whole_model_of_tome(path, tmp_path, default_dtype):
         assert torch.equal(size, outputs["size"])
         assert torch.equal(group_matrix(rows, tokens.shape[1]), outputs["source"].bool())
 
-    whole = models["tokens"].float()
-    specs = whole.input_specs(len(image)), whole.output_specs(len(image))
-    model = lower(whole, inputs=specs[0], outputs=specs[1], opset=20)
-    add_merge_body(model)
-    ir.save(model, tmp_path / "whole.onnx")
-    with open_runner("onnxruntime", tmp_path / "whole.onnx", threads=2) as runner:
-        got = runner.infer({"image": image.float().numpy()})
+    got = _whole_by_onnx(tmp_path, models["tokens"].float(), image)
     assert _error(got["merged"], outputs["features"]) <= FLOORS * floor
     assert np.array_equal(got["size"], outputs["size"].float().numpy())
     assert torch.equal(group_matrix(torch.from_numpy(got["source_map"]), tokens.shape[1]), outputs["source"].bool())
+
+
+@pytest.mark.parametrize("path", _files("dtem"), ids=lambda path: path.stem)
+def test_whole_model_of_dtem(path, tmp_path):
+    config, inputs, outputs, weights, floor = _read(path)
+    image, unread = inputs["image"], tuple(load_recipe("dtem").unread)
+    own, of_host = DTEM.split_checkpoint(weights)
+    assert len(own) + len(of_host) == len(weights)
+    host, site = _host(config, of_host)
+    params = DTEMParams(r=config["r"], **DTEM.infer_params(own, DTEMParams()))
+    models = {output: _inside(DTEM, params, output, host, site) for output in ("tokens", "logits")}
+    for model in models.values():
+        for state in (own, weights):
+            assert model.compressor.load_original(state, unread=unread) == DTEM.layout_of(state) == "dtem"
+    compressor = models["tokens"].compressor
+    assert (50 - np.cumsum(compressor.steps)).tolist() == outputs["tokens_per_layer"].tolist()
+    vit = host.model
+    with torch.inference_mode():
+        metric = compressor.heads[0](vit.blocks[0].norm1(vit._pos_embed(vit.patch_embed(image))))
+    assert _error(metric, outputs["metric0"]) <= FLOORS * floor
+    for form in (lambda model: model, lambda model: model.reference()):
+        with torch.inference_mode():
+            tokens, _, _ = form(models["tokens"])(image)
+            (logits,) = form(models["logits"])(image)
+        assert _error(tokens, outputs["features"]) <= FLOORS * floor
+        assert _error(logits, outputs["logits"]) <= FLOORS * floor
+    assert _error(_whole_by_onnx(tmp_path, models["tokens"], image)["merged"], outputs["features"]) <= FLOORS * floor
+    assert _error(_whole_by_onnx(tmp_path, models["logits"], image)["logits"], outputs["logits"]) <= FLOORS * floor
+
+
+def test_a_checkpoint_of_dtem_serves_for_host_and_heads(tmp_path):
+    from timm import create_model
+
+    torch.manual_seed(3)
+    state = {}
+    for key, value in create_model("test_vit").state_dict().items():
+        if ".attn.qkv." in key:
+            head = torch.randn(8, *value.shape[1:])
+            state[key.replace(".qkv.", ".qkv.qkv_layer.")] = value
+            state[key.replace(".qkv.", ".qkv.metric_layer.")] = head
+            value = torch.cat([value, head])
+        state[key] = value
+    path = tmp_path / "dtem.safetensors"
+    save_file(state, path)
+    recipe = load_recipe("dtem")
+    assembly = assemble(Order(recipe=recipe, backbone="test_vit", image_size=160, budgets=("40",), weights=str(path)))
+    assert (assembly.preset, assembly.params["metric_dim"], assembly.weights.layout) == ("vit", 8, "dtem")
+    assert assembly.backbone_weights.name == assembly.weights.name
+    loaded = assembly.models[0]
+    for key, value in loaded.backbone.model.state_dict().items():
+        assert torch.equal(value, state[key.replace(".qkv.", ".qkv.qkv_layer.")]), key
+    for key, value in loaded.compressor.state_dict().items():
+        _, block, name = key.split(".")
+        assert torch.equal(value, state[f"blocks.{block}.attn.qkv.metric_layer.{name}"]), key

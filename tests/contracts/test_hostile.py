@@ -61,7 +61,7 @@ def test_nan_stays_in_its_sample(smoke, row, assembled, make_inputs, bundle_of):
         for name in before:
             for untouched, hit in zip(before[name], after[name], strict=True):
                 assert np.isfinite(hit[other]).all()
-                assert np.abs(hit[other] - untouched[other]).max() <= 1e-5
+                assert np.abs(hit[other].astype(np.float64) - untouched[other]).max() <= 1e-5
                 shown.append(bool(np.isnan(hit[row]).any()))
         assert sum(shown) >= 2, "NaN in a sample must show in its own output, eager and ONNX"
 
@@ -80,7 +80,7 @@ def test_padded_rows_are_finite_and_equal_the_original(smoke, assembled, make_in
         with torch.inference_mode():
             for got, expected in zip(model(*inputs), model.reference()(*inputs), strict=True):
                 assert torch.isfinite(got).all()
-                assert float((got - expected).abs().max()) <= 1e-10
+                assert float((got.double() - expected.double()).abs().max()) <= 1e-10
     for _, outputs in _run_fp32(smoke, assembled, bundle_of, inputs):
         for eager, onnx in outputs.values():
             assert np.isfinite(onnx).all()
@@ -113,7 +113,7 @@ def test_smallest_and_largest_budget(smoke, assembled, make_inputs, outputs_of):
                 with torch.inference_mode():
                     for got, expected in zip(model(*inputs), model.reference()(*inputs), strict=True):
                         assert torch.isfinite(got).all()
-                        assert float((got - expected).abs().max()) <= 1e-10
+                        assert float((got.double() - expected.double()).abs().max()) <= 1e-10
 
 
 def test_budgets_beyond_the_rule_are_refused(smoke, make_assembly):
@@ -161,4 +161,4 @@ def _require_same_weights(bundle, smoke, assembled):
         outputs = model(*inputs)
     for spec, value in zip(bucket.outputs, outputs, strict=True):
         key = golden_key("output", "seeded", spec.name, part=bucket.golden_part)
-        assert np.abs(value.numpy() - goldens[key]).max() <= 1e-5
+        assert np.abs(value.double().numpy() - goldens[key]).max() <= 1e-5

@@ -153,24 +153,66 @@ def one_more_protected(model, bucket):
 
 
 def first_r(model, bucket):
-    """The first r sources merge, instead of the best-matched ones: the ranking is of constants."""
-    functions = list(model.functions.values())
-    if not functions:
-        return []
+    """The first r sources merge, instead of those ranked first: the ranking is of constants."""
+    rankings = [(function, node) for function in model.functions.values() for node in function if _ranks(node)]
 
     def change():
-        (ranking,) = [n for n in functions[0] if n.op_type == "TopK" and n.inputs[0].producer().op_type == "ReduceMax"]
-        best = ranking.inputs[0]
-        zero = ir.Node("", "Sub", [best, best])
-        functions[0].insert_before(ranking, [zero])
+        ((function, ranking),) = rankings
+        ranked = ranking.inputs[0]
+        zero = ir.Node("", "Sub", [ranked, ranked])
+        function.insert_before(ranking, [zero])
         ranking.replace_input_with(0, zero.outputs[0])
 
-    return [change]
+    return [change] if rankings else []
+
+
+def _ranks(node):
+    """Whether a node of a merge's body ranks tokens: by their best match, or by the scores that were given."""
+    producer = node.inputs[0].producer() if node.op_type == "TopK" else None
+    return producer is not None and producer.op_type in ("ReduceMax", "Slice")
+
+
+def _weightless_nodes(model, *kinds):
+    """Return nodes of a graph with neither attention nor merge op: one that clusters tokens by plain ops."""
+    if _softmaxes(model) or model.functions:
+        return []
+    return [node for node in _own_nodes(model) if node.op_type in kinds]
+
+
+def farthest_for_nearest(model, bucket):
+    """A choice takes the smallest instead of the largest."""
+
+    def change(node):
+        if node.op_type == "TopK":
+            node.attributes["largest"] = ir.AttrInt64("largest", 0)
+        else:
+            node.op_type = {"ArgMax": "ArgMin", "ArgMin": "ArgMax"}[node.op_type]
+
+    return [lambda n=node: change(n) for node in _weightless_nodes(model, "ArgMax", "ArgMin", "TopK")]
+
+
+def swapped_comparison(model, bucket):
+    """What should be above is below."""
+
+    def change(node):
+        first, second = node.inputs
+        node.replace_input_with(0, second)
+        node.replace_input_with(1, first)
+
+    return [lambda n=node: change(n) for node in _weightless_nodes(model, "Greater", "Less", "GreaterOrEqual")]
+
+
+def dropped_division(model, bucket):
+    """A mean or a unit vector is left a sum or a vector."""
+    one = np.ones((), np.float32)
+    nodes = _weightless_nodes(model, "Div")
+    return [lambda n=node: n.replace_input_with(1, _constant(model, "mutant_one", one)) for node in nodes]
 
 
 REQUIRED = (dropped_residual, identity, wrong_head, wrong_table, transposed_grid)
 MERGING = (unweighted_mean, dropped_sources, wrong_order, one_more_protected, first_r)
-MUTATIONS = (*REQUIRED, wrong_axis, swapped_kv, ignored_mask, *MERGING)
+WEIGHTLESS = (farthest_for_nearest, swapped_comparison, dropped_division)
+MUTATIONS = (*REQUIRED, wrong_axis, swapped_kv, ignored_mask, *MERGING, *WEIGHTLESS)
 LEAST = 3  # mutations that must apply to each preset
 
 each_mutation = pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda item: item.__name__.replace("_", "-"))
@@ -218,14 +260,18 @@ def test_enough_mutations_apply_to_the_preset(smoke, bundle_of):
     assert len(kinds) >= LEAST, kinds
 
 
-def test_every_required_mutation_applies_to_the_method(smokes, bundle_of):
+def test_every_required_mutation_applies_to_the_method(smokes, bundle_of, assembled):
+    """A method that has no weights of its own, nor stands between those of a host, has other mutations."""
+    placements = smokes[0].recipe.placements
+    has_weights = any(True for smoke in smokes for _ in assembled(smoke).models[0].compressor.parameters())
+    required = REQUIRED if has_weights or "inside" in placements else (transposed_grid, *WEIGHTLESS)
     kinds = set()
     for smoke in smokes:
         bundle = bundle_of(smoke)
         bucket = bundle.select(batch=1)[0]
         model = _load(bundle, bucket)
-        kinds |= {m.__name__ for m in REQUIRED if m(model, bucket) and not _is_invariant(smoke, m, bucket)}
-    assert kinds == {mutation.__name__ for mutation in REQUIRED}
+        kinds |= {m.__name__ for m in required if m(model, bucket) and not _is_invariant(smoke, m, bucket)}
+    assert kinds == {mutation.__name__ for mutation in required}
 
 
 def test_a_transposed_mask_alone_fails(smoke, bundle_of, check):

@@ -6,6 +6,7 @@ import fnmatch
 
 import torch
 
+_DRAWS = 4  # of a parameter that only ranks: one alone may choose the same tokens by chance
 _LEAST = 1e-9  # gradients of what has an effect are above 1e-4; rounding leaves about 1e-16 of what cancels
 
 
@@ -18,6 +19,8 @@ def test_every_parameter_is_read(smoke, make_assembly, outputs_of, make_inputs):
         inputs = make_inputs(assembly, dtype="float64")["seeded"]
         unmoved = set()
         for name, parameter in model.compressor.named_parameters():
+            if _only_ranks(model.compressor, name):
+                continue
             before = parameter.detach().clone()
             with torch.inference_mode():
                 parameter.fill_(float("nan"))
@@ -41,6 +44,30 @@ def test_every_parameter_has_an_effect(smoke, make_assembly, outputs_of, make_in
     assert _unstated(smoke, without) == []
 
 
+def test_parameters_that_only_rank_change_the_selection(smoke, make_assembly, make_inputs):
+    """Neither NaN nor a gradient passes a choice, so each parameter behind one is replaced: other tokens are chosen."""
+    assembly = make_assembly(smoke, dtype="float64")
+    model = assembly.models[0]
+    inputs = make_inputs(assembly, dtype="float64")["seeded"]
+    generator = torch.Generator().manual_seed(1)
+    with torch.inference_mode():
+        expected = model(*inputs)
+        for name, parameter in model.compressor.named_parameters():
+            if not _only_ranks(model.compressor, name):
+                continue
+            before = parameter.detach().clone()
+            changes = 0
+            for _ in range(_DRAWS):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+                changes += any(not torch.equal(*pair) for pair in zip(model(*inputs), expected, strict=True))
+            parameter.copy_(before)
+            assert changes, name
+
+
+def _only_ranks(compressor, name):
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in compressor.ranking_params)
+
+
 def _without_gradient(smoke, make_assembly, outputs_of, make_inputs):
     largest = {}
     for output in outputs_of(smoke):
@@ -50,7 +77,11 @@ def _without_gradient(smoke, make_assembly, outputs_of, make_inputs):
         generator = torch.Generator().manual_seed(1)
         values = [value for value in model(*inputs) if value.is_floating_point() and value.requires_grad]
         total = sum((value * torch.randn(value.shape, generator=generator)).sum() for value in values)
-        named = dict(model.named_parameters())
+        named = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if not _only_ranks(model.compressor, name.removeprefix("compressor."))
+        }
         if not named:
             continue
         names, parameters = zip(*named.items(), strict=True)
