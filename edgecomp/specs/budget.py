@@ -12,6 +12,7 @@ from edgecomp.errors import InvalidSpec
 __all__ = ["BudgetRule", "TokenBudget", "parse_budget", "read_count"]
 
 Count = Annotated[int, Meta(ge=1)]
+_ANY = 1 << 20  # tokens; more than any encoder has
 
 
 class TokenBudget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,7 +42,7 @@ class BudgetRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     default: tuple[Count, ...]
     choices: tuple[Count, ...] = ()
     minimum: Count = 1
-    maximum: Count = 1 << 20
+    maximum: Count = _ANY
 
     def __post_init__(self) -> None:
         if not self.default:
@@ -57,6 +58,8 @@ class BudgetRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __str__(self) -> str:
         if self.choices:
             return "one of " + ", ".join(map(str, self.choices))
+        if self.maximum == _ANY:
+            return f"at least {self.minimum}"
         return f"from {self.minimum} to {self.maximum}"
 
 
