@@ -62,11 +62,7 @@ def _inspect_onnx(path: Path) -> OnnxContents:
         raise RunError(f"{path} is truncated or no ONNX file ({error}); copy it again") from None
     if not model.HasField("graph"):
         raise EdgecompError(f"{path} holds no graph, so it is no ONNX model; is it the right file?")
-    ops: dict[str, int] = {}
-    for graph in (model.graph, *model.functions):
-        for node in graph.node:
-            name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-            ops[name] = ops.get(name, 0) + 1
+    bodies = {"": model.graph} | {f"{function.domain}::{function.name}": function for function in model.functions}
     external = {
         entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
@@ -79,11 +75,54 @@ def _inspect_onnx(path: Path) -> OnnxContents:
         opsets={opset.domain or "ai.onnx": opset.version for opset in model.opset_import},
         inputs=tuple(_describe(value) for value in model.graph.input),
         outputs=tuple(_describe(value) for value in model.graph.output),
-        ops=dict(sorted(ops.items(), key=lambda item: (-item[1], item[0]))),
-        functions=tuple(f"{function.domain}::{function.name}" for function in model.functions),
+        ops=_count_ops(model.graph),
+        functions={name: _count_ops(body) for name, body in bodies.items() if name},
+        topk=tuple(text for name, body in bodies.items() for text in _topk_sizes(name, body)),
+        reducing_scatters=tuple(
+            f"{name or 'the graph'}: {node.op_type} {node.name!r}"
+            for name, body in bodies.items()
+            for node in body.node
+            if node.op_type in ("ScatterElements", "ScatterND") and _reduces(node)
+        ),
         parameters=sum(_size(tensor.dims) for tensor in model.graph.initializer),
         external_files=tuple(sorted(external)),
     )
+
+
+def _count_ops(body: Any) -> dict[str, int]:
+    """Return how often each op occurs in a graph or function, most frequent first."""
+    ops: dict[str, int] = {}
+    for node in body.node:
+        name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        ops[name] = ops.get(name, 0) + 1
+    return dict(sorted(ops.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _reduces(node: Any) -> bool:
+    return any(attribute.name == "reduction" and attribute.s != b"none" for attribute in node.attribute)
+
+
+def _topk_sizes(name: str, body: Any) -> list[str]:
+    """Return how many each TopK of a graph or function takes: a number, or an attribute of the function's node."""
+    from onnx import numpy_helper
+
+    makers = {output: node for node in body.node for output in node.output}
+    constants = {tensor.name: tensor for tensor in getattr(body, "initializer", ())}
+    found = []
+    for node in body.node:
+        if node.op_type != "TopK":
+            continue
+        source, text = node.input[1], "a computed number"
+        while source in makers and makers[source].op_type in ("Unsqueeze", "Reshape", "Identity"):
+            source = makers[source].input[0]
+        if source in constants:
+            text = ", ".join(map(str, numpy_helper.to_array(constants[source]).ravel().tolist()))
+        elif source in makers and makers[source].op_type == "Constant":
+            (value,) = makers[source].attribute
+            number = numpy_helper.to_array(value.t) if value.HasField("t") else value.ints or value.i
+            text = value.ref_attr_name or str(number)
+        found.append(f"{text} (in {name})" if name else text)
+    return found
 
 
 def _size(dims: Any) -> int:

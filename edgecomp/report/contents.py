@@ -21,7 +21,13 @@ class BundleContents(msgspec.Struct, frozen=True, tag="bundle"):
 
 
 class OnnxContents(msgspec.Struct, frozen=True, tag="onnx"):
-    """An ONNX file; shapes as text, since a user's file may have symbolic ones."""
+    """An ONNX file; shapes as text, since a user's file may have symbolic ones.
+
+    Attributes:
+        ops: how often each op occurs in the graph; functions: the same in the body of each function.
+        topk: how many each TopK takes, a number or the attribute of the function's node that says it.
+        reducing_scatters: nodes that scatter with a reduction, which no TensorRT takes.
+    """
 
     path: str
     size_bytes: int
@@ -32,7 +38,9 @@ class OnnxContents(msgspec.Struct, frozen=True, tag="onnx"):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     ops: dict[str, int]
-    functions: tuple[str, ...]
+    functions: dict[str, dict[str, int]]
+    topk: tuple[str, ...]
+    reducing_scatters: tuple[str, ...]
     parameters: int
     external_files: tuple[str, ...]
 
@@ -108,7 +116,9 @@ def _describe_onnx(contents: OnnxContents) -> str:
             *(f"  input      {text}" for text in contents.inputs),
             *(f"  output     {text}" for text in contents.outputs),
             f"  ops        {_ops(contents.ops)}",
-            *(f"  function   {name}" for name in contents.functions),
+            *(f"  function   {name}: {_ops(ops)}" for name, ops in contents.functions.items()),
+            f"  TopK       of {', '.join(contents.topk)}" if contents.topk else "  TopK       none",
+            f"  scatters   with a reduction: {', '.join(contents.reducing_scatters) or 'none'}",
             f"  weights    {contents.parameters:,} values" + _external(contents),
             f"  sha256     {contents.sha256}",
         ]

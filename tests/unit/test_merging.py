@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -237,3 +238,34 @@ def test_nodes_of_two_kinds_are_refused(merged: Any) -> None:
     node.attributes["mode"] = ir.AttrString("mode", "mean")
     with pytest.raises(ExportError, match="share mode, partition, order and type"):
         add_merge_body(model)
+
+
+def test_inspect_tells_what_a_merge_holds(merged: Any, tmp_path: Path) -> None:
+    from edgecomp import api
+    from edgecomp.report.contents import describe_contents
+
+    model = merged.clone()
+    add_merge_body(model)
+    ir.save(model, tmp_path / "merged.onnx")
+    found: Any = api.inspect(tmp_path / "merged.onnx")
+    assert found.ops["edgecomp::TopKMerge"] == 3
+    assert found.functions["edgecomp::TopKMerge"]["ScatterND"] == 2
+    assert found.topk == ("r (in edgecomp::TopKMerge)",)
+    assert found.reducing_scatters == ()
+    assert "scatters   with a reduction: none" in describe_contents(found)
+    body = next(iter(model.functions.values()))
+    scatter = next(node for node in body if node.op_type == "ScatterND")
+    scatter.attributes["reduction"] = ir.AttrString("reduction", "add")
+    scatter.name = "planted"
+    ir.save(model, tmp_path / "planted.onnx")
+    planted: Any = api.inspect(tmp_path / "planted.onnx")
+    assert planted.reducing_scatters == ("edgecomp::TopKMerge: ScatterND 'planted'",)
+    ir.save(inline_functions(merged_with_body(merged)), tmp_path / "flat.onnx")
+    flat: Any = api.inspect(tmp_path / "flat.onnx")
+    assert flat.topk == ("6", "6", "6")
+
+
+def merged_with_body(model: Any) -> Any:
+    whole = model.clone()
+    add_merge_body(whole)
+    return whole
