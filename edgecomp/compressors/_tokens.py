@@ -188,8 +188,9 @@ def source_map(pairing: Pairing, tokens: int) -> Tensor:
 
 
 def compose_maps(first: Tensor, second: Tensor) -> Tensor:
-    """Return the map of two merges in a row: first (B, N), then second (B, M) -> (B, N)."""
-    return second.gather(1, first.to(torch.int64))
+    """Return the map of two merges in a row: first (B, N), then second (B, M) -> (B, N); -1 stays -1."""
+    index = first.to(torch.int64)
+    return torch.where(index < 0, first, second.gather(1, index.clamp_min(0)))
 
 
 def unmerge(y: Tensor, rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ non-commercial licence: this is written from the paper, and held to numbers that
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,15 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._merging import BlockState, KeyMergeParams, Merged, OriginalMerger, TokenMerger, merge_steps
-from edgecomp.compressors._tokens import largest_r, top_k, top_k_merge, unit_rows
+from edgecomp.compressors._tokens import (
+    kth_pairing,
+    largest_r,
+    merge_pairs,
+    source_map,
+    top_k,
+    top_k_merge,
+    unit_rows,
+)
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Site, TensorSpec
 
@@ -28,9 +36,22 @@ class ToMeParams(KeyMergeParams, frozen=True, forbid_unknown_fields=True, kw_onl
         threshold: merge only pairs whose similarity is above it, and at most r of them (where r is not set: as many as
             can merge). How many merge depends on the data, so that there are rows for all tokens, and a count; on
             given tokens alone. None: all r pairs merge.
+        matching: `bipartite`: even tokens are sources, odd ones targets; `kth`: every k-th token is a target and all
+            others merge into their most similar target, so that n tokens become n / k. What fills no group of k is
+            dropped, as in the published code.
+        k: of `kth`.
+        kth_blocks: the blocks in which `kth` merges, counted from 0.
     """
 
     threshold: Annotated[float, Meta(ge=-1, le=1)] | None = None
+    matching: Literal["bipartite", "kth"] = "bipartite"
+    k: Annotated[int, Meta(ge=2, le=65536)] = 2
+    kth_blocks: tuple[Annotated[int, Meta(ge=0, le=65536)], ...] = (0,)
+
+    @property
+    def decides_counts(self) -> bool:
+        """Whether the parameters say how many tokens each block removes."""
+        return self.matching == "kth" or super().decides_counts
 
 
 class ToMe(TokenMerger):
@@ -54,6 +75,14 @@ class ToMe(TokenMerger):
 
     def plan(self) -> tuple[int, ...]:
         """Return how many tokens each merge removes; with a threshold, the most that its one merge may."""
+        if self.params.matching == "kth":
+            steps = _kth_steps(self.params, self.site)
+            if self.budget.tokens_out != self.budget.tokens_in - sum(steps):
+                raise InvalidSpec(
+                    f"params.matching=kth leaves {self.budget.tokens_in - sum(steps)} tokens, and the budget is "
+                    f"{self.budget.tokens_out}; give params.k and params.kth_blocks, or the budget"
+                )
+            return steps
         if self.params.threshold is None:
             return super().plan()
         rows, tokens = self.budget.tokens_out, self.budget.tokens_in
@@ -77,6 +106,8 @@ class ToMe(TokenMerger):
     @classmethod
     def default_counts(cls, params: Any, site: Site) -> tuple[int, ...]:
         """Return what the parameters leave; with a threshold, rows for all tokens."""
+        if params.matching == "kth":
+            return (site.tokens_in - sum(_kth_steps(params, site)),)
         return super().default_counts(params, site) if params.threshold is None else (site.tokens_in,)
 
     @property
@@ -107,6 +138,10 @@ class ToMe(TokenMerger):
     def reduce(self, block: int, state: BlockState) -> Merged:
         """Merge the tokens between attention and MLP of a block."""
         metric = self.params.metric_of(state)
+        if self.params.matching == "kth":
+            pairing = kth_pairing(metric, k=self.params.k, num_prefix_tokens=self.num_prefix_tokens)
+            tokens, size = merge_pairs(pairing, state.tokens, state.size)
+            return Merged(tokens, size, source_map(pairing, state.tokens.shape[1]))
         merged = top_k_merge(
             metric,
             state.tokens,
@@ -120,6 +155,24 @@ class ToMe(TokenMerger):
     def reference(self) -> nn.Module:
         """Return the paper's form: a full ranking, and sums scattered into the targets."""
         return ToMeOriginal(self)
+
+
+def _kth_steps(params: ToMeParams, site: Site) -> tuple[int, ...]:
+    """Return how many tokens each block removes where every k-th stays."""
+    others = [f"params.{name}" for name in ("r", "schedule", "keep_ratio", "threshold") if getattr(params, name)]
+    if others:
+        raise InvalidSpec(f"params.matching=kth and {', '.join(others)} are given; params.k says what kth leaves")
+    depth = site.depth if site.placement == "inside" else 1
+    steps, left = [0] * depth, site.tokens_in
+    for block in sorted(set(params.kth_blocks)):
+        if block >= depth or left < params.k:
+            raise InvalidSpec(
+                f"params.kth_blocks={list(params.kth_blocks)}: block {block} of {depth} cannot merge {left} tokens to "
+                f"every {params.k}-th; name blocks from 0 to {depth - 1}, and fewer of them or a smaller params.k"
+            )
+        steps[block] = left - left // params.k
+        left -= steps[block]
+    return tuple(steps)
 
 
 def merge_above(tokens: Tensor, threshold: float, *, r: int, ascending: bool) -> tuple[Tensor, ...]:
@@ -168,6 +221,8 @@ class ToMeOriginal(OriginalMerger):
         """Merge the tokens between attention and MLP of a block."""
         keys = state.keys.transpose(1, 2).mean(2) if self.static.params.metric == "k" else state.tokens
         r, prefix = self.static.steps[block], self.static.num_prefix_tokens
+        if self.static.params.matching == "kth":
+            return kth_soft_matching(keys, state.tokens, state.size, self.static.params.k, prefix)
         return bipartite_soft_matching(keys, state.tokens, state.size, r, prefix, self.static.order == "ascending")
 
 
@@ -213,3 +268,21 @@ def bipartite_soft_matching(keys: Tensor, tokens: Tensor, size: Tensor, r: int, 
     merged_size = merge(size)
     everyone = torch.eye(tokens.shape[1], dtype=tokens.dtype, device=tokens.device).expand(len(tokens), -1, -1)
     return Merged(merge(tokens * size) / merged_size, merged_size, merge(everyone).argmax(dim=1).to(torch.int32))
+
+
+def kth_soft_matching(keys: Tensor, tokens: Tensor, size: Tensor, k: int, prefix: int) -> Merged:
+    """Return each k-th token joined with those before it that are most similar to it, the prefix in front."""
+    length = keys.square().sum(-1, keepdim=True).sqrt()
+    keys = torch.where(length > 0, keys / length, torch.zeros_like(keys))
+    groups = (tokens.shape[1] - prefix) // k
+    source_map = torch.full(tokens.shape[:2], -1, dtype=torch.int32)
+    source_map[:, :prefix] = torch.arange(prefix)
+    ends = [prefix + k * group + k - 1 for group in range(groups)]
+    for sample, unit in enumerate(keys):
+        for token in range(prefix, prefix + groups * k):
+            likeness = torch.stack([unit[token] @ unit[end] for end in ends])
+            row = ends.index(token) if token in ends else int(likeness.argmax())
+            source_map[sample, token] = prefix + row
+    belongs = source_map.unsqueeze(1) == torch.arange(prefix + groups).unsqueeze(-1)
+    merged_size = belongs.to(size.dtype) @ size
+    return Merged(belongs.to(tokens.dtype) @ (tokens * size) / merged_size, merged_size, source_map)

@@ -391,7 +391,7 @@ def _residuals(model):
     order = {value: index for index, node in enumerate(model.graph) for value in node.outputs}
     found = []
     for node in _own_nodes(model):
-        if node.op_type != "Add" or len(node.outputs[0].shape) < 3:
+        if node.op_type != "Add" or len(node.outputs[0].shape) < 3 or node.outputs[0].is_graph_output():
             continue
         if any(value.shape != node.outputs[0].shape for value in node.inputs):
             continue
