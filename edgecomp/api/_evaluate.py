@@ -158,12 +158,14 @@ def _notes(manifest: Manifest, data: LabelledImages, found: Evaluation, limit: i
         notes.append("the weights are random, so that accuracy is a matter of chance; export with trained ones")
     if limit is not None and limit > len(data.labels):
         notes.append(f"--limit {limit} is above the {len(data.labels)} images that there are; all were taken")
-    seen = len(data.classes) or int(data.labels.max()) + 1
-    if seen < found.num_classes:
+    highest = int(data.labels.max())
+    if data.classes and len(data.classes) < found.num_classes:
         notes.append(
-            f"the data has {seen} classes and the model {found.num_classes}: right only if they are the model's first "
-            f"{seen}, in its order; classes.txt in the data's folder says otherwise"
+            f"the data has {len(data.classes)} classes and the model {found.num_classes}: right only if they are the "
+            f"model's first {len(data.classes)}, in its order; classes.txt in the data's folder says otherwise"
         )
+    elif not data.classes and highest < found.num_classes - 1:
+        notes.append(f"no label is above {highest}, and the model has {found.num_classes} classes: are they its own?")
     notes += [
         f"{row.model} gave NaN or Inf for {row.not_finite} images; they count as wrong"
         for row in found.scores
