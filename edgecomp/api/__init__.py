@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgecomp.api._build import build
     from edgecomp.api._doctor import doctor
+    from edgecomp.api._evaluate import evaluate
     from edgecomp.api._export import export
     from edgecomp.api._inspect import inspect
     from edgecomp.api._listing import list_backbones, list_methods, list_targets
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "build",
     "doctor",
+    "evaluate",
     "export",
     "inspect",
     "list_backbones",

@@ -42,12 +42,13 @@ def runner_names() -> tuple[str, ...]:
     return ("onnxruntime", "onnxruntime-cuda")
 
 
-def open_runner(name: str, model: Path, *, threads: int) -> Runner:
+def open_runner(name: str, model: Path, *, threads: int, takes_turns: bool = False) -> Runner:
     """Load an ONNX model.
 
     Args:
         name: `onnxruntime` (CPU) or `onnxruntime-cuda`; a provider that does not come up is an error.
         threads: for the CPU; 0: as many as the runtime chooses.
+        takes_turns: several models are open and run in turn, so that none may hold on to cores between its runs.
 
     Raises:
         UnknownName: no such runner. MissingDependency: its package is not installed.
@@ -57,4 +58,4 @@ def open_runner(name: str, model: Path, *, threads: int) -> Runner:
     providers = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
     if name not in providers:
         raise UnknownName("runner", name, runner_names())
-    return OnnxRuntimeRunner(model, name=name, provider=providers[name], threads=threads)
+    return OnnxRuntimeRunner(model, name=name, provider=providers[name], threads=threads, takes_turns=takes_turns)

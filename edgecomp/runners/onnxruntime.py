@@ -22,9 +22,10 @@ class OnnxRuntimeRunner:
         name: the runner's name, for reports.
         provider: the execution provider; RunError where it does not come up.
         threads: intra-op threads on the CPU; 0: ONNX Runtime's choice.
+        takes_turns: threads rest as soon as a run ends, where else they spin for a while and take cores from others.
     """
 
-    def __init__(self, model: Path, *, name: str, provider: str, threads: int) -> None:
+    def __init__(self, model: Path, *, name: str, provider: str, threads: int, takes_turns: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -39,6 +40,8 @@ class OnnxRuntimeRunner:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        if takes_turns:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             self._session: Any = onnxruntime.InferenceSession(
                 str(model), options, providers=[(provider, _OPTIONS.get(provider, {}))]

@@ -23,7 +23,8 @@ from edgecomp.errors import InvalidSpec
 from edgecomp.resources import photograph_path
 
 Cli = Callable[..., Any]
-VERBS = ("export", "parity", "build", "run", "profile", "inspect", "doctor", "list")
+VERBS = ("export", "parity", "build", "run", "profile", "evaluate", "inspect", "doctor", "list")
+HELPS = [["export", "--help"], ["evaluate", "--help"]]
 LIGHT = [["--help"], ["--version"], ["list", "methods"], ["list", "targets"], ["list", "backbones"]]
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx", "transformers", "timm", "numpy", "rich")
 
@@ -50,7 +51,7 @@ def test_answers_within_300_ms(words: list[str]) -> None:
     assert min(seconds) < 0.3, seconds
 
 
-@pytest.mark.parametrize("words", [*LIGHT, ["export", "--help"], ["list", "methods", "--json"]], ids=" ".join)
+@pytest.mark.parametrize("words", [*LIGHT, *HELPS, ["list", "methods", "--json"]], ids=" ".join)
 def test_imports_nothing_heavy(words: list[str]) -> None:
     script = (
         "import sys\n"

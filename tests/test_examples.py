@@ -1,0 +1,73 @@
+"""The examples run: on generated data, for the real one is not in the repository."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FASHION = ROOT / "examples" / "fashion_mnist"
+
+
+def run(script: str, *words: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FASHION / script), *map(str, words)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise in the layout of Fashion-MNIST."""
+    folder = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(0)
+    for prefix in ("t10k", "train"):
+        images = rng.integers(0, 256, (64, 28, 28), dtype=np.uint8)
+        for name, values in (("images-idx3", images), ("labels-idx1", np.arange(64, dtype=np.uint8) % 10)):
+            header = struct.pack(f">{1 + values.ndim}I", 0x0800 + values.ndim, *values.shape)
+            (folder / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(header + values.tobytes()))
+    return folder
+
+
+def test_weights_are_small() -> None:
+    assert (FASHION / "weights.safetensors").stat().st_size < 3 << 20
+
+
+def test_table_is_written_between_the_marks(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxruntime")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table.py writes from here -->\nold\n<!-- to here -->\nafter\n")
+    done = run("table.py", "--data", data, "--r", 4, "--batch", 8, "--limit", 16, "--write", page, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- to here -->\nafter\n")
+    assert "old" not in text
+    assert "16 test images" in text
+    (row,) = re.findall(r"^\| tome .*$", text, re.MULTILINE)
+    assert row.split(" | ")[1:3] == ["4", "25"]
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["page.md"]
+
+
+def test_training_runs(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    done = run(
+        "train.py", "--data", data, "--epochs", 1, "--threads", 1, "--out", tmp_path / "w.safetensors", folder=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "top-1 on 64 test images" in done.stdout
+    assert (tmp_path / "w.safetensors").stat().st_size == (FASHION / "weights.safetensors").stat().st_size
