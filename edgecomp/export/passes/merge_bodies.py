@@ -35,8 +35,8 @@ def merge_nodes(model: ir.Model) -> list[ir.Node]:
 def add_merge_body(model: ir.Model) -> None:
     """Add the function that all merge nodes of a model share; nothing where there is none.
 
-    Functions of one name that differ in their `overload` would serve several kinds in ONNX Runtime, but TensorRT for RTX
-    1.7 takes the first of them for every node, in silence.
+    Functions of one name that differ in their `overload` would serve several kinds in ONNX Runtime, but TensorRT for
+    RTX 1.7 takes the first of them for every node, in silence.
 
     Raises:
         ExportError: the nodes differ in mode, partition, order or type, which one function cannot serve.
