@@ -237,6 +237,7 @@ def top_k_merge(
             "mode": mode,
             "partition": partition,
             "order": order,
+            "with_map": 1,
             "plugin_version": "1",
             "plugin_namespace": "edgecomp",
         },

@@ -26,7 +26,7 @@ _TINY = 1e-30  # below it a norm counts as zero
 _END = 2**63 - 1
 _FLOAT, _INT32, _INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 _ATTRIBUTES = {"r": "INT", "num_prefix_tokens": "INT", "mode": "STRING", "partition": "STRING", "order": "STRING"}
-_ATTRIBUTES |= {"plugin_version": "STRING", "plugin_namespace": "STRING"}
+_ATTRIBUTES |= {"with_map": "INT", "plugin_version": "STRING", "plugin_namespace": "STRING"}
 
 
 def merge_body(
@@ -44,7 +44,7 @@ def merge_body(
     Args:
         mode, partition, order: the nodes' attributes.
         largest_r: of all nodes; it decides whether groups are summed at once or in chunks.
-        with_map: give `src_map` too. ONNX Runtime computes what a function holds, whether it is read or not.
+        with_map: the nodes' attribute. ONNX Runtime computes what a function holds, whether it is read or not.
         dtype: of metric and x; similarity, sums and divisions are computed in float32 whatever it is.
         opset: of the model.
     """

@@ -128,12 +128,13 @@ def write_merge(path: Path, **changes: Any) -> Path:
     helper, kind, single = onnx.helper, getattr(onnx.TensorProto, options["dtype"]), onnx.TensorProto.FLOAT
     words: dict[str, Any] = {"r": r, "num_prefix_tokens": 1, "mode": "wavg", "order": "ascending"}
     words["partition"] = "by_score" if by_score else "alternate"
-    words |= {"plugin_version": "1", "plugin_namespace": "edgecomp"} | attributes
+    words |= {"with_map": 1, "plugin_version": "1", "plugin_namespace": "edgecomp"} | attributes
     words = {key: value for key, value in words.items() if value is not None}
 
     def constant(name: str, value: list[int]) -> Any:
         return helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(np.array(value), name))
 
+    with_map = words.get("with_map", 1) == 1
     formal = ["m", "x", "s", *(["c"] if by_score else [])]
     body = [
         *(constant("begin", [0]), constant("rows", [-r]), constant("axis", [1]), constant("last", [2])),
@@ -144,14 +145,20 @@ def write_merge(path: Path, **changes: Any) -> Path:
     ]
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("edgecomp", 1)]
     function = helper.make_function(
-        "edgecomp", "TopKMerge", formal, ["y", "z", "i"], body, opsets[:1], attributes=list(words)
+        "edgecomp",
+        "TopKMerge",
+        formal,
+        ["y", "z", *(["i"] if with_map else [])],
+        body,
+        opsets[:1],
+        attributes=list(words),
     )
     nodes, inputs, outputs = [], [], []
     for number in range(options["nodes"]):
         into = {"m": (kind, [2, tokens, 4]), "x": (kind, [2, tokens, width]), "s": (single, [2, tokens, 1])}
         into |= {"c": (single, [2, tokens])} if by_score else {}
         out = {"y": (kind, [2, tokens - r, width]), "z": (single, [2, tokens - r, 1])}
-        out["i"] = (onnx.TensorProto.INT32, [2, tokens])
+        out |= {"i": (onnx.TensorProto.INT32, [2, tokens])} if with_map else {}
         nodes.append(
             helper.make_node(
                 "TopKMerge",
@@ -587,6 +594,16 @@ def test_all_types_and_inputs_build(dtype: str, by_score: bool, tmp_path: Path, 
     assert [merge.by for merge in record.merges] == ["plugin"]
     assert [tensor.shape for tensor in record.outputs] == [(2, 12, 8), (2, 12, 1), (2, 16)]
     assert [tensor.dtype for tensor in record.outputs[1:]] == ["float32", "int32"]
+
+
+@rtx
+@pytest.mark.parametrize("by_score", [False, True])
+def test_a_map_that_nobody_reads_is_no_output(by_score: bool, tmp_path: Path, filled: PluginLibrary) -> None:
+    onnx = write_merge(tmp_path / "model.onnx", with_map=0, by_score=by_score)
+    for plugin, by in (("require", "plugin"), ("off", "function")):
+        record = make(onnx, tmp_path / "out", plugin=plugin).record
+        assert [merge.by for merge in record.merges] == [by]
+        assert [tensor.shape for tensor in record.outputs] == [(2, 12, 8), (2, 12, 1)]
 
 
 @rtx

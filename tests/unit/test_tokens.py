@@ -210,7 +210,7 @@ def merge_model(
         made["src_map"] = (onnx.TensorProto.INT32, [batch, tokens])
     node = helper.make_node(
         "TopKMerge", list(inputs), list(made), domain="edgecomp",
-        plugin_version="1", plugin_namespace="edgecomp", **attributes,
+        with_map=int(with_map), plugin_version="1", plugin_namespace="edgecomp", **attributes,
     )  # fmt: skip
     graph = helper.make_graph(
         [node],

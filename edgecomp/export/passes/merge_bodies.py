@@ -11,7 +11,10 @@ from edgecomp.export.merge_body import merge_body
 __all__ = ["add_merge_body", "inline_functions", "merge_nodes", "strip_functions"]
 
 _DOMAIN, _OP, _VERSION = "edgecomp", "TopKMerge", 1
-_ATTRIBUTES = ("r", "num_prefix_tokens", "mode", "partition", "order", "plugin_version", "plugin_namespace")
+_ATTRIBUTES = (
+    *("r", "num_prefix_tokens", "mode", "partition", "order", "with_map"),
+    *("plugin_version", "plugin_namespace"),
+)
 _DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
 
@@ -54,10 +57,11 @@ def add_merge_body(model: ir.Model) -> None:
     ((mode, partition, order, dtype),) = kinds
     for index, node in enumerate(nodes):
         node.name = f"topk_merge_{index}"  # an engine's layers are found by it
-    with_map = any(node.outputs[2].uses() or node.outputs[2].is_graph_output() for node in nodes)
-    if not with_map:
-        for node in nodes:
-            node.resize_outputs(2)
+    maps = [node.outputs[2] for node in nodes if len(node.outputs) > 2]
+    with_map = any(value.uses() or value.is_graph_output() for value in maps)
+    for node in nodes:
+        node.attributes["with_map"] = ir.AttrInt64("with_map", int(with_map))
+        node.resize_outputs(3 if with_map else 2)
     body = merge_body(
         mode=mode,
         partition=partition,

@@ -20,7 +20,9 @@ constexpr AsciiChar const* kNAMESPACE = "edgecomp";
 
 // Positions of the tensors; `scores` is there only with by_score.
 enum : int32_t { kMETRIC, kX, kSIZE, kSCORES };
-enum : int32_t { kY, kMERGED_SIZE, kSRC_MAP, kNB_OUTPUTS };
+enum : int32_t { kY, kMERGED_SIZE, kSRC_MAP };
+
+constexpr AsciiChar const* kWITH_MAP = "with_map";  // 1: src_map is an output, 0: it is left out
 
 struct Word {
     AsciiChar const* attribute;
@@ -155,16 +157,17 @@ bool readWord(PluginFieldCollection const& fields, Word const& word, edgecomp_to
     return false;
 }
 
-bool readNumber(PluginFieldCollection const& fields, Number const& number, edgecomp_topk_merge_params& p) {
-    PluginField const* const field = findField(fields, number.attribute, PluginFieldType::kINT32);
+bool readNumber(PluginFieldCollection const& fields, AsciiChar const* attribute, int32_t& value) {
+    PluginField const* const field = findField(fields, attribute, PluginFieldType::kINT32);
     if (field == nullptr) return false;
-    p.*number.member = *static_cast<int32_t const*>(field->data);
+    value = *static_cast<int32_t const*>(field->data);
     return true;
 }
 
 }  // namespace
 
-TopKMergePlugin::TopKMergePlugin(edgecomp_topk_merge_params const& attributes) : mParams(attributes) {}
+TopKMergePlugin::TopKMergePlugin(edgecomp_topk_merge_params const& attributes, int32_t withMap)
+    : mParams(attributes), mWithMap(withMap) {}
 
 int32_t TopKMergePlugin::expectedInputs() const noexcept {
     return mParams.partition == EDGECOMP_BY_SCORE ? kSCORES + 1 : kSCORES;
@@ -182,29 +185,29 @@ IPluginCapability* TopKMergePlugin::getCapabilityInterface(PluginCapabilityType 
     return nullptr;
 }
 
-IPluginV3* TopKMergePlugin::clone() noexcept { return new (std::nothrow) TopKMergePlugin(mParams); }
+IPluginV3* TopKMergePlugin::clone() noexcept { return new (std::nothrow) TopKMergePlugin(mParams, mWithMap); }
 
 AsciiChar const* TopKMergePlugin::getPluginName() const noexcept { return kNAME; }
 AsciiChar const* TopKMergePlugin::getPluginVersion() const noexcept { return kVERSION; }
 AsciiChar const* TopKMergePlugin::getPluginNamespace() const noexcept { return kNAMESPACE; }
-int32_t TopKMergePlugin::getNbOutputs() const noexcept { return kNB_OUTPUTS; }
+int32_t TopKMergePlugin::getNbOutputs() const noexcept { return mWithMap != 0 ? kSRC_MAP + 1 : kSRC_MAP; }
 
 int32_t TopKMergePlugin::getOutputDataTypes(DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes,
                                             int32_t nbInputs) const noexcept {
-    if (nbInputs != expectedInputs() || nbOutputs != kNB_OUTPUTS) {
-        logError("TopKMerge: %d inputs and %d outputs; with this partition it has %d and %d", nbInputs, nbOutputs,
-                 expectedInputs(), static_cast<int32_t>(kNB_OUTPUTS));
+    if (nbInputs != expectedInputs() || nbOutputs != getNbOutputs()) {
+        logError("TopKMerge: %d inputs and %d outputs; with this partition and with_map it has %d and %d", nbInputs,
+                 nbOutputs, expectedInputs(), getNbOutputs());
         return -1;
     }
     outputTypes[kY] = inputTypes[kX];
     outputTypes[kMERGED_SIZE] = DataType::kFLOAT;
-    outputTypes[kSRC_MAP] = DataType::kINT32;
+    if (mWithMap != 0) outputTypes[kSRC_MAP] = DataType::kINT32;
     return 0;
 }
 
 int32_t TopKMergePlugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const*, int32_t,
                                          DimsExprs* outputs, int32_t nbOutputs, IExprBuilder& exprBuilder) noexcept {
-    if (nbInputs != expectedInputs() || nbOutputs != kNB_OUTPUTS || inputs[kX].nbDims != 3) {
+    if (nbInputs != expectedInputs() || nbOutputs != getNbOutputs() || inputs[kX].nbDims != 3) {
         logError("TopKMerge: %d inputs, the second with %d dimensions; it needs %d, and three", nbInputs,
                  nbInputs > kX ? inputs[kX].nbDims : 0, expectedInputs());
         return -1;
@@ -221,15 +224,17 @@ int32_t TopKMergePlugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInpu
     outputs[kMERGED_SIZE].d[0] = batch;
     outputs[kMERGED_SIZE].d[1] = rows;
     outputs[kMERGED_SIZE].d[2] = exprBuilder.constant(1);
-    outputs[kSRC_MAP].nbDims = 2;
-    outputs[kSRC_MAP].d[0] = batch;
-    outputs[kSRC_MAP].d[1] = tokens;
+    if (mWithMap != 0) {
+        outputs[kSRC_MAP].nbDims = 2;
+        outputs[kSRC_MAP].d[0] = batch;
+        outputs[kSRC_MAP].d[1] = tokens;
+    }
     return 0;
 }
 
 bool TopKMergePlugin::supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* inOut, int32_t nbInputs,
                                                 int32_t nbOutputs) noexcept {
-    if (nbInputs != expectedInputs() || nbOutputs != kNB_OUTPUTS) return false;
+    if (nbInputs != expectedInputs() || nbOutputs != getNbOutputs()) return false;
     PluginTensorDesc const& desc = inOut[pos].desc;
     if (desc.format != TensorFormat::kLINEAR) return false;
     if (pos == kMETRIC) return dtypeOf(desc.type) >= 0;
@@ -266,9 +271,10 @@ int32_t TopKMergePlugin::enqueue(PluginTensorDesc const*, PluginTensorDesc const
                                  void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
     auto const* const scores =
         mParams.partition == EDGECOMP_BY_SCORE ? static_cast<float const*>(inputs[kSCORES]) : nullptr;
+    void* const srcMap = mWithMap != 0 ? outputs[kSRC_MAP] : nullptr;
     int32_t const code = edgecomp_topk_merge(
         stream, &mParams, inputs[kMETRIC], inputs[kX], static_cast<float const*>(inputs[kSIZE]), scores, outputs[kY],
-        static_cast<float*>(outputs[kMERGED_SIZE]), static_cast<int32_t*>(outputs[kSRC_MAP]), workspace,
+        static_cast<float*>(outputs[kMERGED_SIZE]), static_cast<int32_t*>(srcMap), workspace,
         edgecomp_topk_merge_workspace(&mParams));
     if (code != 0) logError("TopKMerge: %s", edgecomp_topk_merge_error(code));
     return code;
@@ -281,6 +287,7 @@ PluginFieldCollection const* TopKMergePlugin::getFieldsToSerialize() noexcept {
     for (Number const& number : kNUMBERS) {
         mFields.emplace_back(number.attribute, &(mParams.*number.member), PluginFieldType::kINT32, 1);
     }
+    mFields.emplace_back(kWITH_MAP, &mWithMap, PluginFieldType::kINT32, 1);
     for (Word const& word : kWORDS) {
         AsciiChar const* const value = word.values[static_cast<size_t>(mParams.*word.member)];
         mFields.emplace_back(word.attribute, value, PluginFieldType::kCHAR, static_cast<int32_t>(strlen(value) + 1));
@@ -294,6 +301,7 @@ TopKMergeCreator::TopKMergeCreator() {
     for (Number const& number : kNUMBERS) {
         mFields.emplace_back(number.attribute, nullptr, PluginFieldType::kINT32, 1);
     }
+    mFields.emplace_back(kWITH_MAP, nullptr, PluginFieldType::kINT32, 1);
     for (Word const& word : kWORDS) mFields.emplace_back(word.attribute, nullptr, PluginFieldType::kCHAR, 1);
     mCollection.nbFields = static_cast<int32_t>(mFields.size());
     mCollection.fields = mFields.data();
@@ -303,8 +311,10 @@ IPluginV3* TopKMergeCreator::createPlugin(AsciiChar const*, PluginFieldCollectio
     if (fc == nullptr) return nullptr;
     edgecomp_topk_merge_params p{};
     for (Number const& number : kNUMBERS) {
-        if (!readNumber(*fc, number, p)) return nullptr;
+        if (!readNumber(*fc, number.attribute, p.*number.member)) return nullptr;
     }
+    int32_t withMap = 0;
+    if (!readNumber(*fc, kWITH_MAP, withMap)) return nullptr;
     for (Word const& word : kWORDS) {
         if (!readWord(*fc, word, p)) return nullptr;
     }
@@ -312,7 +322,7 @@ IPluginV3* TopKMergeCreator::createPlugin(AsciiChar const*, PluginFieldCollectio
         logError("TopKMerge: r = %d and num_prefix_tokens = %d; at least 1 and 0 are needed", p.r, p.num_prefix_tokens);
         return nullptr;
     }
-    return new (std::nothrow) TopKMergePlugin(p);
+    return new (std::nothrow) TopKMergePlugin(p, withMap);
 }
 
 PluginFieldCollection const* TopKMergeCreator::getFieldNames() noexcept { return &mCollection; }

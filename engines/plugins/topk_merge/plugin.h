@@ -18,7 +18,7 @@ class TopKMergePlugin final : public nvinfer1::IPluginV3,
                               public nvinfer1::IPluginV3OneRuntime {
 public:
     // Of `attributes`, those of the node are read; the sizes come with the shapes.
-    explicit TopKMergePlugin(edgecomp_topk_merge_params const& attributes);
+    TopKMergePlugin(edgecomp_topk_merge_params const& attributes, int32_t withMap);
 
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
     nvinfer1::IPluginV3* clone() noexcept override;
@@ -54,6 +54,7 @@ private:
     int32_t expectedInputs() const noexcept;
 
     edgecomp_topk_merge_params mParams;
+    int32_t mWithMap;
     std::vector<nvinfer1::PluginField> mFields;
     nvinfer1::PluginFieldCollection mCollection{};
 };
