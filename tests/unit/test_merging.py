@@ -23,7 +23,7 @@ from edgecomp.compressors._merging import merge_steps, parse_r  # noqa: E402
 from edgecomp.compressors.tome import ToMe, ToMeParams  # noqa: E402
 from edgecomp.errors import ExportError, InvalidSpec  # noqa: E402
 from edgecomp.export.lower import lower  # noqa: E402
-from edgecomp.export.passes import add_merge_body, inline_functions, strip_functions  # noqa: E402
+from edgecomp.export.passes import add_merge_body, inline_functions  # noqa: E402
 from edgecomp.specs import Site, TokenBudget  # noqa: E402
 
 # -- schedules --------------------------------------------------------------------------------------------------
@@ -193,19 +193,16 @@ def merged() -> Any:
     return lower(model, inputs=model.input_specs(), outputs=model.output_specs(), opset=20)
 
 
-def test_the_body_is_added_once_stripped_and_inlined(merged: Any) -> None:
+def test_the_body_is_added_once_and_inlined(merged: Any) -> None:
     model = merged.clone()
     assert len([node for node in model.graph if node.op_type == "TopKMerge"]) == 3
     add_merge_body(model)
     assert [key[:2] for key in model.functions] == [("edgecomp", "TopKMerge")]
     assert model.opset_imports["edgecomp"] == 1
-    bare = strip_functions(model)
-    assert not bare.functions
-    assert [node.op_type for node in bare.graph] == [node.op_type for node in model.graph]
     flat = inline_functions(model)
     assert not flat.functions
     assert {node.domain for node in flat.graph} == {""}
-    assert len(model.functions) == 1  # the copies left it alone
+    assert len(model.functions) == 1  # the copy left it alone
     ops = [node.op_type for node in flat.graph]
     assert ops.count("TopK") == 3
     for node in flat.graph:

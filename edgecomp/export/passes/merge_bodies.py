@@ -1,4 +1,4 @@
-"""Function bodies of merge nodes: gives each model its body, and for tools that know none, strips or inlines it."""
+"""Function bodies of merge nodes: gives each model its body, and inlines it for tools that know no functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from onnx_ir.passes.common import InlinePass
 from edgecomp.errors import ExportError
 from edgecomp.export.merge_body import merge_body
 
-__all__ = ["add_merge_body", "inline_functions", "merge_nodes", "strip_functions"]
+__all__ = ["add_merge_body", "inline_functions", "merge_nodes"]
 
 _DOMAIN, _OP, _VERSION = "edgecomp", "TopKMerge", 1
 _ATTRIBUTES = (
@@ -85,10 +85,3 @@ def inline_functions(model: ir.Model) -> ir.Model:
     InlinePass()(flat)
     optimizer.optimize(flat, num_iterations=2, onnx_shape_inference=True)
     return flat
-
-
-def strip_functions(model: ir.Model) -> ir.Model:
-    """Return a copy without function bodies, for TensorRT 10.3: it wants the plugin, and would inline a body."""
-    bare = model.clone()
-    bare.functions.clear()
-    return bare
