@@ -61,7 +61,8 @@ class InsideModel(PlacedModel):
             if self.compressor.steps[index]:
                 merged = reducer.reduce(index, BlockState(tokens, normed, keys, size))
                 tokens, size = merged.tokens, merged.size
-                rows = compose_maps(rows, merged.rows) if has_merged else merged.rows
+                drops = self.compressor.drops_tokens
+                rows = compose_maps(rows, merged.rows, drops=drops) if has_merged else merged.rows
                 has_merged = True
             tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
         tokens = vit.norm(tokens)

@@ -220,6 +220,11 @@ class TokenMerger(Compressor):
         return (site.tokens_in - sum(steps),)
 
     @property
+    def drops_tokens(self) -> bool:
+        """Whether a merge leaves out tokens, which then have no row."""
+        return False
+
+    @property
     def order(self) -> Literal["ascending", "rank"]:
         """The order of unmerged tokens."""
         if self.params.order == "original":

@@ -187,9 +187,15 @@ def source_map(pairing: Pairing, tokens: int) -> Tensor:
     return everyone.to(torch.int32)
 
 
-def compose_maps(first: Tensor, second: Tensor) -> Tensor:
-    """Return the map of two merges in a row: first (B, N), then second (B, M) -> (B, N); -1 stays -1."""
+def compose_maps(first: Tensor, second: Tensor, *, drops: bool = False) -> Tensor:
+    """Return the map of two merges in a row: first (B, N), then second (B, M) -> (B, N).
+
+    Args:
+        drops: `first` may hold -1, for tokens that were dropped; they stay -1.
+    """
     index = first.to(torch.int64)
+    if not drops:
+        return second.gather(1, index)
     return torch.where(index < 0, first, second.gather(1, index.clamp_min(0)))
 
 

@@ -103,6 +103,11 @@ class ToMe(TokenMerger):
             return (largest_r(tokens, 0),)
         return merge_steps(self.params, tokens=tokens, num_prefix_tokens=0, depth=1, keep=0)
 
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether tokens are left out: those that fill no group of k."""
+        return self.params.matching == "kth"
+
     @classmethod
     def default_counts(cls, params: Any, site: Site) -> tuple[int, ...]:
         """Return what the parameters leave; with a threshold, rows for all tokens."""

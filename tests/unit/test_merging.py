@@ -160,6 +160,25 @@ def test_options_equal_the_original(metric: str, prop_attn: bool, order: str, im
             assert float((got.double() - expected.double()).abs().max()) <= 1e-10
 
 
+def test_every_kth_token_stays_in_two_blocks(image: Any) -> None:
+    """What fills no group of k is dropped, in the first block and in the second, and has no row."""
+    host = make_host("host", {})
+    site = Site("inside", 48, 36, 24, 1, 3, host.num_classes)
+    params = ToMeParams(matching="kth", k=5, kth_blocks=(0, 2))
+    assert ToMe.default_counts(params, site) == (1,)
+    model = InsideModel(
+        ToMe(params, site, TokenBudget(36, 1, 1)), host, preprocess=None, input_dtype="float32"
+    ).eval()  # 36 -> 7 -> 1
+    with torch.inference_mode():
+        found, expected = model(image), model.reference()(image)
+    for got, wanted in zip(found, expected, strict=True):
+        assert float((got.double() - wanted.double()).abs().max()) <= 1e-10
+    rows = found[2]
+    assert bool((rows[:, 36] == -1).all())  # the tail of the first block: 36 = 7 * 5 + 1
+    assert int((rows == -1).sum(1).max()) > 1
+    assert set(rows.flatten().tolist()) == {-1, 0, 1}
+
+
 @pytest.mark.parametrize("block", [ParallelScalingBlock, ResPostBlock])
 def test_blocks_that_it_does_not_know_are_refused(block: Any) -> None:
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, block_fn=block)
