@@ -133,7 +133,9 @@ def load_host(
                 f"backbone {name!r} cannot be built for images of {image_size} pixels: {error}; "
                 f"hosts that work are {_FAMILIES}"
             ) from None
-        except Exception as error:  # noqa: BLE001 - the download client raises what it likes
+        except Exception as error:
+            if weights != "pretrained":  # then nothing was downloaded, and this text would mislead
+                raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RunError(
                 f"pretrained weights of {name!r} could not be downloaded ({type(error).__name__}: {reason[:200]}); "
