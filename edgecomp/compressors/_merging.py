@@ -14,7 +14,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._base import Compressor, Params
-from edgecomp.compressors._tokens import compose_maps, largest_r
+from edgecomp.compressors._tokens import compose_maps, largest_r, top_k_merge
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
@@ -71,6 +71,10 @@ class MergeParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=True)
     def decides_counts(self) -> bool:
         """Whether the parameters say how many tokens each block removes."""
         return bool(self.r or self.schedule or self.keep_ratio)
+
+    def metric_of(self, state: BlockState) -> Tensor:
+        """Return what similarity is measured on where a method has nothing of its own, (B, N, d)."""
+        return state.keys.mean(1)
 
 
 class KeyMergeParams(MergeParams, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -264,9 +268,21 @@ class TokenMerger(Compressor):
         """Merge given tokens, step by step."""
         return merge_given(self, self.steps, tokens)
 
+    def metric(self, block: int, state: BlockState) -> Tensor:  # noqa: ARG002 - a method with weights has some for each block
+        """Return what similarity is measured on in a block, (B, N, d)."""
+        return self.params.metric_of(state)
+
     def reduce(self, block: int, state: BlockState) -> Merged:
-        """Merge the tokens between attention and MLP of a block."""
-        raise NotImplementedError
+        """Merge the tokens between attention and MLP of a block: the r best-matched pairs, averaged by size."""
+        merged = top_k_merge(
+            self.metric(block, state),
+            state.tokens,
+            state.size,
+            r=self.steps[block],
+            num_prefix_tokens=self.num_prefix_tokens,
+            order=self.order,
+        )
+        return Merged(*merged)
 
 
 def merge_given(reducer: Any, steps: Sequence[int], tokens: Tensor) -> tuple[Tensor, ...]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._checkpoint import load_exactly, rename_key
 from edgecomp.compressors._merging import BlockState, Merged, MergeParams, OriginalMerger, TokenMerger
-from edgecomp.compressors._tokens import top_k_merge
 from edgecomp.compressors.tome import bipartite_soft_matching
 from edgecomp.specs import Output, Site, TokenBudget
 
@@ -59,17 +58,9 @@ class DTEM(TokenMerger):
         super().__init__(params, site, budget, output)
         self.heads = nn.ModuleList(nn.Linear(site.embed_dim, params.metric_dim) for _ in range(site.depth))
 
-    def reduce(self, block: int, state: BlockState) -> Merged:
-        """Merge the tokens between attention and MLP of a block."""
-        merged = top_k_merge(
-            self.heads[block](state.normed),
-            state.tokens,
-            state.size,
-            r=self.steps[block],
-            num_prefix_tokens=self.num_prefix_tokens,
-            order=self.order,
-        )
-        return Merged(*merged)
+    def metric(self, block: int, state: BlockState) -> Tensor:
+        """Return what the head of a block makes of the tokens that the attention reads."""
+        return self.heads[block](state.normed)  # type: ignore[no-any-return]
 
     def reference(self) -> nn.Module:
         """Return ToMe's full ranking and scattered sums, with the head's metric."""

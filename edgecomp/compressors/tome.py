@@ -20,7 +20,6 @@ from edgecomp.compressors._tokens import (
     merge_pairs,
     source_map,
     top_k,
-    top_k_merge,
     unit_rows,
 )
 from edgecomp.errors import InvalidSpec
@@ -142,20 +141,11 @@ class ToMe(TokenMerger):
 
     def reduce(self, block: int, state: BlockState) -> Merged:
         """Merge the tokens between attention and MLP of a block."""
-        metric = self.params.metric_of(state)
-        if self.params.matching == "kth":
-            pairing = kth_pairing(metric, k=self.params.k, num_prefix_tokens=self.num_prefix_tokens)
-            tokens, size = merge_pairs(pairing, state.tokens, state.size)
-            return Merged(tokens, size, source_map(pairing, state.tokens.shape[1]))
-        merged = top_k_merge(
-            metric,
-            state.tokens,
-            state.size,
-            r=self.steps[block],
-            num_prefix_tokens=self.num_prefix_tokens,
-            order=self.order,
-        )
-        return Merged(*merged)
+        if self.params.matching != "kth":
+            return super().reduce(block, state)
+        pairing = kth_pairing(self.metric(block, state), k=self.params.k, num_prefix_tokens=self.num_prefix_tokens)
+        tokens, size = merge_pairs(pairing, state.tokens, state.size)
+        return Merged(tokens, size, source_map(pairing, state.tokens.shape[1]))
 
     def reference(self) -> nn.Module:
         """Return the paper's form: a full ranking, and sums scattered into the targets."""
