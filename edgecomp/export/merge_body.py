@@ -13,6 +13,7 @@ with r, not with r squared. `benchmarks/merge.py` has the figures, and those of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -118,19 +119,22 @@ class _Ops:
         return self._constants[repr(item)]
 
 
+@dataclass(frozen=True)
 class _Pairs:
     """Who merges into whom. A place is a position in `layout`, which lists all tokens, targets last.
 
     Attributes:
-        layout: (B, N) the token at each place.
+        layout: (N,) the token at each place; none where a token's place is its index.
         source_at, target_at: (B, r) places of the sources, and of the target of each.
         target_row: (B, r) output row of the target of each source.
         row_of: (B, N) output row of each place; sources have the rows from M on.
     """
 
-    def __init__(self, layout: ir.Value, source_at: ir.Value, target_at: ir.Value, target_row: ir.Value) -> None:
-        self.layout, self.source_at, self.target_at, self.target_row = layout, source_at, target_at, target_row
-        self.row_of = layout
+    layout: ir.Value | None
+    source_at: ir.Value
+    target_at: ir.Value
+    target_row: ir.Value
+    row_of: ir.Value
 
 
 class _Body:
@@ -179,24 +183,24 @@ class _Body:
         of_odd = op("Add", op("Mul", op("Sub", self.tokens, first_target), [2]), first_odd)
         free = op("Where", op("GreaterOrEqual", self.tokens, first_target), of_odd, of_even)
         is_prefix = op("Less", self.tokens, p)
-        layout = op("Expand", op("Where", is_prefix, self.tokens, free), self.by_n)
+        layout = op("Where", is_prefix, self.tokens, free)
         if order == "rank":
             _, ranked = op.two("TopK", best, count)
             chosen = op("Slice", ranked, [0], self.r1, [1])
         else:
             _, chosen = op.two("TopK", best, self.r1)
+        source_at = op("Add", chosen, p)
         target_at = op("Add", op("GatherElements", nearest, chosen, axis=1), first_target)
-        pairs = _Pairs(layout, op("Add", chosen, p), target_at, op("Sub", target_at, self.r1))
         if order == "rank":
             ranks = op.span(0, op("Squeeze", count, [0]))
             kept_row = op("Add", op("Sub", ranks, self.r1), p)
             row = op("Where", op("Less", ranks, self.r1), op("Add", ranks, self.m1), kept_row)
             others = op("Where", is_prefix, self.tokens, op("Sub", self.tokens, self.r1))
             row_by_source = op("Expand", row, op("Shape", ranked))
-            pairs.row_of = op.put(op("Expand", others, self.by_n), op("Add", ranked, p), row_by_source)
+            row_of = op.put(op("Expand", others, self.by_n), op("Add", ranked, p), row_by_source)
         else:
-            pairs.row_of = op.put(self._close_ranks(pairs.source_at), pairs.source_at, self.gone_rows)
-        return pairs
+            row_of = op.put(self._close_ranks(source_at), source_at, self.gone_rows)
+        return _Pairs(layout, source_at, target_at, op("Sub", target_at, self.r1), row_of)
 
     def pair_by_score(self, order: str) -> _Pairs:
         """The 2r tokens with the highest score are in turn source and target."""
@@ -214,8 +218,6 @@ class _Body:
         match = op("ArgMax", similarity, axis=-1, keepdims=0)
         first_row = op("Sub", self.m1, self.r1)
         target_at = op("GatherElements", receiver_at, match, axis=1)
-        layout = op("Expand", self.tokens, self.by_n)
-        pairs = _Pairs(layout, source_at, target_at, op("Add", match, first_row))
         if order == "rank":
             ranks = op.span(0, op("Squeeze", count, [0]))
             half = op("Div", ranks, [2])
@@ -223,12 +225,12 @@ class _Body:
             pair_row = op("Where", is_source, op("Add", half, self.m1), op("Add", half, first_row))
             kept_row = op("Add", op("Sub", ranks, r_twice), p)
             row = op("Where", op("Less", ranks, r_twice), pair_row, kept_row)
-            pairs.row_of = op.put(layout, ranked, op("Expand", row, op("Shape", ranked)))
+            row_of = op.put(op("Expand", self.tokens, self.by_n), ranked, op("Expand", row, op("Shape", ranked)))
         else:
             receiver_row = op("Expand", op("Add", op.span(0, self.r), first_row), self.by_r)
             stays = op.put(self._close_ranks(source_at, receiver_at), source_at, self.gone_rows)
-            pairs.row_of = op.put(stays, receiver_at, receiver_row)
-        return pairs
+            row_of = op.put(stays, receiver_at, receiver_row)
+        return _Pairs(None, source_at, target_at, op("Add", match, first_row), row_of)
 
     def _close_ranks(self, *left: ir.Value) -> ir.Value:
         """Return each place less the number of places before it that were left: (B, N)."""
@@ -243,15 +245,15 @@ class _Body:
     def untouched(self, pairs: _Pairs) -> tuple[ir.Value, ir.Value]:
         """Return the M output rows and sizes before anything is merged into them."""
         op = self.op
-        token_of = op.put(op.filled(self.by_n, 0), pairs.row_of, pairs.layout)
+        layout = op("Expand", self.tokens if pairs.layout is None else pairs.layout, self.by_n)
+        token_of = op.put(op.filled(self.by_n, 0), pairs.row_of, layout)
         index = op.column(op("Slice", token_of, [0], self.m1, [1]))
         return op.take(self.x, index), op.take(self.size, index)
 
-    def rows(self, layout: ir.Value, places: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def rows(self, pairs: _Pairs, places: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return rows of x, in float32, and sizes: places (B, ..., K) -> (B, ..., K, D) and (B, ..., K, 1)."""
         op = self.op
-        flat = op("GatherElements", layout, op("Reshape", places, op("Concat", self.batch, [-1], axis=0)), axis=1)
-        index = op.column(op("Reshape", flat, op("Shape", places)))
+        index = op.column(places if pairs.layout is None else op("Gather", pairs.layout, places))
         x = op.take(self.x, index)
         return (x if self.dtype == _FLOAT else op("Cast", x, to=_FLOAT)), op.take(self.size, index)
 
@@ -270,7 +272,7 @@ class _Body:
         """Compute the group of each source's target in one product, and put it in the target's row."""
         op = self.op
         y, sizes = self.untouched(pairs)
-        x, size = self.rows(pairs.layout, op("Concat", pairs.source_at, pairs.target_at, axis=1))
+        x, size = self.rows(pairs, op("Concat", pairs.source_at, pairs.target_at, axis=1))
         same = op("Cast", op("Equal", op.column(pairs.target_at), op("Unsqueeze", pairs.target_at, [1])), to=_FLOAT)
         eye = self.eye(self.r, op("Concat", self.batch, self.r1, self.r1, axis=0))
         members = op("Concat", same, eye, axis=2)  # (B, r, 2r): sources, then the target itself
@@ -342,8 +344,9 @@ class _Body:
         """Return the output row of each input token: (B, N) int32."""
         op = self.op
         by_place = op.put(pairs.row_of, pairs.source_at, pairs.target_row)
-        by_token = op.put(op.filled(self.by_n, 0), pairs.layout, by_place)
-        return op("Cast", by_token, to=_INT32)
+        if pairs.layout is not None:
+            by_place = op.put(op.filled(self.by_n, 0), op("Expand", pairs.layout, self.by_n), by_place)
+        return op("Cast", by_place, to=_INT32)
 
 
 class _Chunks:
@@ -377,7 +380,7 @@ class _Chunks:
 
         target_at, self.target_row = sort(pairs.target_at), sort(pairs.target_row)
         both = op("Concat", sort(pairs.source_at), target_at, axis=2)
-        self.x, self.size = body.rows(pairs.layout, both)
+        self.x, self.size = body.rows(pairs, both)
         same = op("Cast", op("Equal", op.column(target_at), op("Unsqueeze", target_at, [-2])), to=_FLOAT)
         eye = body.eye(c, op("Concat", by_chunk, [c], axis=0))
         self.members = op("Concat", op("Mul", same, is_real), eye, axis=3)
