@@ -1,4 +1,8 @@
-"""What all tests share: Ctrl-C reaches children, and a test marked `gpu` is skipped where there is no GPU."""
+"""What all tests share.
+
+Ctrl-C reaches children, a test marked `gpu` is skipped where there is no GPU, and with `-n` tests that share what is
+slow to make run in one process: those of one method among the contracts, those of one file elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,10 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the scheduler reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -22,3 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if local_gpu_sm() is None:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="there is no NVIDIA GPU on this machine"))
+
+
+def _group_of(item: pytest.Item) -> str:
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    smoke = params.get("smoke")
+    return str(smoke.method if smoke is not None else params.get("method", item.path.name))
