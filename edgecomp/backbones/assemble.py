@@ -16,7 +16,7 @@ from edgecomp.backbones.timm import TimmHost, host_part, load_host, plain_vit, s
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor, initialise
 from edgecomp.compressors._checkpoint import read_checkpoint
-from edgecomp.compressors._merging import TokenMerger
+from edgecomp.compressors._inside import InsideCompressor
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
 from edgecomp.specs import DType, Output, Placement, Preprocess, Preset, Recipe, Site, TokenBudget, parse_budget
 from edgecomp.specs.order import Order
@@ -71,7 +71,7 @@ def assemble(order: Order) -> Assembly:
     notes += [
         f"budget {model.compressor.budget.tokens_out}: {note}" for model in models for note in model.compressor.remarks
     ]
-    if host is not None and host.num_prefix_tokens and preset.placement != "inside":
+    if host is not None and host.num_prefix_tokens and not site.num_prefix_tokens:
         notes.append(f"{host.num_prefix_tokens} prefix token(s) of {host.name} are dropped before the compressor")
     if plain is not None and host is None:
         notes.append(f"the uncompressed model is a {plain_name} with random weights: for latency and FLOPs alone")
@@ -281,27 +281,27 @@ def _find_site(
 ) -> tuple[Site, Any]:
     if order.compressor is not None and host is None:
         return order.compressor.site, params
-    if placement == "encoder":
-        return Site("encoder", image_size=image_size), params
     if host is None:
-        return Site(placement, tokens_in=params.tokens, embed_dim=getattr(params, cls.width_param)), params
+        return cls.site_without_host(params, placement, image_size), params
     site = host.site
+    if placement == "after" and cls.keeps_prefix:
+        site = msgspec.structs.replace(site, num_prefix_tokens=host.num_prefix_tokens)
     if placement == "inside":
         site = msgspec.structs.replace(
             site,
             placement="inside",
             num_prefix_tokens=host.num_prefix_tokens,
             depth=len(host.model.blocks),
+            has_class_token=host.has_class_token,
             num_classes=host.num_classes,
         )
-    found = {"tokens": site.tokens_in, cls.width_param: site.embed_dim}
     decided = getattr(params, cls.width_param)
     if order.weights != "random" and decided != site.embed_dim:
         raise InvalidSpec(
             f"{host.name} hands over tokens of width {site.embed_dim}, and the weights of {order.recipe.method} "
             f"read width {decided}; choose a host or weights of equal width"
         )
-    return site, _settle(cls, params, found, order, f"the tokens of {host.name}")
+    return site, _settle(cls, params, cls.params_of_site(site), order, f"the tokens of {host.name}")
 
 
 def _choose_budgets(
@@ -365,7 +365,7 @@ def _make_compressors(
 def _place(
     compressor: Compressor, host: TimmHost | None, preprocess: Preprocess | None, input_dtype: DType
 ) -> PlacedModel:
-    if isinstance(compressor, TokenMerger) and compressor.site.placement == "inside" and host is not None:
+    if isinstance(compressor, InsideCompressor) and compressor.site.placement == "inside" and host is not None:
         return InsideModel(compressor, host, preprocess=preprocess, input_dtype=input_dtype)
     return PlacedModel(compressor, host, preprocess=preprocess, input_dtype=input_dtype)
 

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgecomp.backbones.attention import attend, attend_fused, require_plain_blocks
 from edgecomp.backbones.placed import PlacedModel
 from edgecomp.backbones.timm import TimmHost
-from edgecomp.compressors._merging import BlockState, TokenMerger, identity_map
-from edgecomp.compressors._tokens import compose_maps
-from edgecomp.errors import InvalidSpec
+from edgecomp.compressors._inside import BlockState, InsideCompressor, Trail
 from edgecomp.specs import DType, Preprocess
 
-__all__ = ["InsideModel", "require_plain_blocks"]
-
-_FAMILIES = "vit, deit, deit3, CLIP, SigLIP, DINOv2 (pre-norm blocks with absolute positions)"
+__all__ = ["InsideModel"]
 
 
 class InsideModel(PlacedModel):
@@ -28,11 +23,11 @@ class InsideModel(PlacedModel):
     of queries and keys, gates and all poolings are the host's; drop paths and dropouts do nothing.
     """
 
-    compressor: TokenMerger
+    compressor: InsideCompressor
     backbone: TimmHost
 
     def __init__(
-        self, compressor: TokenMerger, backbone: TimmHost, *, preprocess: Preprocess | None, input_dtype: DType
+        self, compressor: InsideCompressor, backbone: TimmHost, *, preprocess: Preprocess | None, input_dtype: DType
     ) -> None:
         super().__init__(compressor, backbone, preprocess=preprocess, input_dtype=input_dtype)
         require_plain_blocks(backbone)
@@ -44,35 +39,44 @@ class InsideModel(PlacedModel):
 
     def forward(self, first: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002 - the signature of all models
         """Return tokens, sizes and source map, or the logits."""
-        return self.walk(first, self.compressor, _attend)
+        return self.walk(first, self.compressor, attend)
 
     def walk(self, image: Tensor, reducer: Any, attend: Any) -> tuple[Tensor, ...]:
         """Run the host with a compressor's `reduce`, and an attention, between its blocks."""
         vit: Any = self.backbone.model
-        pixels = self.normalise(image) if self.input_dtype == "uint8" else image
-        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(pixels))))
-        size, rows = tokens.new_ones(*tokens.shape[:2], 1), identity_map(tokens)
-        has_merged = False
+        trail = Trail(self.backbone.embed(self.normalise(image) if self.input_dtype == "uint8" else image))
         for index, block in enumerate(vit.blocks):
-            normed = block.norm1(tokens)
-            bias = size if has_merged and self.compressor.params.prop_attn else None
-            read, keys = attend(block.attn, normed, bias)
-            tokens = tokens + block.ls1(read)
-            if self.compressor.steps[index]:
-                merged = reducer.reduce(index, BlockState(tokens, normed, keys, size))
-                tokens, size = merged.tokens, merged.size
-                drops = self.compressor.drops_tokens
-                rows = compose_maps(rows, merged.rows, drops=drops) if has_merged else merged.rows
-                has_merged = True
-            tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
-        tokens = vit.norm(tokens)
+            trail = self._pass_block(block, index, trail, reducer, attend)
+        trail = trail._replace(tokens=vit.norm(trail.tokens))
         if self.compressor.output == "logits":
-            return (vit.forward_head(tokens),)
-        return tokens, size, rows
+            return (vit.forward_head(trail.tokens),)
+        return self.compressor.finish(trail)
+
+    def _pass_block(self, block: Any, index: int, trail: Trail, reducer: Any, attend: Any) -> Trail:
+        compressor = self.compressor
+        acts = compressor.acts if compressor.acts_in(index) else ""
+        if acts == "before block":
+            trail = compressor.advance(reducer, index, _state_of(trail), trail)
+        normed = block.norm1(trail.tokens)
+        seen = attend(block.attn, normed, compressor.attention_bias(trail), weigh=compressor.reads_attention)
+        trail = trail._replace(tokens=trail.tokens + block.ls1(seen.read))
+        if seen.weights is not None:
+            trail = compressor.observe(index, seen.weights, trail)
+        if acts == "after attention":
+            state = _state_of(trail)._replace(normed=normed, keys=seen.keys, attention=seen.weights, read=seen.read)
+            trail = compressor.advance(reducer, index, state, trail)
+        return trail._replace(tokens=trail.tokens + block.ls2(block.mlp(block.norm2(trail.tokens))))
 
     def reference(self) -> nn.Module:
         """Return the same host with the compressor's eager original and torch's own attention."""
         return _InsideReference(self)
+
+
+def _state_of(trail: Trail) -> BlockState:
+    """Return what a compressor in front of a block is handed: tokens, and no attention."""
+    tokens = trail.tokens
+    size = tokens.new_ones(*tokens.shape[:2], 1) if trail.size is None else trail.size
+    return BlockState(tokens, tokens, tokens.unsqueeze(1), size)
 
 
 class _InsideReference(nn.Module):
@@ -83,56 +87,4 @@ class _InsideReference(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return the original's outputs."""
-        return self.model.walk(image, self.original, _attend_fused)
-
-
-def require_plain_blocks(host: TimmHost) -> None:
-    """Refuse a host whose blocks this module would not run as they are meant.
-
-    Raises:
-        InvalidSpec: blocks in parallel, post-norm, differential or rotary attention.
-    """
-    from timm.layers import Attention
-    from timm.models.vision_transformer import Block
-
-    for index, block in enumerate(host.model.blocks):
-        kinds = f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"
-        if type(block) is not Block or type(block.attn) is not Attention:
-            raise InvalidSpec(
-                f"block {index} of {host.name} is a {kinds}; compressors inside a host know pre-norm blocks with plain "
-                f"attention (Block with Attention). Hosts that work: {_FAMILIES}"
-            )
-
-
-def _project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values (B, H, N, d), after the norms of queries and keys."""
-    batch, tokens, _ = x.shape
-    qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, attention.head_dim)
-    queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return attention.q_norm(queries), attention.k_norm(keys), values
-
-
-def _finish(attention: Any, x: Tensor, read: Tensor) -> Tensor:
-    """Join the heads (B, H, N, d) and project them."""
-    joined = attention.norm(read.transpose(1, 2).flatten(2))
-    gate = getattr(attention, "gate", None)
-    if gate is not None:
-        joined = joined * gate(x).sigmoid()
-    return attention.proj(joined)  # type: ignore[no-any-return]
-
-
-def _attend(attention: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the attention's output (B, N, D) and its keys; `size` makes it proportional (equation 1)."""
-    queries, keys, values = _project(attention, x)
-    scores = (queries * attention.scale) @ keys.transpose(-1, -2)
-    if size is not None:
-        scores = scores + size.log().transpose(1, 2).unsqueeze(1)  # (B, 1, 1, N)
-    return _finish(attention, x, scores.softmax(-1) @ values), keys
-
-
-def _attend_fused(attention: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the same by torch's fused attention."""
-    queries, keys, values = _project(attention, x)
-    bias = None if size is None else torch.log(size.squeeze(-1))[:, None, None, :]
-    read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=attention.scale)
-    return _finish(attention, x, read), keys
+        return self.model.walk(image, self.original, attend_fused)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from edgecomp.backbones.attention import Attended, attend, attend_fused, require_plain_blocks
 from edgecomp.backbones.timm import TimmHost
 from edgecomp.compressors._base import Compressor
+from edgecomp.compressors._saliency import text_likelihood
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import DType, Output, Preprocess, TensorSpec
 from edgecomp.specs.tensor import TensorKind
@@ -52,6 +56,9 @@ class PlacedModel(nn.Module):
         input_dtype: of `image`: `float32` (normalised, (B, 3, S, S)) or `uint8` (raw, (B, S, S, 3)).
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         compressor: Compressor,
@@ -64,11 +71,17 @@ class PlacedModel(nn.Module):
         self.backbone = backbone
         self.compressor = compressor
         self.input_dtype: DType = input_dtype
+        if backbone is not None:
+            _require_features(compressor, backbone)
         takes_image = backbone is not None or compressor.input_specs()[0].kind == "image"
         if input_dtype == "uint8":
             if not takes_image or preprocess is None:
                 raise InvalidSpec("input dtype uint8 is for images, and this model takes tokens; drop --input-dtype")
             self.normalise = Normalise(preprocess)
+        if preprocess is not None:
+            for name in ("mean", "std"):
+                value = torch.tensor(getattr(preprocess, name), dtype=torch.get_default_dtype())[:, None, None]
+                self.register_buffer(name, value, persistent=False)
 
     @property
     def media_shape(self) -> tuple[int, ...]:
@@ -79,6 +92,7 @@ class PlacedModel(nn.Module):
         """Return what `forward` takes."""
         first, *rest = self.compressor.input_specs(batch)
         if self.backbone is not None:
+            rest = [spec for spec in rest if spec.name not in self.compressor.host_features]
             first = _image_spec(batch, self.media_shape, self.backbone.image_size, self.input_dtype)
         elif first.kind == "image":
             first = _image_spec(batch, (), self.compressor.site.image_size, self.input_dtype)
@@ -90,23 +104,52 @@ class PlacedModel(nn.Module):
 
     def forward(self, first: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Return the compressor's outputs."""
-        return self.compressor(self.embed(first), *rest)  # type: ignore[no-any-return]
+        return self.compressor(*self.embed(first), *rest)  # type: ignore[no-any-return]
 
-    def embed(self, first: Tensor) -> Tensor:
-        """Return what the compressor takes: pixels, or the host's tokens."""
+    def embed(self, first: Tensor, attend: Callable[..., Attended] = attend) -> tuple[Tensor, ...]:
+        """Return what the compressor takes first: pixels, or the host's tokens and features."""
+        given = first
         if self.input_dtype == "uint8":
             first = self.normalise(first)
-        if self.backbone is None:
-            return first
+        host, names = self.backbone, self.compressor.host_features
+        if host is None:
+            return (first,)
+        if names or self.compressor.keeps_prefix:
+            tokens, features = host.look(first, names, attend)
+            if "text_likelihood" in names:
+                features["text_likelihood"] = text_likelihood(self.raw_pixels(given), host.patch_size)
+            if not self.compressor.keeps_prefix:
+                tokens = tokens[:, host.num_prefix_tokens :]
+            return (tokens, *(features[name] for name in names))
         if not self.media_shape:
-            return self.backbone(first)  # type: ignore[no-any-return]
-        batch, size = first.shape[0], self.backbone.image_size
-        tokens = self.backbone(first.reshape(-1, 3, size, size))
-        return tokens.reshape(batch, *self.media_shape, *tokens.shape[1:])  # type: ignore[no-any-return]
+            return (host(first),)
+        batch, size = first.shape[0], host.image_size
+        tokens = host(first.reshape(-1, 3, size, size))
+        return (tokens.reshape(batch, *self.media_shape, *tokens.shape[1:]),)
+
+    def raw_pixels(self, given: Tensor) -> Tensor:
+        """Return the input as pixels in [0, 1], (B, 3, S, S)."""
+        if self.input_dtype == "uint8":
+            return given.to(torch.get_default_dtype()).movedim(-1, -3) / 255
+        return given * self.std + self.mean
 
     def reference(self) -> nn.Module:
         """Return the same model with the compressor's eager original, sharing all parameters."""
         return _Reference(self)
+
+
+def _require_features(compressor: Compressor, host: TimmHost) -> None:
+    """Refuse a host that cannot hand over what a compressor after it reads."""
+    if compressor.site.placement == "inside":
+        return
+    by_class = [name for name in compressor.host_features if name.startswith("class_")]
+    if by_class and not host.has_class_token:
+        raise InvalidSpec(
+            f"{type(compressor).__name__} reads {by_class[0]}, and {host.name} has no class token; choose a host with "
+            "one (vit, deit, CLIP, DINOv2), or a score that needs none"
+        )
+    if compressor.host_features or compressor.keeps_prefix:
+        require_plain_blocks(host)
 
 
 class _Reference(nn.Module):
@@ -117,7 +160,7 @@ class _Reference(nn.Module):
 
     def forward(self, first: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Return the original's outputs."""
-        return self.original(self.placed.embed(first), *rest)  # type: ignore[no-any-return]
+        return self.original(*self.placed.embed(first, attend_fused), *rest)  # type: ignore[no-any-return]
 
 
 class PlainModel(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,14 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from edgecomp.backbones.attention import Attended
+from edgecomp.compressors._base import HostFeature
 from edgecomp.compressors._checkpoint import load_exactly, read_checkpoint
 from edgecomp.errors import InvalidSpec, RunError, UnknownName, WeightsError
 from edgecomp.specs import Preprocess, Site
 from edgecomp.specs.origin import WeightsOrigin, file_origin
+
+Attend = Callable[..., Attended]
 
 __all__ = ["TimmHost", "host_part", "load_host", "plain_vit", "state_digest"]
 
@@ -70,11 +74,64 @@ class TimmHost(nn.Module):
     def site(self) -> Site:
         """What a compressor after this host is handed."""
         rows, columns = self.model.patch_embed.grid_size
-        return Site("after", image_size=self.image_size, tokens_in=rows * columns, embed_dim=self.model.embed_dim)
+        return Site(
+            "after",
+            image_size=self.image_size,
+            tokens_in=rows * columns,
+            embed_dim=self.model.embed_dim,
+            num_heads=int(getattr(getattr(self.model.blocks[0], "attn", None), "num_heads", 0)),
+        )
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return int(self.model.patch_embed.patch_size[0])
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first prefix token is a class token."""
+        return getattr(self.model, "cls_token", None) is not None
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the patch tokens."""
         return self.model.forward_features(image)[:, self.num_prefix_tokens :]  # type: ignore[no-any-return]
+
+    def look(self, image: Tensor, names: Sequence[HostFeature], attend: Attend) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return all tokens (B, P + N, D), prefix tokens in front, and features of the attention by name.
+
+        Args:
+            image: (B, 3, S, S).
+            names: of the features.
+            attend: how the attention whose weights are read is run.
+        """
+        vit, prefix = self.model, self.num_prefix_tokens
+        tokens = self.embed(image)
+        found: dict[str, Tensor] = {}
+        last = len(vit.blocks) - 1
+        for index, block in enumerate(vit.blocks):
+            if index < last and "cumulative_attention" not in names:
+                tokens = block(tokens)
+                continue
+            seen = attend(block.attn, block.norm1(tokens))
+            tokens = tokens + block.ls1(seen.read)
+            tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+            assert seen.weights is not None
+            received = seen.weights.mean(2)[:, :, prefix:]
+            total = found.get("cumulative_attention")
+            found = {
+                "class_attention": seen.weights[:, :, 0, prefix:],
+                "received_attention": received,
+                "cumulative_attention": received if total is None else total + received,
+                "attention_output": seen.read[:, prefix:],
+                "class_query": seen.queries[:, :, 0].flatten(1),
+                "keys": seen.keys.transpose(1, 2).flatten(2),
+            }
+        return vit.norm(tokens), {name: found[name] for name in names if name in found}
+
+    def embed(self, image: Tensor) -> Tensor:
+        """Return what goes into the first block: (B, P + N, D)."""
+        vit = self.model
+        return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(image))))  # type: ignore[no-any-return]
 
 
 def _require_vit(model: nn.Module, name: str) -> None:

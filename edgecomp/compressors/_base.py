@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
-from edgecomp.specs import Output, Recipe, Site, TensorSpec, TokenBudget, parse_budget
+from edgecomp.specs import Output, Placement, Recipe, Site, TensorSpec, TokenBudget, parse_budget
 
-__all__ = ["Compressor", "Params", "constant", "count_heads", "initialise"]
+__all__ = ["Compressor", "HostFeature", "Params", "constant", "count_heads", "initialise"]
+
+
+#: What a host can hand over besides its tokens; N patch tokens, P prefix tokens in front of them, H heads.
+#:   class_attention       (B, H, N)      what the class token reads of each patch, at the layer of the tokens
+#:   received_attention    (B, H, N)      what all tokens read of each patch there, on average
+#:   cumulative_attention  (B, H, N)      the same, summed over all layers up to there
+#:   attention_output      (B, N, D)      what the attention there adds to each patch
+#:   class_query           (B, D)         the class token's query there, heads joined
+#:   keys                  (B, P + N, D)  the keys there, heads joined
+#:   text_likelihood       (B, N)         how much the pixels of each patch look like text
+HostFeature = Literal[
+    "class_attention", "received_attention", "cumulative_attention", "attention_output", "class_query", "keys",
+    "text_likelihood",
+]  # fmt: skip
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -59,11 +73,22 @@ class Compressor(nn.Module):
         self.budget = budget
         self.output: Output = output
 
+    #: `after` a host: whether its prefix tokens stand in front of the patch tokens that are handed over.
+    keeps_prefix: ClassVar[bool] = False
+
     # -- what a method writes -------------------------------------------------------------------------
 
     @abstractmethod
     def input_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return names, shapes and types of what `forward` takes, in its order."""
+
+    @property
+    def host_features(self) -> tuple[HostFeature, ...]:
+        """What a host hands over besides tokens: inputs of `forward` right behind them, in this order.
+
+        Without a host they are inputs of the graph, as `input_specs` says.
+        """
+        return ()
 
     @abstractmethod
     def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
@@ -77,6 +102,18 @@ class Compressor(nn.Module):
     def count_tokens(cls, params: Any, site: Site) -> int:
         """Return how many tokens go in: the host's, or as many as the method makes from the image."""
         return site.tokens_in
+
+    @classmethod
+    def site_without_host(cls, params: Any, placement: Placement, image_size: int) -> Site:
+        """Return the site of an encoder, or of given tokens."""
+        if placement == "encoder":
+            return Site("encoder", image_size=image_size)
+        return Site(placement, tokens_in=params.tokens, embed_dim=getattr(params, cls.width_param))
+
+    @classmethod
+    def params_of_site(cls, site: Site) -> dict[str, Any]:
+        """Return the parameters that a host decides."""
+        return {"tokens": site.tokens_in, cls.width_param: site.embed_dim}
 
     @classmethod
     def layout_of(cls, state: Mapping[str, Tensor]) -> str:
@@ -157,10 +194,7 @@ class Compressor(nn.Module):
         """
         chosen = recipe.preset(preset or recipe.defaults.preset)
         values = cls.parse_params({**chosen.params, **params}, method=recipe.method)
-        if chosen.placement == "encoder":
-            site = Site("encoder", image_size=chosen.image_size or recipe.defaults.image_size)
-        else:
-            site = Site(chosen.placement, tokens_in=values.tokens, embed_dim=getattr(values, cls.width_param))
+        site = cls.site_without_host(values, chosen.placement, chosen.image_size or recipe.defaults.image_size)
         kept = parse_budget(
             str(budget),
             tokens_in=cls.count_tokens(values, site),

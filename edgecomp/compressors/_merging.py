@@ -13,30 +13,15 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._base import Compressor, Params
+from edgecomp.compressors._base import Params
+from edgecomp.compressors._inside import BlockState, InsideCompressor, Trail
 from edgecomp.compressors._tokens import compose_maps, largest_r, top_k_merge
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
-__all__ = ["BlockState", "KeyMergeParams", "MergeParams", "Merged", "TokenMerger", "merge_steps", "parse_r"]
+__all__ = ["KeyMergeParams", "MergeParams", "Merged", "TokenMerger", "merge_steps", "parse_r"]
 
 _COUNTS = ("r", "schedule", "keep_ratio")  # each of these parameters says how many tokens are removed
-
-
-class BlockState(NamedTuple):
-    """What a compressor is handed between attention and MLP of a block.
-
-    Attributes:
-        tokens: (B, N, D) after the attention's residual sum; prefix tokens first.
-        normed: (B, N, D) what the attention read.
-        keys: (B, H, N, d) of the attention, after their norm where they have one.
-        size: (B, N, 1) input tokens that each token stands for.
-    """
-
-    tokens: Tensor
-    normed: Tensor
-    keys: Tensor
-    size: Tensor
 
 
 class Merged(NamedTuple):
@@ -172,7 +157,7 @@ def _steps_to(keep: int, *, tokens: int, depth: int) -> tuple[int, ...]:
     return tuple(steps)
 
 
-class TokenMerger(Compressor):
+class TokenMerger(InsideCompressor):
     """A compressor that merges tokens; a method extends it by `merge`, and by an original with the same `reduce`."""
 
     Params = MergeParams
@@ -267,6 +252,27 @@ class TokenMerger(Compressor):
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Merge given tokens, step by step."""
         return merge_given(self, self.steps, tokens)
+
+    def acts_in(self, block: int) -> bool:
+        """Say whether a block loses tokens."""
+        return bool(self.steps[block])
+
+    def attention_bias(self, trail: Trail) -> Tensor | None:
+        """Return the sizes, for proportional attention."""
+        return trail.size if self.params.prop_attn else None
+
+    def advance(self, reducer: Any, block: int, state: BlockState, trail: Trail) -> Trail:
+        """Merge in one block, and compose the source map."""
+        merged = reducer.reduce(block, state)
+        rows = merged.rows
+        if trail.rows is not None:
+            rows = compose_maps(trail.rows, rows, drops=self.drops_tokens)
+        return Trail(merged.tokens, merged.size, rows)
+
+    def finish(self, trail: Trail) -> tuple[Tensor, ...]:
+        """Return tokens, sizes and source map."""
+        size = trail.tokens.new_ones(*trail.tokens.shape[:2], 1) if trail.size is None else trail.size
+        return trail.tokens, size, identity_map(trail.tokens) if trail.rows is None else trail.rows
 
     def metric(self, block: int, state: BlockState) -> Tensor:  # noqa: ARG002 - a method with weights has some for each block
         """Return what similarity is measured on in a block, (B, N, d)."""

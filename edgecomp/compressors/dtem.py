@@ -15,7 +15,8 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._checkpoint import load_exactly, rename_key
-from edgecomp.compressors._merging import BlockState, Merged, MergeParams, OriginalMerger, TokenMerger
+from edgecomp.compressors._inside import BlockState
+from edgecomp.compressors._merging import Merged, MergeParams, OriginalMerger, TokenMerger
 from edgecomp.compressors.tome import bipartite_soft_matching
 from edgecomp.specs import Output, Site, TokenBudget
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._merging import BlockState, KeyMergeParams, Merged, OriginalMerger, TokenMerger
+from edgecomp.compressors._inside import BlockState
+from edgecomp.compressors._merging import KeyMergeParams, Merged, OriginalMerger, TokenMerger
 from edgecomp.compressors._tokens import take, top_k, top_k_merge, unit_rows
 
 __all__ = ["PiToMe"]

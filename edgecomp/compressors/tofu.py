@@ -13,7 +13,8 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._merging import BlockState, KeyMergeParams, Merged, OriginalMerger, TokenMerger
+from edgecomp.compressors._inside import BlockState
+from edgecomp.compressors._merging import KeyMergeParams, Merged, OriginalMerger, TokenMerger
 from edgecomp.compressors._tokens import top_k_merge
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Output, Site, TokenBudget

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._merging import BlockState, KeyMergeParams, Merged, OriginalMerger, TokenMerger, merge_steps
+from edgecomp.compressors._inside import BlockState
+from edgecomp.compressors._merging import KeyMergeParams, Merged, OriginalMerger, TokenMerger, merge_steps
 from edgecomp.compressors._tokens import (
     kth_pairing,
     largest_r,

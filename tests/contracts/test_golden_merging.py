@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from edgecomp.backbones.assemble import assemble
 from edgecomp.backbones.inside import InsideModel
 from edgecomp.backbones.timm import TimmHost
-from edgecomp.compressors._merging import BlockState, parse_r
+from edgecomp.compressors._inside import BlockState
+from edgecomp.compressors._merging import parse_r
 from edgecomp.compressors._tokens import (
     group_matrix,
     merge_pairs,

@@ -1,0 +1,97 @@
+"""The attention of a host's blocks, with what compressors read of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgecomp.errors import InvalidSpec
+
+if TYPE_CHECKING:
+    from edgecomp.backbones.timm import TimmHost
+
+__all__ = ["Attended", "attend", "attend_fused", "require_plain_blocks"]
+
+_FAMILIES = "vit, deit, deit3, CLIP, SigLIP, DINOv2 (pre-norm blocks with absolute positions)"
+
+
+class Attended(NamedTuple):
+    """What an attention gave.
+
+    Attributes:
+        read: (B, N, D) after its projection.
+        queries, keys: (B, H, N, d), after their norms where they have any.
+        weights: (B, H, N, N) what each token reads of each; none where nobody asked.
+    """
+
+    read: Tensor
+    queries: Tensor
+    keys: Tensor
+    weights: Tensor | None
+
+
+def require_plain_blocks(host: TimmHost) -> None:
+    """Refuse a host whose blocks this module would not run as they are meant.
+
+    Raises:
+        InvalidSpec: blocks in parallel, post-norm, differential or rotary attention.
+    """
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block
+
+    for index, block in enumerate(host.model.blocks):
+        kinds = f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"
+        if type(block) is not Block or type(block.attn) is not Attention:
+            raise InvalidSpec(
+                f"block {index} of {host.name} is a {kinds}; compressors that look into a host know pre-norm "
+                f"blocks with plain attention (Block with Attention). Hosts that work: {_FAMILIES}"
+            )
+
+
+def _project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values (B, H, N, d), after the norms of queries and keys."""
+    batch, tokens, _ = x.shape
+    qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, attention.head_dim)
+    queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return attention.q_norm(queries), attention.k_norm(keys), values
+
+
+def _finish(attention: Any, x: Tensor, read: Tensor) -> Tensor:
+    """Join the heads (B, H, N, d) and project them."""
+    joined = attention.norm(read.transpose(1, 2).flatten(2))
+    gate = getattr(attention, "gate", None)
+    if gate is not None:
+        joined = joined * gate(x).sigmoid()
+    return attention.proj(joined)  # type: ignore[no-any-return]
+
+
+def attend(attention: Any, x: Tensor, size: Tensor | None = None, *, weigh: bool = True) -> Attended:
+    """Run an attention on x (B, N, D), op by op.
+
+    Args:
+        attention: timm's module.
+        x: (B, N, D).
+        size: (B, N, 1) makes it proportional (arXiv:2210.09461, equation 1).
+        weigh: return the weights too.
+    """
+    queries, keys, values = _project(attention, x)
+    scores = (queries * attention.scale) @ keys.transpose(-1, -2)
+    if size is not None:
+        scores = scores + size.log().transpose(1, 2).unsqueeze(1)  # (B, 1, 1, N)
+    weights = scores.softmax(-1)
+    return Attended(_finish(attention, x, weights @ values), queries, keys, weights if weigh else None)
+
+
+def attend_fused(attention: Any, x: Tensor, size: Tensor | None = None, *, weigh: bool = True) -> Attended:
+    """Return the same by torch's fused attention; the weights, where they are wanted, are computed beside it."""
+    queries, keys, values = _project(attention, x)
+    bias = None if size is None else torch.log(size.squeeze(-1))[:, None, None, :]
+    read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=attention.scale)
+    weights = None
+    if weigh:
+        scores = torch.einsum("bhqd,bhkd->bhqk", queries, keys) * attention.scale
+        weights = (scores if bias is None else scores + bias).softmax(-1)
+    return Attended(_finish(attention, x, read), queries, keys, weights)

@@ -1,0 +1,89 @@
+"""What a compressor between the blocks of a host is handed, and what it hands back."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor
+
+from edgecomp.compressors._base import Compressor
+
+__all__ = ["BlockState", "InsideCompressor", "Trail"]
+
+
+class BlockState(NamedTuple):
+    """What a compressor is handed in a block.
+
+    Attributes:
+        tokens: (B, N, D) where the compressor acts; prefix tokens first.
+        normed: (B, N, D) what the attention read; before a block the tokens themselves.
+        keys: (B, H, N, d) of the attention, after their norm where they have one.
+        size: (B, N, 1) input tokens that each token stands for.
+        attention: (B, H, N, N) what each token reads of each, where the method reads it.
+        read: (B, N, D) what the attention gave, where one ran.
+    """
+
+    tokens: Tensor
+    normed: Tensor
+    keys: Tensor
+    size: Tensor
+    attention: Tensor | None = None
+    read: Tensor | None = None
+
+
+class Trail(NamedTuple):
+    """Tokens on their way through the blocks.
+
+    Attributes:
+        tokens: (B, N, D).
+        size: (B, N, 1) input tokens that each stands for; none while all are ones.
+        rows: where tokens came from or went to, as the method counts it, int32; none while nothing was changed.
+        score: (B, N) what the method sums up over blocks; none where it sums nothing.
+    """
+
+    tokens: Tensor
+    size: Tensor | None = None
+    rows: Tensor | None = None
+    score: Tensor | None = None
+
+
+class InsideCompressor(Compressor):
+    """A compressor that can stand between the blocks of a host."""
+
+    #: Where in a block it works: in front of it, or between its attention and its MLP.
+    acts: ClassVar[Literal["before block", "after attention"]] = "after attention"
+
+    @abstractmethod
+    def acts_in(self, block: int) -> bool:
+        """Say whether it changes the tokens of a block."""
+
+    @abstractmethod
+    def advance(self, reducer: Any, block: int, state: BlockState, trail: Trail) -> Trail:
+        """Return the trail behind a block in which it acts.
+
+        Args:
+            reducer: this compressor, or its eager original: whose `reduce` is used.
+        """
+
+    @abstractmethod
+    def finish(self, trail: Trail) -> tuple[Tensor, ...]:
+        """Return the outputs, after the host's last norm."""
+
+    def observe(self, block: int, attention: Tensor, trail: Trail) -> Trail:  # noqa: ARG002 - most look at nothing
+        """Return the trail with what the attention (B, H, N, N) of any block adds to `score`."""
+        return trail
+
+    def attention_bias(self, trail: Trail) -> Tensor | None:  # noqa: ARG002 - most weigh nothing
+        """Return sizes (B, N, 1) whose log is added to the attention's scores; none: all tokens weigh alike."""
+        return None
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether it looks at the attention's weights."""
+        return False
+
+    @property
+    def first_cut(self) -> int:
+        """The first block in which it acts; the host's depth where it acts in none."""
+        return next((block for block in range(self.site.depth) if self.acts_in(block)), self.site.depth)

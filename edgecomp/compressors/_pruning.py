@@ -1,0 +1,307 @@
+"""What all token pruners share: how many tokens each block keeps, selection by a score, what becomes of the rest.
+
+A pruner stands `inside` a vision transformer, where it drops tokens in some of its blocks, or `after` an encoder or
+alone, where it drops them once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+import torch
+from msgspec import Meta
+from torch import Tensor
+
+from edgecomp.compressors._base import Params
+from edgecomp.compressors._inside import BlockState, InsideCompressor, Trail
+from edgecomp.compressors._tokens import top_k
+from edgecomp.errors import InvalidSpec
+from edgecomp.specs import Output, Placement, Site, TensorSpec, TokenBudget
+
+__all__ = [
+    "Kept",
+    "PruneParams",
+    "Schedule",
+    "TokenPruner",
+    "compose_index",
+    "others",
+    "residual_token",
+    "scheduled_counts",
+    "select",
+]
+
+Schedule = Literal["constant", "linear", "exponential", "step", "cosine", "piecewise", "table"]
+SelectionOrder = Literal["rank", "raster"]
+
+
+class PruneParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Parameters of all pruners.
+
+    Attributes:
+        order: of the tokens kept: `rank`, highest score first, or `raster`, as they came.
+        attention_heads: heads of the attention that is handed over where no host does (`--backbone none`).
+    """
+
+    order: SelectionOrder = "raster"
+    attention_heads: Annotated[int, Meta(ge=1, le=1024)] = 6
+
+
+class Kept(NamedTuple):
+    """What one selection leaves.
+
+    Attributes:
+        tokens: (B, M, D).
+        places: (B, M) int32, of each among the tokens that went in; -1 for a token made of several.
+    """
+
+    tokens: Tensor
+    places: Tensor
+
+
+# -- selection --------------------------------------------------------------------------------------------------
+
+
+def select(scores: Tensor, k: int, *, order: SelectionOrder = "raster") -> Tensor:
+    """Return the places of the k highest scores: (B, N) -> (B, k) int64.
+
+    Ties and NaN are defined: the lower index first, and NaN behind every number.
+    """
+    ranked = top_k(torch.where(scores.isnan(), -torch.inf, scores), k)
+    return ranked if order == "rank" else ranked.sort(-1).values
+
+
+def others(index: Tensor, tokens: int) -> Tensor:
+    """Return which of `tokens` places are not in index (B, k): (B, N) bool."""
+    places = torch.arange(tokens, device=index.device)
+    return (index.unsqueeze(-1) != places).all(1)
+
+
+def residual_token(tokens: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    """Return the weighted sum of the tokens that are not kept: (B, N, D), (B, N), (B, k) -> (B, 1, D)."""
+    left = torch.where(others(index, tokens.shape[1]), weights, torch.zeros_like(weights))
+    return left.unsqueeze(1) @ tokens
+
+
+def compose_index(first: Tensor | None, second: Tensor) -> Tensor:
+    """Return where rows came from after two selections: first (B, N) or none, then second (B, M); -1 stays -1."""
+    if first is None:
+        return second
+    found = first.gather(1, second.to(torch.int64).clamp_min(0))
+    return torch.where(second < 0, second, found)
+
+
+# -- counts -----------------------------------------------------------------------------------------------------
+
+
+def scheduled_counts(
+    schedule: Schedule,
+    *,
+    tokens: int,
+    depth: int,
+    keep: int,
+    blocks: Sequence[int] = (),
+    table: Mapping[int, float] | None = None,
+    of: Literal["current", "original"] = "original",
+) -> tuple[int, ...]:
+    """Return how many patch tokens are left behind each of `depth` blocks, ending at `keep`.
+
+    Args:
+        schedule: how the removed share grows with the block l of L, f being the last one: `constant`, an equal factor
+            at each of `blocks`; `linear`, f l/L; `exponential`, f (2^(l/L) - 1); `step`, nothing before L//2, then f;
+            `cosine`, f (1 - cos(pi l/L))/2; `piecewise`, straight lines between the shares kept of `table`; `table`,
+            these shares from their block on.
+        tokens: patch tokens that go in.
+        keep: patch tokens at the end; with `piecewise` and `table` 0: whatever they leave.
+        blocks: where `constant` removes, counted from 0.
+        table: block -> share kept.
+        of: what a share is of: the tokens that went into the encoder, or those left by the block before, so that
+            removed shares compound.
+
+    Raises:
+        InvalidSpec: a table or blocks that the host does not have, or that do not end at `keep`.
+
+    Source: the project's founding notes (pruning schedulers); `constant`: EViT, arXiv:2202.07800.
+    """
+    if schedule in ("piecewise", "table"):
+        return _by_table(schedule, dict(table or {}), tokens=tokens, depth=depth, keep=keep, of=of)
+    if schedule == "constant":
+        return _by_factor(tuple(blocks), tokens=tokens, depth=depth, keep=keep)
+    steps = range(1, depth + 1)
+    weights = {
+        "linear": [step / depth for step in steps],
+        "exponential": [2 ** (step / depth) - 1 for step in steps],
+        "step": [float(step > depth // 2) for step in steps],
+        "cosine": [(1 - math.cos(math.pi * step / depth)) / 2 for step in steps],
+    }[schedule]
+    low, high = 0.0, 1.0
+    for _ in range(60):  # the removed share f that ends at `keep`
+        middle = (low + high) / 2
+        low, high = (middle, high) if _counts_of(weights, middle, tokens, of)[-1] > keep else (low, middle)
+    counts = [max(count, keep) for count in _counts_of(weights, low, tokens, of)]
+    return (*counts[:-1], keep)
+
+
+def _counts_of(weights: Sequence[float], share: float, tokens: int, of: str) -> list[int]:
+    counts, left = [], tokens
+    for weight in weights:
+        base = tokens if of == "original" else left
+        left = max(1, min(left, base - int(base * share * weight)))
+        counts.append(left)
+    return counts
+
+
+def _by_factor(blocks: tuple[int, ...], *, tokens: int, depth: int, keep: int) -> tuple[int, ...]:
+    """Return counts that shrink by an equal factor at each of the blocks."""
+    if not blocks or sorted(set(blocks)) != list(blocks) or not 0 <= blocks[0] <= blocks[-1] < depth:
+        raise InvalidSpec(
+            f"params.blocks={list(blocks)}: name blocks from 0 to {depth - 1}, ascending and each once; the host has "
+            f"{depth}"
+        )
+    factor = (keep / tokens) ** (1 / len(blocks))
+    targets = [max(keep, math.ceil(tokens * factor**place - 1e-9)) for place in range(1, len(blocks))] + [keep]
+    counts, left = [], tokens
+    for block in range(depth):
+        if block in blocks:
+            left = min(left, targets[blocks.index(block)])
+        counts.append(left)
+    return tuple(counts)
+
+
+def _by_table(
+    schedule: Schedule, table: dict[int, float], *, tokens: int, depth: int, keep: int, of: str
+) -> tuple[int, ...]:
+    wrong = [block for block in table if not 0 <= block < depth]
+    bad = [share for share in table.values() if not 0 < share <= 1]
+    if not table or wrong or bad:
+        what = "is empty" if not table else f"names block {wrong[0]}" if wrong else f"holds {bad[0]}"
+        raise InvalidSpec(
+            f"params.table {what}; it gives the share kept, above 0 and at most 1, by block from 0 to {depth - 1}, for "
+            "example 'params.table={3 = 0.7, 6 = 0.5}'"
+        )
+    points = sorted(table.items())
+    counts, left = [], tokens
+    for block in range(depth):
+        share = _on_lines(points, block) if schedule == "piecewise" else table.get(block)
+        if share is not None:
+            left = max(1, min(left, math.ceil((tokens if of == "original" else left) * share - 1e-9)))
+        counts.append(left)
+    if keep not in (0, counts[-1]):
+        raise InvalidSpec(
+            f"params.table leaves {counts[-1]} of {tokens} tokens and the budget says {keep}; give one of both"
+        )
+    return tuple(counts)
+
+
+def _on_lines(points: Sequence[tuple[int, float]], block: int) -> float | None:
+    """Return the share at a block on straight lines between points; before the first: nothing is removed."""
+    if block < points[0][0]:
+        return None
+    for (start, high), (end, low) in itertools.pairwise(points):
+        if start <= block <= end:
+            return high + (low - high) * (block - start) / (end - start)
+    return points[-1][1]
+
+
+# -- the base ---------------------------------------------------------------------------------------------------
+
+
+class TokenPruner(InsideCompressor):
+    """A compressor that keeps the tokens of highest score.
+
+    Inside a host a method gives `counts` and a `reduce`, and so does its original.
+
+    Attributes:
+        counts: patch tokens left behind each block; empty where it stands after a host.
+    """
+
+    Params = PruneParams
+    params: PruneParams
+
+    def __init__(self, params: Any, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:
+        super().__init__(params, site, budget, output)
+        if output == "logits" and site.placement != "inside":
+            raise InvalidSpec(
+                "output logits comes from a host's classifier, and here tokens are pruned as they are given; name a "
+                "preset that stands inside a --backbone, or drop --output"
+            )
+        self.num_prefix_tokens = site.num_prefix_tokens
+        self.counts = self.plan() if site.placement == "inside" else ()
+
+    def plan(self) -> tuple[int, ...]:
+        """Return how many patch tokens are left behind each block of the host."""
+        raise NotImplementedError
+
+    @classmethod
+    def site_without_host(cls, params: Any, placement: Placement, image_size: int) -> Site:
+        """Return the site of given tokens, with the heads of the attention that is given with them."""
+        site = super().site_without_host(params, placement, image_size)
+        return msgspec.structs.replace(site, num_heads=params.attention_heads)
+
+    @classmethod
+    def params_of_site(cls, site: Site) -> dict[str, Any]:
+        """Return tokens, width and heads."""
+        return {**super().params_of_site(site), "attention_heads": site.num_heads}
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What an export should say: how many tokens are left behind each block."""
+        if not self.counts:
+            return ()
+        prefix = f" ({self.num_prefix_tokens} of them protected)" if self.num_prefix_tokens else ""
+        counts = ", ".join(str(count + self.num_prefix_tokens) for count in self.counts)
+        return (f"tokens after each block{prefix}: {counts}",)
+
+    def tokens_before(self, block: int) -> int:
+        """Return how many patch tokens a block is handed."""
+        return self.counts[block - 1] if block else self.budget.tokens_in
+
+    def acts_in(self, block: int) -> bool:
+        """Say whether a block loses tokens."""
+        return self.counts[block] < self.tokens_before(block)
+
+    def advance(self, reducer: Any, block: int, state: BlockState, trail: Trail) -> Trail:
+        """Prune in one block, and compose where rows came from."""
+        kept = reducer.reduce(block, state, trail)
+        score = trail.score
+        if score is not None:
+            score = score.gather(1, kept.places.to(torch.int64).clamp_min(0))
+        return Trail(kept.tokens, None, compose_index(trail.rows, kept.places), score)
+
+    def finish(self, trail: Trail) -> tuple[Tensor, ...]:
+        """Return tokens, and where they came from."""
+        if trail.rows is not None:
+            return trail.tokens, trail.rows
+        places = torch.arange(trail.tokens.shape[1], dtype=torch.int32, device=trail.tokens.device)
+        return trail.tokens, places.expand(trail.tokens.shape[0], -1)
+
+    def input_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
+        """Return `tokens` and the host's features, or inside a host the `image`."""
+        if self.site.placement == "inside":
+            side = self.site.image_size
+            return (TensorSpec("image", (batch, 3, side, side), "float32", "image"),)
+        count, width, prefix = self.budget.tokens_in, self.site.embed_dim, self.num_prefix_tokens
+        shapes = {
+            "class_attention": (self.site.num_heads, count),
+            "received_attention": (self.site.num_heads, count),
+            "cumulative_attention": (self.site.num_heads, count),
+            "attention_output": (count, width),
+            "class_query": (width,),
+            "keys": (prefix + count, width),
+            "text_likelihood": (count,),
+        }
+        features = [TensorSpec(name, (batch, *shapes[name]), "float32", "features") for name in self.host_features]
+        return (TensorSpec("tokens", (batch, prefix + count, width), "float32", "tokens"), *features)
+
+    def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
+        """Return `kept` (B, P + M, D) and `index` (B, P + M), or `logits`."""
+        if self.output == "logits":
+            return (TensorSpec("logits", (batch, self.site.num_classes), "float32", "features"),)
+        rows = self.num_prefix_tokens + self.budget.tokens_out
+        return (
+            TensorSpec("kept", (batch, rows, self.site.embed_dim), "float32", "tokens"),
+            TensorSpec("index", (batch, rows), "int32", "indices"),
+        )
