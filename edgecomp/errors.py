@@ -30,6 +30,7 @@ __all__ = [
     "InvalidSpec",
     "MissingDependency",
     "OpNotAllowed",
+    "ParityError",
     "PluginMissing",
     "RunError",
     "SpecError",
@@ -40,7 +41,7 @@ __all__ = [
 
 
 class EdgecompError(Exception):
-    """Any error that edgecomp raises on purpose; the command line prints its text and exits with 2."""
+    """Any error that edgecomp raises on purpose; the command line prints its text and exits with 2, or 1."""
 
 
 class SpecError(EdgecompError):
@@ -76,6 +77,10 @@ class WeightsError(EdgecompError):
 
 class ExportError(EdgecompError):
     """A model cannot become a static ONNX graph."""
+
+
+class ParityError(ExportError):
+    """What is about to be written does not compute what the original does; the command line exits with 1."""
 
 
 class DynamicShape(ExportError):

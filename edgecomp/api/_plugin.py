@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -125,5 +126,6 @@ def _copy(library: Path, place: Path) -> Path:
     except OSError as error:
         raise BuildError(f"{place} cannot be written: {error.strerror}; choose another folder with --out") from error
     finally:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # above --out stands a file
+            fresh.unlink(missing_ok=True)
     return place

@@ -315,6 +315,11 @@ def _choose_budgets(
         return (order.compressor.budget,)
     if not asked:
         decided = cls.default_counts(params, site) or ((rows,) if rows and rule.allows(rows) else rule.default)
+        if max(decided) > tokens_in:
+            raise InvalidSpec(
+                f"{order.recipe.method} keeps {max(decided)} tokens where nothing is said, and {tokens_in} go in; say "
+                f"how many to keep, for example --budget {max(1, tokens_in // 2)}"
+            )
         asked = tuple(map(str, decided))
     parsed = [parse_budget(text, tokens_in=tokens_in, rule=rule, method=order.recipe.method) for text in asked]
     parsed = [msgspec.structs.replace(budget, num_prefix_tokens=site.num_prefix_tokens) for budget in parsed]

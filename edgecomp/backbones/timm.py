@@ -138,7 +138,17 @@ def _require_vit(model: nn.Module, name: str) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     if not isinstance(model, VisionTransformer):
-        raise InvalidSpec(f"backbone {name!r} is of class {type(model).__name__}; hosts that work are {_FAMILIES}")
+        rotary = " with rotary positions, which would have to move with the tokens" if _is_rotary(model) else ""
+        raise InvalidSpec(
+            f"backbone {name!r} is of class {type(model).__name__}{rotary}; hosts that work are {_FAMILIES}"
+        )
+    rows, columns = getattr(model.patch_embed, "img_size", None) or (0, 0)
+    if rows != columns:
+        raise InvalidSpec(f"backbone {name!r} takes images of {rows} x {columns} pixels; hosts take square ones")
+
+
+def _is_rotary(model: nn.Module) -> bool:
+    return any(getattr(model, name, None) is not None for name in ("rope", "rope_freqs", "freqs_cis"))
 
 
 def load_host(

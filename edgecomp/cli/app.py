@@ -11,11 +11,11 @@ import typer
 
 from edgecomp import __version__
 from edgecomp.cli import build, doctor, evaluate, export, inspect, listing, parity, plugin, profile, run
-from edgecomp.errors import EdgecompError
+from edgecomp.errors import EdgecompError, ParityError
 
 __all__ = ["app", "main"]
 
-_BAD_INPUT, _INTERRUPTED = 2, 130
+_GATE_FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 
 # rich_markup_mode=None: rich alone would cost half of the 0.3 s that --help may take.
 app = typer.Typer(
@@ -58,7 +58,7 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         typer.echo(_describe(error), err=True)
-        sys.exit(_BAD_INPUT)
+        sys.exit(_GATE_FAILED if isinstance(error, ParityError) else _BAD_INPUT)
     if code == _INTERRUPTED:
         typer.echo("interrupted; nothing half-written was left", err=True)
     sys.exit(code or 0)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+import msgspec
 from msgspec import Meta
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from edgecomp.compressors._base import Params
 from edgecomp.compressors._inside import BlockState, InsideCompressor, Trail
 from edgecomp.compressors._tokens import compose_maps, largest_r, top_k_merge
 from edgecomp.errors import InvalidSpec
-from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
+from edgecomp.specs import Output, Placement, Site, TensorSpec, TokenBudget
 
 __all__ = ["KeyMergeParams", "MergeParams", "Merged", "TokenMerger", "merge_steps", "parse_r"]
 
@@ -40,6 +41,8 @@ class MergeParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=True)
         inflect: how r changes from the first block to the last, -1 (2r to 0) over 0 (constant) to 1 (0 to 2r).
         schedule: r for each block, instead of `r` and `inflect`.
         keep_ratio: share of its tokens that each block (or step) keeps, instead of `r`; 0: not used.
+        prefix_tokens: class, distillation and register tokens in front of given tokens, which take no part; a host
+            says it itself.
         prop_attn: add log(size) to the attention's scores, so that a merged token weighs as much as its parts.
         order: of unmerged tokens: `ascending`; `rank`; or `original`: as the published code has it, ascending where
             there are prefix tokens and rank where there are none.
@@ -49,6 +52,7 @@ class MergeParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=True)
     inflect: Annotated[float, Meta(ge=-1, le=1)] = 0.0
     schedule: tuple[Annotated[int, Meta(ge=0, le=65536)], ...] = ()
     keep_ratio: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    prefix_tokens: Annotated[int, Meta(ge=0, le=64)] = 0
     prop_attn: bool = True
     order: Literal["original", "ascending", "rank"] = "original"
 
@@ -186,6 +190,17 @@ class TokenMerger(InsideCompressor):
         )
 
     @classmethod
+    def site_without_host(cls, params: Any, placement: Placement, image_size: int) -> Site:
+        """Return the site of given tokens, the protected ones in front."""
+        site = super().site_without_host(params, placement, image_size)
+        return msgspec.structs.replace(site, num_prefix_tokens=params.prefix_tokens)
+
+    @classmethod
+    def params_of_site(cls, site: Site) -> dict[str, Any]:
+        """Return tokens, width and prefix tokens."""
+        return {**super().params_of_site(site), "prefix_tokens": site.num_prefix_tokens}
+
+    @classmethod
     def depth_of(cls, params: Any, site: Site, keep: int) -> int:
         """Return the number of merges: the host's blocks, or as few as reach `keep`."""
         if site.placement == "inside":
@@ -236,7 +251,14 @@ class TokenMerger(InsideCompressor):
         if self.site.placement == "inside":
             side = self.site.image_size
             return (TensorSpec("image", (batch, 3, side, side), "float32", "image"),)
-        return (TensorSpec("tokens", (batch, self.budget.tokens_in, self.site.embed_dim), "float32", "tokens"),)
+        return (
+            TensorSpec(
+                "tokens",
+                (batch, self.num_prefix_tokens + self.budget.tokens_in, self.site.embed_dim),
+                "float32",
+                "tokens",
+            ),
+        )
 
     def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return `merged` (B, P + M, D), `size` (B, P + M, 1) and `source_map` (B, P + N), or `logits`."""

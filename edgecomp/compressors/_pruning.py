@@ -28,10 +28,12 @@ __all__ = [
     "Schedule",
     "TokenPruner",
     "compose_index",
+    "geometric_counts",
     "others",
     "residual_token",
     "scheduled_counts",
     "select",
+    "with_prefix",
 ]
 
 Schedule = Literal["constant", "linear", "exponential", "step", "cosine", "piecewise", "table"]
@@ -94,6 +96,15 @@ def compose_index(first: Tensor | None, second: Tensor) -> Tensor:
     return torch.where(second < 0, second, found)
 
 
+def with_prefix(tokens: Tensor, kept: Kept, prefix: int) -> Kept:
+    """Put the prefix tokens of (B, P + N, D) in front of what was kept of the patches."""
+    if not prefix:
+        return kept
+    places = torch.arange(prefix, dtype=torch.int32, device=tokens.device).expand(tokens.shape[0], -1)
+    moved = torch.where(kept.places < 0, kept.places, kept.places + prefix)
+    return Kept(torch.cat([tokens[:, :prefix], kept.tokens], 1), torch.cat([places, moved], 1))
+
+
 # -- counts -----------------------------------------------------------------------------------------------------
 
 
@@ -129,7 +140,7 @@ def scheduled_counts(
     if schedule in ("piecewise", "table"):
         return _by_table(schedule, dict(table or {}), tokens=tokens, depth=depth, keep=keep, of=of)
     if schedule == "constant":
-        return _by_factor(tuple(blocks), tokens=tokens, depth=depth, keep=keep)
+        return geometric_counts(tuple(blocks), tokens=tokens, depth=depth, keep=keep)
     steps = range(1, depth + 1)
     weights = {
         "linear": [step / depth for step in steps],
@@ -154,8 +165,15 @@ def _counts_of(weights: Sequence[float], share: float, tokens: int, of: str) -> 
     return counts
 
 
-def _by_factor(blocks: tuple[int, ...], *, tokens: int, depth: int, keep: int) -> tuple[int, ...]:
-    """Return counts that shrink by an equal factor at each of the blocks."""
+def geometric_counts(blocks: tuple[int, ...], *, tokens: int, depth: int, keep: int) -> tuple[int, ...]:
+    """Return how many tokens are left behind each block where each of `blocks` keeps an equal share, ending at `keep`.
+
+    Args:
+        blocks: ascending, counted from 0.
+        tokens: patch tokens that go in.
+        depth: blocks of the host.
+        keep: patch tokens at the end.
+    """
     if not blocks or sorted(set(blocks)) != list(blocks) or not 0 <= blocks[0] <= blocks[-1] < depth:
         raise InvalidSpec(
             f"params.blocks={list(blocks)}: name blocks from 0 to {depth - 1}, ascending and each once; the host has "

@@ -60,7 +60,8 @@ def largest_r(tokens: int, num_prefix_tokens: int) -> int:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Scale each row to norm 1; a row of norm zero stays zero. (..., d) -> (..., d)."""
+    """Scale each row to norm 1, in float32 at least; a row of norm zero stays zero. (..., d) -> (..., d)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x / x.norm(dim=-1, keepdim=True).clamp_min(_TINY)  # type: ignore[no-any-return]
 
 
@@ -83,7 +84,9 @@ def pair_tokens(
     partition: Partition = "alternate",
     order: Order = "ascending",
 ) -> Pairing:
-    """Choose r sources and the most similar target of each.
+    """Choose r sources and the most similar target of each; ties go to the higher score, then to the lower index.
+
+    Equal tokens tie as far as a product of matrices gives equal rows equal bits; torch's may differ in the last one.
 
     Args:
         metric: (B, N, Dm), what cosine similarity is measured on.

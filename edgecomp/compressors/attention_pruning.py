@@ -23,6 +23,7 @@ from edgecomp.compressors._pruning import (
     residual_token,
     scheduled_counts,
     select,
+    with_prefix,
 )
 from edgecomp.compressors._tokens import take, top_k, unit_rows
 from edgecomp.errors import InvalidSpec
@@ -241,15 +242,6 @@ def norm_of(x: Tensor) -> Tensor:
     """Return the L2 norm of each row: (..., D) -> (...)."""
     norm: Tensor = x.norm(dim=-1)
     return norm
-
-
-def with_prefix(tokens: Tensor, kept: Kept, prefix: int) -> Kept:
-    """Put the prefix tokens of (B, P + N, D) in front of what was kept of the patches."""
-    if not prefix:
-        return kept
-    places = torch.arange(prefix, dtype=torch.int32, device=tokens.device).expand(tokens.shape[0], -1)
-    moved = torch.where(kept.places < 0, kept.places, kept.places + prefix)
-    return Kept(torch.cat([tokens[:, :prefix], kept.tokens], 1), torch.cat([places, moved], 1))
 
 
 def _merge_rest(tokens: Tensor, index: Tensor) -> Tensor:

@@ -65,6 +65,11 @@ class SimilarityMerge(Compressor):
         earlier = allowed_pairs(params, budget.tokens_in)
         self.register_buffer("allowed", earlier.to(torch.get_default_dtype()), persistent=False)
 
+    @classmethod
+    def default_counts(cls, params: SimilarityMergeParams, site: Site) -> tuple[int, ...]:  # noqa: ARG003 - the signature of all
+        """Return rows for all tokens, since none may be alike."""
+        return (site.tokens_in,)
+
     @property
     def rounds(self) -> int:
         """How many products settle every leader: the longest chain of tokens that can wait for each other, less one."""

@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._base import Compressor, Params
+from edgecomp.compressors._base import Compressor, HostFeature, Params
 from edgecomp.compressors._tokens import take, top_k
-from edgecomp.specs import TensorSpec
+from edgecomp.specs import Site, TensorSpec
 
 __all__ = ["TokenPooling"]
 
@@ -24,20 +24,22 @@ class TokenPoolingParams(Params, frozen=True, forbid_unknown_fields=True, kw_onl
     Attributes:
         clustering: `k-means`: centres are weighted means; `k-medoids`: they are tokens.
         iterations: rounds of assignment and update.
-        significance: take a weight for each token, for example the attention that it received; else its norm is taken.
-            A weight below zero counts as zero.
+        significance: weight of a token: `attention`, what it received of all tokens in the layer that it comes from, a
+            host's or given; or its `norm`, which is nearly the same for all tokens behind a LayerNorm.
+        attention_heads: heads of the attention that is given where no host does (`--backbone none`).
     """
 
     clustering: Literal["k-means", "k-medoids"] = "k-means"
     iterations: Annotated[int, Meta(ge=1, le=256)] = 5
-    significance: bool = False
+    significance: Literal["attention", "norm"] = "attention"
+    attention_heads: Annotated[int, Meta(ge=1, le=1024)] = 6
 
 
 class TokenPooling(Compressor):
     """Cluster the tokens around K centres, weighted by significance, and hand on the centres.
 
-    Shapes: tokens (B, N, D), where asked significance (B, N) -> merged (B, K, D), size (B, K, 1) in tokens, source map
-    (B, N) int32. K is the budget; centres start at the K most significant tokens, and keep their order.
+    Shapes: tokens (B, N, D), for `attention` received_attention (B, H, N) -> merged (B, K, D), size (B, K, 1) in
+    tokens, source map (B, N) int32. K is the budget; centres start at the K most significant tokens, and keep their order.
 
     Static rewrite (level E4): K and the iterations are fixed. A token is assigned by an ArgMax of 2 x c - |c|^2, and
     clusters are summed by a product with their one-hot rows; one without weight keeps its centre.
@@ -49,12 +51,23 @@ class TokenPooling(Compressor):
     params: TokenPoolingParams
 
     def input_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
-        """Return `tokens`, and `significance` where the parameters ask for it."""
+        """Return `tokens`, and `received_attention` where that weighs them."""
         count = self.budget.tokens_in
         tokens = TensorSpec("tokens", (batch, count, self.site.embed_dim), "float32", "tokens")
-        if not self.params.significance:
+        if self.params.significance == "norm":
             return (tokens,)
-        return tokens, TensorSpec("significance", (batch, count), "float32", "features")
+        shape = (batch, self.params.attention_heads, count)
+        return tokens, TensorSpec("received_attention", shape, "float32", "features")
+
+    @property
+    def host_features(self) -> tuple[HostFeature, ...]:
+        """The attention received, where that weighs the tokens."""
+        return ("received_attention",) if self.params.significance == "attention" else ()
+
+    @classmethod
+    def params_of_site(cls, site: Site) -> dict[str, Any]:
+        """Return tokens, width and heads."""
+        return {**super().params_of_site(site), "attention_heads": site.num_heads}
 
     def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return `merged`, `size` and `source_map`."""
@@ -65,9 +78,9 @@ class TokenPooling(Compressor):
             TensorSpec("source_map", (batch, self.budget.tokens_in), "int32", "indices"),
         )
 
-    def forward(self, tokens: Tensor, significance: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return centres, sizes, and the cluster of each token."""
-        weights = tokens.norm(dim=-1) if significance is None else significance.clamp(min=0.0)
+    def forward(self, tokens: Tensor, received_attention: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return centres, sizes, and the cluster of each token; a weight below zero counts as zero."""
+        weights = tokens.norm(dim=-1) if received_attention is None else received_attention.mean(1).clamp(min=0.0)
         centres = take(tokens, top_k(weights, self.budget.tokens_out))  # (B, K, D)
         clusters = torch.arange(self.budget.tokens_out, device=tokens.device).unsqueeze(-1)
         distances = _distances(tokens) if self.params.clustering == "k-medoids" else None
@@ -110,9 +123,11 @@ class TokenPoolingOriginal(nn.Module):
         super().__init__()
         self.static = static
 
-    def forward(self, tokens: Tensor, significance: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, tokens: Tensor, received_attention: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return what the static module returns."""
-        given = [None] * len(tokens) if significance is None else list(significance)
+        given: list[Tensor | None] = [None] * len(tokens)
+        if received_attention is not None:
+            given = [heads.sum(0) / len(heads) for heads in received_attention]
         samples = [self._sample(x, w) for x, w in zip(tokens, given, strict=True)]
         return tuple(torch.stack(part) for part in zip(*samples, strict=True))
 

@@ -86,6 +86,11 @@ class ToMe(TokenMerger):
         if self.params.threshold is None:
             return super().plan()
         rows, tokens = self.budget.tokens_out, self.budget.tokens_in
+        if self.num_prefix_tokens:
+            raise InvalidSpec(
+                f"params.threshold merges among all tokens, and params.prefix_tokens={self.num_prefix_tokens} protects "
+                "some; give one of both"
+            )
         if self.site.placement == "inside":
             raise InvalidSpec(
                 f"params.threshold={self.params.threshold} leaves the count of tokens to the data, and the blocks of a "
@@ -155,7 +160,8 @@ class ToMe(TokenMerger):
 
 def _kth_steps(params: ToMeParams, site: Site) -> tuple[int, ...]:
     """Return how many tokens each block removes where every k-th stays."""
-    others = [f"params.{name}" for name in ("r", "schedule", "keep_ratio", "threshold") if getattr(params, name)]
+    others = [f"params.{name}" for name in ("r", "schedule", "keep_ratio") if getattr(params, name)]
+    others += ["params.threshold"] if params.threshold is not None else []
     if others:
         raise InvalidSpec(f"params.matching=kth and {', '.join(others)} are given; params.k says what kth leaves")
     depth = site.depth if site.placement == "inside" else 1

@@ -25,12 +25,13 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 class OnnxNode(msgspec.Struct, frozen=True):
-    """A node of the main graph: its name, op, domain, and those of its attributes that are text."""
+    """A node of the main graph: its name, op, domain, the names of its attributes, and those that are text."""
 
     name: str
     op: str
     domain: str
     texts: dict[str, str]
+    attributes: tuple[str, ...] = ()
 
 
 def custom_nodes(path: Path, domain: str) -> tuple[OnnxNode, ...]:
@@ -69,13 +70,14 @@ def _nodes_of(content: mmap.mmap, domain: str) -> Iterator[OnnxNode]:
             words = _texts(content, node_begin, node_end)
             if words.get(_NODE_DOMAIN) != domain:
                 continue
-            texts = {}
+            texts, attributes = {}, []
             for field, _, at, to in _fields(content, node_begin, node_end):
                 if field == _NODE_ATTRIBUTE:
                     attribute = _texts(content, at, to)
+                    attributes.append(attribute.get(_ATTRIBUTE_NAME, ""))
                     if _ATTRIBUTE_TEXT in attribute:
                         texts[attribute.get(_ATTRIBUTE_NAME, "")] = attribute[_ATTRIBUTE_TEXT]
-            yield OnnxNode(words.get(_NODE_NAME, ""), words.get(_NODE_OP, ""), domain, texts)
+            yield OnnxNode(words.get(_NODE_NAME, ""), words.get(_NODE_OP, ""), domain, texts, tuple(attributes))
 
 
 def _texts(content: bytes | mmap.mmap, begin: int, end: int) -> dict[int, str]:

@@ -17,6 +17,7 @@ from edgecomp import __version__
 from edgecomp.engines.flavour import Flavour, choose_flavour, create_config, create_network, load_flavour
 from edgecomp.engines.network import (
     collecting_logger,
+    count_layer_types,
     network_inputs,
     network_outputs,
     parse_onnx,
@@ -215,6 +216,7 @@ def _build_plan(
         serialized = builder.build_serialized_network(network, config)
         known = {
             "num_layers": network.num_layers,
+            "layer_types": count_layer_types(network),
             "merges": merges,
             "inputs": network_inputs(network),
             "outputs": network_outputs(network),

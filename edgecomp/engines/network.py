@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from edgecomp.errors import BuildError
 
 __all__ = [
     "collecting_logger",
+    "count_layer_types",
     "network_inputs",
     "network_outputs",
     "parse_onnx",
@@ -137,6 +139,12 @@ def require_precision(flavour: Flavour, network: Any, onnx: Path, precision: str
                 f"{onnx.name}: precision {precision} was asked for, and layer {found[dtype]!r} gives {dtype}; "
                 f"export the model in fp32, or build with the precision it has"
             )
+
+
+def count_layer_types(network: Any) -> dict[str, int]:
+    """Return how many layers of each type a parsed network has, by TensorRT's names, the most frequent first."""
+    names = (str(network.get_layer(index).type).rpartition(".")[2] for index in range(network.num_layers))
+    return dict(collections.Counter(names).most_common())
 
 
 def network_inputs(network: Any) -> tuple[EngineTensor, ...]:

@@ -130,6 +130,8 @@ def choose_libraries(
             f"{onnx.name}: --plugin {word} was asked for, and the graph has no node that a plugin runs ({titles}); "
             f"leave --plugin out, or export a method that merges tokens"
         )
+    for one in found:
+        _require_attributes(onnx, one)
     choices = tuple(_choose(onnx, one, word, sm, flavour, progress) for one in found)
     for choice in choices:
         progress(f"{onnx.name}: {choice.line}")
@@ -255,6 +257,23 @@ def _choose(
     if refusal:
         raise PluginMissing(f"--plugin {word}: {library.path} does not fit: {refusal}")
     return PluginChoice(plugin, found.nodes, library, f"compiled for SM{sm} just now")
+
+
+def _require_attributes(onnx: Path, found: PluginNodes) -> None:
+    """Raise unless each node has all attributes of the op, with words that it knows; those that bind it come later."""
+    for node in found.nodes:
+        for attribute in found.plugin.attributes:
+            if attribute.name.startswith("plugin_"):
+                continue
+            what = f"{onnx.name}: node {node.name!r} ({found.plugin.title})"
+            if attribute.name not in node.attributes:
+                raise BuildError(f"{what} has no attribute {attribute.name!r}; export the model again")
+            word = node.texts.get(attribute.name, "")
+            if attribute.values and word not in attribute.values:
+                raise BuildError(
+                    f"{what} has {attribute.name}={word!r}, which is none of {', '.join(attribute.values)}; export the "
+                    "model again"
+                )
 
 
 def _why_unbound(found: PluginNodes) -> str:

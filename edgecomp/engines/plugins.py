@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -101,9 +102,11 @@ class Headers(msgspec.Struct, frozen=True):
 
 def find_nvcc(named: Path | None = None) -> tuple[Path, str]:
     """Return the compiler, and its release."""
-    program = shutil.which(named or "nvcc") or str(named or _USUAL_NVCC)
+    here = named is not None and named.is_file()
+    program = str(named.resolve()) if here and named else shutil.which(named or "nvcc") or str(named or _USUAL_NVCC)
     if not Path(program).is_file():
-        where = f"{program} is not there" if named is not None else f"there is no nvcc on PATH, nor {_USUAL_NVCC}"
+        is_folder = "is a folder" if Path(program).is_dir() else "is not there"
+        where = f"{program} {is_folder}" if named is not None else f"there is no nvcc on PATH, nor {_USUAL_NVCC}"
         raise PluginMissing(
             f"a plugin is compiled with nvcc, and {where}; install the CUDA toolkit, or name it with --nvcc FILE"
         )
@@ -281,7 +284,26 @@ def _content_of(path: Path) -> bytes:
         raise PluginMissing(f"the plugin library {path} cannot be read: {error.strerror}; check the path") from None
     if not content.startswith(b"\x7fELF"):
         raise PluginMissing(f"{path} is no shared library; name the .so that `edgecomp plugin build` wrote")
+    if len(content) < _end_of_elf(content):
+        raise PluginMissing(
+            f"{path} is truncated: it has {len(content)} bytes and its tables reach to {_end_of_elf(content)}; copy or "
+            "compile it again"
+        )
     return content
+
+
+def _end_of_elf(content: bytes) -> int:
+    """Return where the last segment or the table of sections of a 64-bit ELF file ends; loading a shorter one kills."""
+    header = struct.Struct("<32xQQ6xHHHH")  # e_phoff, e_shoff, e_phentsize, e_phnum, e_shentsize, e_shnum
+    if len(content) < header.size:
+        return header.size
+    segments, sections, segment_size, segment_count, section_size, section_count = header.unpack_from(content)
+    ends = [segments + segment_size * segment_count, sections + section_size * section_count]
+    if ends[0] <= len(content):
+        for at in range(segments, ends[0], segment_size or 1):
+            offset, size = struct.unpack_from("<8xQ16xQ", content, at)  # p_offset, p_filesz
+            ends.append(offset + size)
+    return int(max(ends))
 
 
 def _read_whole(path: Path) -> PluginLibrary | None:
@@ -347,6 +369,10 @@ def _compile(plugin: Plugin, compiler: Path, headers: Headers, description: Desc
                     f"{plugin.name} does not compile with {compiler} and the headers in {headers.folder} (exit "
                     f"{done.returncode}); another nvcc (--nvcc) or other headers (--tensorrt-include) may:\n"
                     + "\n".join(words[:_LINES_SHOWN])
+                )
+            if not out.is_file() or not out.read_bytes()[:4] == b"\x7fELF":
+                raise BuildError(
+                    f"{plugin.name}: {compiler} ended well and wrote no shared library; name another with --nvcc FILE"
                 )
             digest = file_sha256(out)
             _digest_file(path).unlink(missing_ok=True)

@@ -71,6 +71,7 @@ class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         workspace_mib: the limit that the builder was given; 0 is its own.
         seconds: how long parsing and building took.
         num_layers: layers of the parsed network, before TensorRT fuses them.
+        layer_types: how many of each type those are, by TensorRT's names.
         size_bytes: size of the plan.
         sha256: hash of the plan.
         warnings: what the parser and the builder warned of, each once.
@@ -98,6 +99,7 @@ class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     edgecomp_version: str
     plugins: tuple[EnginePlugin, ...] = ()
     merges: tuple[EngineMerge, ...] = ()
+    layer_types: dict[str, int] = {}
 
 
 class _Versioned(msgspec.Struct, frozen=True):

@@ -21,6 +21,7 @@ from edgecomp.specs import Preprocess, TensorSpec
 __all__ = ["golden_inputs", "run_module", "write_goldens"]
 
 Array = npt.NDArray[np.generic]
+_POSITIONS = 0.1  # standard deviation of the table of positions; tokens have one
 _PATCH = 16  # pixels; side of the photograph's patches where tokens are made of it
 
 
@@ -142,15 +143,19 @@ def _photographs(rows: int, preprocess: Preprocess, spec: TensorSpec) -> Array:
 
 
 def _projected_patches(rows: int, generator: np.random.Generator, spec: TensorSpec) -> Array:
-    """Return (rows, N, D): patches in raster order, less mean, times a random matrix, of about unit variance."""
+    """Return (rows, N, D): patches in raster order, less mean, times a random matrix, of about unit variance.
+
+    A small random table of positions is added, as encoders have one: patches of a clear sky are then alike, not equal.
+    """
     count, width = spec.shape[-2:]
     side = math.isqrt(count - 1) + 1
     whole = Preprocess(side * _PATCH, 1.0, "bicubic", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     pixels = np.asarray(resize_and_crop(read_image(photograph_path()), whole))
     matrix = generator.standard_normal((3 * _PATCH**2, width), dtype=np.float32) / math.sqrt(3 * _PATCH**2)
+    positions = _POSITIONS * generator.standard_normal((count, width), dtype=np.float32)
     made = []
     for row in range(rows):
         turned = (_turned(pixels, row).astype(np.float32) / 255 - 0.5) / 0.25
         patches = turned.reshape(side, _PATCH, side, _PATCH, 3).swapaxes(1, 2).reshape(side * side, -1)
-        made.append((patches @ matrix)[:count])
+        made.append((patches @ matrix)[:count] + positions)
     return np.stack(made).astype(spec.dtype).reshape(spec.shape)

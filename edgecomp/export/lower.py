@@ -56,9 +56,19 @@ def lower(module: nn.Module, *, inputs: Sequence[TensorSpec], outputs: Sequence[
             f"torch exported opset {model.opset_imports.get('')} where {opset} was asked for; "
             "another --opset between 18 and 20 may work"
         )
+    _free_names(model.graph, {spec.name for spec in (*inputs, *outputs)})
     _require_declared("input", model.graph.inputs, inputs)
     _require_declared("output", model.graph.outputs, outputs)
     return model
+
+
+def _free_names(graph: ir.Graph, taken: set[str]) -> None:
+    """Rename inner values that bear the name of an input or output: torch names them after its ops, `index` say."""
+    ends = {*graph.inputs, *graph.outputs}
+    for node in graph:
+        for value in node.outputs:
+            if value.name in taken and value not in ends:
+                value.name = f"inner.{value.name}"
 
 
 @contextmanager

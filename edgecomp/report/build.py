@@ -32,6 +32,14 @@ class BuildReport(msgspec.Struct, frozen=True):
     engines: tuple[EngineFile, ...]
 
 
+def _layer_types(record: EngineRecord) -> str:
+    """Return the layers of the parsed network by type, where a plugin could be among them."""
+    if not record.merges:
+        return ""
+    counted = {"PLUGIN_V3": 0, **record.layer_types}
+    return "layers before fusion: " + ", ".join(f"{count} {name}" for name, count in counted.items())
+
+
 _RUNTIMES = {"rtx": "TensorRT for RTX", "tensorrt": "TensorRT"}
 _OTHER = {"rtx": "tensorrt", "tensorrt": "rtx"}
 
@@ -57,6 +65,7 @@ def describe_build(report: BuildReport) -> str:
         table(["engine", "", "layers", "size", "seconds", "warnings"], rows),
     ]
     lines += [f"{engine.path.name}: {line}" for engine in report.engines for line in engine.plugins]
+    lines += [f"{engine.path.name}: {types}" for engine in report.engines if (types := _layer_types(engine.record))]
     beside = dict.fromkeys(
         f"{engine.path.parent / plugin.library} (sha256 {plugin.sha256[:12]}) has to be loaded before the plan"
         for engine in report.engines

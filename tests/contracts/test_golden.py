@@ -54,8 +54,10 @@ FOLDERS = {
         rounds_to_fp32="transformers computes Idefics2's RMSNorm and softmax in fp32 whatever the input's type",
     ),
 }
-#: Folders that `test_golden_merging.py` reads, and their methods.
-MERGING = {"tome": "tome", "tome_vit": "tome", "pitome": "pitome", "tofu": "tofu", "dtem": "dtem"}
+#: Folders that `test_golden_merging.py` and `test_golden_pruning.py` read, and their methods.
+ELSEWHERE = {"tome": "tome", "tome_vit": "tome", "pitome": "pitome", "tofu": "tofu", "dtem": "dtem"}
+ELSEWHERE |= {name: name for name in ("evit", "dynamicvit", "visionzip", "fastervlm", "vispruner", "prumerge")}
+ELSEWHERE |= {"hpc_attention_pruning": "attention-pruning"}
 #: The original's word for an output -> edgecomp's; whatever else a file holds is an intermediate value.
 OUTPUTS = {"tokens": "tokens", "latents": "tokens", "logits": "logits"}
 
@@ -169,7 +171,7 @@ def test_every_weight_of_the_original_counts(path, read):
 
 def test_every_folder_is_read(note, read):
     """A folder of goldens that no line of `FOLDERS` names would be checked by nothing."""
-    assert sorted({*FOLDERS, *MERGING}) == sorted(path.name for path in ROOT.iterdir() if path.is_dir())
+    assert sorted({*FOLDERS, *ELSEWHERE}) == sorted(path.name for path in ROOT.iterdir() if path.is_dir())
     assert sorted(_FILES) == sorted(path for name in FOLDERS for path in (ROOT / name).rglob("*.safetensors"))
     cases = sum(len(read(path).outputs) for path in _FILES)
     assert cases >= len(_FILES) > 0
@@ -180,7 +182,7 @@ def test_every_unread_key_is_in_a_golden_file(read):
     """What a recipe excuses is there: a stale pattern could hide a weight that is lost."""
     for name in method_names():
         keys = [key for path in _FILES if FOLDERS[path.parent.name].method == name for key in read(path).weights]
-        folders = [folder for folder, method in MERGING.items() if method == name]
+        folders = [folder for folder, method in ELSEWHERE.items() if method == name]
         keys += [key for folder in folders for path in (ROOT / folder).glob("*.safetensors") for key in _weights(path)]
         for pattern in load_recipe(name).unread:
             assert fnmatch.filter(keys, pattern), f"{name}: no checkpoint has {pattern}"
@@ -189,7 +191,7 @@ def test_every_unread_key_is_in_a_golden_file(read):
 def test_every_method_with_an_original_has_goldens(method):
     if load_recipe(method).level == "E4":
         pytest.skip("E4: there is no original that runs")
-    assert method in {folder.method for folder in FOLDERS.values()} | set(MERGING.values())
+    assert method in {folder.method for folder in FOLDERS.values()} | set(ELSEWHERE.values())
 
 
 # -- reading ------------------------------------------------------------------------------------------------

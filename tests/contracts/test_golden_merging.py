@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
-
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from goldens import FLOORS, FP32, FP64, by_onnx, golden_files, golden_host, read_golden, relative_error
+from safetensors.torch import save_file
 
 from edgecomp.backbones.assemble import assemble
 from edgecomp.backbones.inside import InsideModel
-from edgecomp.backbones.timm import TimmHost
 from edgecomp.compressors._inside import BlockState
 from edgecomp.compressors._merging import parse_r
 from edgecomp.compressors._tokens import (
@@ -34,31 +30,6 @@ from edgecomp.export.passes import add_merge_body
 from edgecomp.runners import open_runner
 from edgecomp.specs import Site, TensorSpec, TokenBudget, load_recipe
 from edgecomp.specs.order import Order
-
-ROOT = Path(__file__).parents[1] / "golden"
-FP64, FP32 = 1e-14, 4e-7  # relative to the largest magnitude of the output
-FLOORS = 4.0  # times the README's precision floor, for whole models
-
-
-def _files(*folders: str) -> list[Path]:
-    return [path for folder in folders for path in sorted((ROOT / folder).glob("*.safetensors"))]
-
-
-def _read(path: Path):
-    """Return a file's configuration, inputs, outputs and weights."""
-    text = (path.parent / "README.md").read_text()
-    (config,) = re.findall(rf"^### {path.stem}\n\n\* config: `(.*)`$", text, re.MULTILINE)
-    (floor,) = re.findall(rf"^\| `{path.name}` .*\| ([0-9.e-]+) \(.* re-run\) \|$", text, re.MULTILINE)
-    tensors = load_file(path)
-    roles = [{k.removeprefix(f"{role}."): v for k, v in tensors.items() if k.startswith(f"{role}.")}
-             for role in ("input", "output", "weight")]  # fmt: skip
-    return json.loads(config), *roles, float(floor)
-
-
-def _error(got, expected):
-    got, expected = torch.as_tensor(got).double(), expected.double()
-    assert got.shape == expected.shape
-    return float((got - expected).abs().max() / expected.abs().max())
 
 
 class _Step(torch.nn.Module):
@@ -92,9 +63,9 @@ def _onnx_step(folder, inputs, **attributes):
 # -- one step ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", _files("tome"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", golden_files("tome"), ids=lambda path: path.stem)
 def test_step_of_tome(path, tmp_path):
-    config, inputs, outputs, _, _ = _read(path)
+    config, inputs, outputs, _, _ = read_golden(path)
     metric, x = inputs["metric"], inputs["x"]
     size = inputs.get("size", torch.ones_like(x[..., :1]))
     attributes = {
@@ -108,20 +79,20 @@ def test_step_of_tome(path, tmp_path):
     rows = source_map(pairing, x.shape[1])
     assert torch.equal(rows.long(), outputs["src_map"])
     assert torch.equal(sizes, outputs["merged_size"])
-    assert _error(merged, outputs["merged"]) <= limit
+    assert relative_error(merged, outputs["merged"]) <= limit
     for mode in ("sum", "mean"):
-        assert _error(merge_pairs(pairing, x, size, mode=mode)[0], outputs[f"merged_{mode}"]) <= limit
-    assert _error(unmerge(merged, rows), outputs["unmerged"]) <= limit
+        assert relative_error(merge_pairs(pairing, x, size, mode=mode)[0], outputs[f"merged_{mode}"]) <= limit
+    assert relative_error(unmerge(merged, rows), outputs["unmerged"]) <= limit
     if "source" in outputs:
         assert torch.equal(group_matrix(rows, merged.shape[1]), outputs["source"].bool())
     original = bipartite_soft_matching(metric, x, size, config["r"], config["cls"], bool(config["cls"]))
     assert torch.equal(original.rows.long(), outputs["src_map"])
-    assert _error(original.tokens, outputs["merged"]) <= limit
+    assert relative_error(original.tokens, outputs["merged"]) <= limit
     for mode, key in (("wavg", "merged"), ("sum", "merged_sum"), ("mean", "merged_mean")):
         y, merged_size, src_map = _onnx_step(tmp_path, (metric, x, size), mode=mode, **attributes)
         assert np.array_equal(src_map, outputs["src_map"].numpy())
         assert np.array_equal(merged_size, outputs["merged_size"].float().numpy())
-        assert _error(y, outputs[key]) <= FP32
+        assert relative_error(y, outputs[key]) <= FP32
 
 
 def _reduce(module, metric, x, size):
@@ -162,9 +133,9 @@ def _step_of(cls, params, x, prefix):
     return cls(params, site, TokenBudget(tokens, left, prefix))
 
 
-@pytest.mark.parametrize("path", _files("pitome"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", golden_files("pitome"), ids=lambda path: path.stem)
 def test_step_of_pitome(path, tmp_path):
-    config, inputs, outputs, _, _ = _read(path)
+    config, inputs, outputs, _, _ = read_golden(path)
     metric, x = inputs["metric"], inputs["x"]
     size = inputs.get("size", torch.ones_like(x[..., :1]))
     variant = {"vision": "score", "bsm": "bsm"}[config["kind"]]
@@ -172,35 +143,35 @@ def test_step_of_pitome(path, tmp_path):
     compressor = _step_of(PiToMe, params, x, config["cls"])
     for module in (compressor, compressor.reference()):
         for merged in (_reduce(module, metric, x, size), _reduce(module, *(v.double() for v in (metric, x, size)))):
-            assert _error(merged.tokens, outputs["merged"]) <= FP32
+            assert relative_error(merged.tokens, outputs["merged"]) <= FP32
             assert torch.equal(merged.size.float(), outputs["merged_size"])
             assert torch.equal(group_matrix(merged.rows, merged.size.shape[1]), outputs["source"].bool())
     mean = _reduce(compressor, metric, x, torch.ones_like(size))
-    assert _error(mean.tokens, outputs["merged_mean"]) <= FP32
+    assert relative_error(mean.tokens, outputs["merged_mean"]) <= FP32
     y, sizes, rows = _merged_by_onnx(tmp_path, compressor, metric, x, size)
-    assert _error(y, outputs["merged"]) <= FP32
+    assert relative_error(y, outputs["merged"]) <= FP32
     assert torch.equal(sizes, outputs["merged_size"])
     assert torch.equal(group_matrix(rows, y.shape[1]), outputs["source"].bool())
 
 
 # The files hold `merged_amax` too, the largest of each group by element. The code that was run has it as a mode of its
 # reduction; neither paper merges by it, and the op has no such mode.
-@pytest.mark.parametrize("path", _files("tofu"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", golden_files("tofu"), ids=lambda path: path.stem)
 def test_step_of_tofu(path, tmp_path):
-    config, inputs, outputs, _, _ = _read(path)
+    config, inputs, outputs, _, _ = read_golden(path)
     metric, x = inputs["metric"], inputs["x"]
     size, prefix = torch.ones_like(x[..., :1]), config["cls"]
     merging = _step_of(ToFu, ToFuParams(keep_ratio=config["ratio"]), x, prefix)
     assert x.shape[1] - merging.steps[0] == outputs["merged_tofu"].shape[1]
     for module in (merging, merging.reference()):
-        assert _error(_reduce(module, metric, x, size).tokens, outputs["merged_tofu"]) <= FP32
+        assert relative_error(_reduce(module, metric, x, size).tokens, outputs["merged_tofu"]) <= FP32
     y, _, _ = _merged_by_onnx(tmp_path, merging, metric, x, size)
-    assert _error(y, outputs["merged_tofu"]) <= FP32
+    assert relative_error(y, outputs["merged_tofu"]) <= FP32
     attributes = {"r": merging.steps[0], "num_prefix_tokens": prefix, "order": merging.order}
     mean, _, _ = top_k_merge(metric, x, size, mode="mean", **attributes)
-    assert _error(mean, outputs["merged_mean"]) <= FP32
+    assert relative_error(mean, outputs["merged_mean"]) <= FP32
     mean, _, _ = _onnx_step(tmp_path, (metric, x, size), mode="mean", **attributes)
-    assert _error(mean, outputs["merged_mean"]) <= FP32
+    assert relative_error(mean, outputs["merged_mean"]) <= FP32
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2])
@@ -218,20 +189,6 @@ def test_pruned_tofu_is_the_ops_own_pruning(prefix, tmp_path):
 # -- a whole model ----------------------------------------------------------------------------------------------
 
 
-def _host(config, weights):
-    """Return the host of the goldens, with its weights, and where a compressor stands in it."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    vit = VisionTransformer(
-        img_size=config["img"], patch_size=config["patch"], embed_dim=config["dim"], depth=config["depth"],
-        num_heads=config["heads"], num_classes=config["classes"], mlp_ratio=2,
-    )  # fmt: skip
-    vit.load_state_dict(weights)
-    host = TimmHost(vit, name="golden", feature_layer=-1, keep_head=True)
-    tokens = (config["img"] // config["patch"]) ** 2
-    return host, Site("inside", config["img"], tokens, config["dim"], 1, config["depth"], config["classes"])
-
-
 def _inside(cls, params, output, host, site):
     (left,) = cls.default_counts(params, site)
     compressor = cls(params, site, TokenBudget(site.tokens_in, left, 1), output)
@@ -240,21 +197,12 @@ def _inside(cls, params, output, host, site):
 
 def _whole_model(config, weights, output):
     r, inflect = config["r"] if isinstance(config["r"], list) else (config["r"], 0.0)
-    return _inside(ToMe, ToMeParams(r=r, inflect=inflect), output, *_host(config, weights))
+    return _inside(ToMe, ToMeParams(r=r, inflect=inflect), output, *golden_host(config, weights))
 
 
-def _whole_by_onnx(folder, whole, image):
-    specs = whole.input_specs(len(image)), whole.output_specs(len(image))
-    model = lower(whole, inputs=specs[0], outputs=specs[1], opset=20)
-    add_merge_body(model)
-    ir.save(model, folder / "whole.onnx")
-    with open_runner("onnxruntime", folder / "whole.onnx", threads=2) as runner:
-        return runner.infer({"image": image.float().numpy()})
-
-
-@pytest.mark.parametrize("path", _files("tome_vit"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", golden_files("tome_vit"), ids=lambda path: path.stem)
 def test_whole_model_of_tome(path, tmp_path, default_dtype):
-    config, inputs, outputs, weights, floor = _read(path)
+    config, inputs, outputs, weights, floor = read_golden(path)
     image = inputs["image"]
     with default_dtype(str(image.dtype).removeprefix("torch.")):
         models = {output: _whole_model(config, weights, output) for output in ("tokens", "logits")}
@@ -268,24 +216,24 @@ def test_whole_model_of_tome(path, tmp_path, default_dtype):
         with torch.inference_mode():
             tokens, size, rows = form(models["tokens"])(image)
             (logits,) = form(models["logits"])(image)
-        assert _error(tokens, outputs["features"]) <= limit
-        assert _error(logits, outputs["logits"]) <= limit
+        assert relative_error(tokens, outputs["features"]) <= limit
+        assert relative_error(logits, outputs["logits"]) <= limit
         assert torch.equal(size, outputs["size"])
         assert torch.equal(group_matrix(rows, tokens.shape[1]), outputs["source"].bool())
 
-    got = _whole_by_onnx(tmp_path, models["tokens"].float(), image)
-    assert _error(got["merged"], outputs["features"]) <= FLOORS * floor
+    got = by_onnx(tmp_path, models["tokens"].float(), image)
+    assert relative_error(got["merged"], outputs["features"]) <= FLOORS * floor
     assert np.array_equal(got["size"], outputs["size"].float().numpy())
     assert torch.equal(group_matrix(torch.from_numpy(got["source_map"]), tokens.shape[1]), outputs["source"].bool())
 
 
-@pytest.mark.parametrize("path", _files("dtem"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", golden_files("dtem"), ids=lambda path: path.stem)
 def test_whole_model_of_dtem(path, tmp_path):
-    config, inputs, outputs, weights, floor = _read(path)
+    config, inputs, outputs, weights, floor = read_golden(path)
     image, unread = inputs["image"], tuple(load_recipe("dtem").unread)
     own, of_host = DTEM.split_checkpoint(weights)
     assert len(own) + len(of_host) == len(weights)
-    host, site = _host(config, of_host)
+    host, site = golden_host(config, of_host)
     params = DTEMParams(r=config["r"], **DTEM.infer_params(own, DTEMParams()))
     models = {output: _inside(DTEM, params, output, host, site) for output in ("tokens", "logits")}
     for model in models.values():
@@ -296,15 +244,15 @@ def test_whole_model_of_dtem(path, tmp_path):
     vit = host.model
     with torch.inference_mode():
         metric = compressor.heads[0](vit.blocks[0].norm1(vit._pos_embed(vit.patch_embed(image))))
-    assert _error(metric, outputs["metric0"]) <= FLOORS * floor
+    assert relative_error(metric, outputs["metric0"]) <= FLOORS * floor
     for form in (lambda model: model, lambda model: model.reference()):
         with torch.inference_mode():
             tokens, _, _ = form(models["tokens"])(image)
             (logits,) = form(models["logits"])(image)
-        assert _error(tokens, outputs["features"]) <= FLOORS * floor
-        assert _error(logits, outputs["logits"]) <= FLOORS * floor
-    assert _error(_whole_by_onnx(tmp_path, models["tokens"], image)["merged"], outputs["features"]) <= FLOORS * floor
-    assert _error(_whole_by_onnx(tmp_path, models["logits"], image)["logits"], outputs["logits"]) <= FLOORS * floor
+        assert relative_error(tokens, outputs["features"]) <= FLOORS * floor
+        assert relative_error(logits, outputs["logits"]) <= FLOORS * floor
+    assert relative_error(by_onnx(tmp_path, models["tokens"], image)["merged"], outputs["features"]) <= FLOORS * floor
+    assert relative_error(by_onnx(tmp_path, models["logits"], image)["logits"], outputs["logits"]) <= FLOORS * floor
 
 
 def test_a_checkpoint_of_dtem_serves_for_host_and_heads(tmp_path):
