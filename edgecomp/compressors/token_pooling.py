@@ -39,7 +39,7 @@ class TokenPooling(Compressor):
     """Cluster the tokens around K centres, weighted by significance, and hand on the centres.
 
     Shapes: tokens (B, N, D), for `attention` received_attention (B, H, N) -> merged (B, K, D), size (B, K, 1) in
-    tokens, source map (B, N) int32. K is the budget; centres start at the K most significant tokens, and keep their order.
+    tokens, source map (B, N) int32. K is the budget; centres start at the K most significant tokens, in their order.
 
     Static rewrite (level E4): K and the iterations are fixed. A token is assigned by an ArgMax of 2 x c - |c|^2, and
     clusters are summed by a product with their one-hot rows; one without weight keeps its centre.

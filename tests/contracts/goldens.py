@@ -32,7 +32,7 @@ def read_golden(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str
     """Return a file's configuration, inputs, outputs and weights."""
     text = (path.parent / "README.md").read_text()
     (config,) = re.findall(rf"^### {path.stem}\n\n\* config: `(.*)`$", text, re.MULTILINE)
-    (floor,) = re.findall(rf"^\| `{path.name}` .*\| ([0-9.e-]+) \(.* re-run\) \|$", text, re.MULTILINE)
+    (floor,) = re.findall(rf"^\| `{path.name}` .*\| ([0-9.e+-]+) \(.* re-run\) \|$", text, re.MULTILINE)
     tensors = load_file(path)
     roles = [{k.removeprefix(f"{role}."): v for k, v in tensors.items() if k.startswith(f"{role}.")}
              for role in ("input", "output", "weight")]  # fmt: skip

@@ -23,7 +23,8 @@ def test_eager_batch_of_two_is_two_batches_of_one(smoke, assembled, outputs_of, 
                     assert float((value.double() - apart.double()).abs().max()) <= 1e-12
 
 
-def test_onnx_batch_of_two_is_two_batches_of_one(smoke, bundle_of):
+def test_onnx_batch_of_two_is_two_batches_of_one(smokes, bundle_of):
+    smoke = smokes[0]
     bundle = bundle_of(smoke)
     goldens = read_goldens(bundle.path)
     for budget in smoke.budgets:
