@@ -16,11 +16,12 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from edgecomp.compressors._base import Params
+from edgecomp.compressors._base import HostFeature, Params
 from edgecomp.compressors._inside import BlockState, InsideCompressor, Trail
 from edgecomp.compressors._tokens import top_k
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Output, Placement, Site, TensorSpec, TokenBudget
+from edgecomp.specs.tensor import TensorKind
 
 __all__ = [
     "Kept",
@@ -302,16 +303,19 @@ class TokenPruner(InsideCompressor):
             side = self.site.image_size
             return (TensorSpec("image", (batch, 3, side, side), "float32", "image"),)
         count, width, prefix = self.budget.tokens_in, self.site.embed_dim, self.num_prefix_tokens
-        shapes = {
-            "class_attention": (self.site.num_heads, count),
-            "received_attention": (self.site.num_heads, count),
-            "cumulative_attention": (self.site.num_heads, count),
-            "attention_output": (count, width),
-            "class_query": (width,),
-            "keys": (prefix + count, width),
-            "text_likelihood": (count,),
+        by_head = (self.site.num_heads, count)
+        shapes: dict[HostFeature, tuple[tuple[int, ...], TensorKind]] = {
+            "class_attention": (by_head, "attention"),
+            "received_attention": (by_head, "attention"),
+            "cumulative_attention": (by_head, "attention"),
+            "attention_output": ((count, width), "tokens"),
+            "class_query": ((width,), "features"),
+            "keys": ((prefix + count, width), "tokens"),
+            "text_likelihood": ((count,), "attention"),
         }
-        features = [TensorSpec(name, (batch, *shapes[name]), "float32", "features") for name in self.host_features]
+        features = [
+            TensorSpec(name, (batch, *shapes[name][0]), "float32", shapes[name][1]) for name in self.host_features
+        ]
         return (TensorSpec("tokens", (batch, prefix + count, width), "float32", "tokens"), *features)
 
     def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:

@@ -57,7 +57,8 @@ class AttentionPruningParams(PruneParams, frozen=True, forbid_unknown_fields=Tru
             so that text stays; `random`, a fixed draw, for comparison.
         heads: how the heads of an attention become one number.
         dropped: what becomes of the rest: nothing; one `residual` token, their sum weighted by their share of the
-            score; or each is averaged into the kept token most similar to it (`merge`).
+            score of all tokens (equal shares where all scores are zero); or each is averaged into the kept token most
+            similar to it (`merge`).
         threshold: keep only tokens whose score is above it. How many those are depends on the data, so that there are
             rows for as many as the budget says, and a count; not inside a host.
         quantile: the same with the score's quantile (linear interpolation) as threshold.
@@ -213,7 +214,8 @@ class AttentionPruning(TokenPruner):
         index = select(score, rows - residual, order=self.params.order)
         kept = take(tokens, index)
         if residual:
-            shares = score / score.sum(-1, keepdim=True)
+            total = score.sum(-1, keepdim=True)
+            shares = torch.where(total > 0, score / torch.where(total > 0, total, 1.0), 1.0 / score.shape[-1])
             kept = torch.cat([kept, residual_token(tokens, shares, index)], 1)
             index = torch.cat([index, index.new_full((index.shape[0], 1), -1)], 1)
         elif self.params.dropped == "merge":
@@ -361,7 +363,7 @@ class AttentionPruningOriginal(nn.Module):
         rest[index] = False
         kept = x[index]
         if params.dropped == "residual":
-            weights = score[rest] / score.sum()
+            weights = score[rest] / score.sum() if score.sum() > 0 else torch.full_like(score[rest], 1 / len(score))
             kept = torch.cat([kept, (weights[:, None] * x[rest]).sum(0, keepdim=True)])
             index = torch.cat([index, torch.tensor([-1])])
         elif params.dropped == "merge":

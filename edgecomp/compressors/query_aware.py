@@ -76,7 +76,7 @@ class QueryAware(TokenPruner):
         self.norm_latents, self.norm_tokens = nn.LayerNorm(width), nn.LayerNorm(width)
         self.guide = nn.Linear(width, width)
         self.to_q, self.to_kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.proj, self.norm = nn.Linear(width, width), nn.LayerNorm(width)
 
     @classmethod
     def for_budgets(cls, params: Any, counts: Any) -> Any:
@@ -148,7 +148,7 @@ class QueryAware(TokenPruner):
         scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
         scores = scores + relevance.log_softmax(-1)[:, None, None, :]
         read = scores.softmax(-1) @ values
-        out: Tensor = latents + self.proj(read.transpose(1, 2).flatten(2))
+        out: Tensor = self.norm(latents + self.proj(read.transpose(1, 2).flatten(2)))
         return out
 
     def reference(self) -> nn.Module:
@@ -213,4 +213,4 @@ class QueryAwareOriginal(nn.Module):
         for q, k, v in zip(queries, keys.chunk(len(queries), dim=1), values.chunk(len(queries), dim=1), strict=True):
             scores = q @ k.T / q.shape[1] ** 0.5 + torch.log(torch.softmax(relevance, dim=0))
             read.append(torch.softmax(scores, dim=1) @ v)
-        return latents + static.proj(torch.cat(read, dim=1))  # type: ignore[no-any-return]
+        return static.norm(latents + static.proj(torch.cat(read, dim=1)))  # type: ignore[no-any-return]

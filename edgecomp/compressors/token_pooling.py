@@ -57,7 +57,7 @@ class TokenPooling(Compressor):
         if self.params.significance == "norm":
             return (tokens,)
         shape = (batch, self.params.attention_heads, count)
-        return tokens, TensorSpec("received_attention", shape, "float32", "features")
+        return tokens, TensorSpec("received_attention", shape, "float32", "attention")
 
     @property
     def host_features(self) -> tuple[HostFeature, ...]:

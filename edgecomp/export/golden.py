@@ -68,8 +68,8 @@ def golden_inputs(
 ) -> dict[str, dict[str, Array]]:
     """Return two cases of named inputs, `seeded` and `photo`.
 
-    seeded: images and tokens of standard normal values (uint8: uniform), masks that end at different lengths
-    (row 0 at three quarters).
+    seeded: images and tokens of standard normal values (uint8: uniform; attention: their softmax), masks that end at
+    different lengths (row 0 at three quarters).
     photo: the shipped photograph, in each row turned by a further quarter (mirrored after four); tokens are
     its 16-pixel patches times a fixed random matrix; masks are full.
 
@@ -116,6 +116,10 @@ def _row_rank(spec: TensorSpec) -> int:
 def _noise(generator: np.random.Generator, spec: TensorSpec) -> Array:
     if spec.dtype == "uint8":
         return generator.integers(0, 256, spec.shape, dtype=np.uint8)
+    if spec.kind == "attention":
+        weights = np.exp(generator.standard_normal(spec.shape, dtype=np.float32))
+        shares: Array = (weights / weights.sum(-1, keepdims=True)).astype(spec.dtype)
+        return shares
     return generator.standard_normal(spec.shape, dtype=np.float32).astype(spec.dtype)
 
 

@@ -148,6 +148,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SMOKE = "export --method lookupvit --preset smoke --out {out}"
 MERGE = "export --method tome --preset smoke --out {out}"
+GIVEN = "export --method tome --backbone none --out {out}"
 HOST = "export --method perceiver --preset smoke-host --out {out}"
 TOKENS = "export --method perceiver --preset smoke --out {out}"
 
@@ -241,7 +242,15 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (f"{MERGE} --output logits --feature-layer -2", ("logits come after the last layer of test_vit", "-2")),
     ("export --method tome --backbone none --output logits --out {out}", ("a host's classifier", "--backbone")),
     ("export --method tome --backbone resnet18 --out {out}", ("'resnet18' is of class ResNet", "DINOv2")),
-    ("export --method tome --backbone eva02_tiny_patch14_224 --out {out}", ("is of class Eva", "deit3")),
+    (
+        "export --method tome --backbone eva02_tiny_patch14_224 --out {out}",
+        ("Eva with rotary positions", "deit3"),
+    ),
+    (f"{MERGE} --set params.prefix_tokens=3", ("params.prefix_tokens=3 was set, and the tokens of test_vit say 1",)),
+    (f"{GIVEN} --set params.prefix_tokens=99", ("params.prefix_tokens=99", "<= 64")),
+    (f"{GIVEN} --set params.prefix_tokens=2 --set params.threshold=0.5", ("protects some", "give one of both")),
+    (f"{GIVEN} --set params.threshold=0.0 --set params.matching=kth", ("params.matching=kth and params.threshold",)),
+    ("export --method token-pooling --backbone none --set params.tokens=9 --out {out}", ("keeps 64", "--budget 4")),
     (f"{HOST} --budget 17", ("budget 17 is above the 16 tokens",)),
     ("export --method perceiver --backbone none --budget 300 --out {out}", ("budget 300", "from 16 to 256")),
     ("export --method lookupvit --out {out} --budget 10%", ("budget 10% of 196 = 20", "one of 9, 25, 49, 100")),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -73,6 +75,36 @@ def test_own_model_of_another_size_or_kind(tmp_path: Path) -> None:
     with pytest.raises(InvalidSpec, match=r"64.*32"):
         api.export("perceiver", preset="smoke-host", image_size=64, backbone=model, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_own_model_that_is_not_square(tmp_path: Path) -> None:
+    wide = timm.create_model("test_vit", img_size=(64, 96))
+    with pytest.raises(InvalidSpec, match="takes images of 64 x 96 pixels; hosts take square ones"):
+        api.export("tome", backbone=wide, out=tmp_path / "wide")
+
+
+def test_graph_that_computes_something_else_is_a_failed_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1, and nothing is written."""
+    from edgecomp.api import _export
+    from edgecomp.cli import main
+
+    def spoil(*words: Any) -> Any:
+        rows = check_bucket(*words)
+        return tuple(msgspec.structs.replace(row, failures=("one value differs",)) for row in rows)
+
+    check_bucket = _export.check_bucket
+    monkeypatch.setattr(_export, "check_bucket", spoil)
+    out = tmp_path / "out"
+    monkeypatch.setattr(
+        "sys.argv", ["edgecomp", *["export", "--method", "fastervlm", "--preset", "smoke", "--out"], str(out)]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "ONNX Runtime does not give what the original gives: model.m5.b1.onnx" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_own_trained_compressor(tmp_path: Path) -> None:

@@ -311,6 +311,24 @@ def test_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, cache:
     assert cached_libraries(PLUGIN) == ()
 
 
+def test_compiler_that_writes_nothing_or_junk(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that is named by a path from here, which is not one on PATH."""
+    headers = tmp_path / "headers"
+    headers.mkdir()
+    (headers / "NvInferRuntimePlugin.h").write_text("")
+    lines = "".join(f"#define NV_TENSORRT_{part} 10\n" for part in ("MAJOR", "MINOR", "PATCH"))
+    (headers / "NvInferVersion.h").write_text(lines)
+    cases = 'case "$1" in --version) echo "release 12.6, V12";; --list-gpu-code) echo sm_86;;'
+    monkeypatch.chdir(tmp_path)
+    for work in ("exit 0", 'for word in "$@"; do case "$word" in -o=*) echo junk > "${word#-o=}";; esac; done'):
+        nvcc = fake_nvcc(tmp_path, f"{cases} *) {work};; esac")
+        with pytest.raises(BuildError, match="ended well and wrote no shared library"):
+            build_library(PLUGIN, sm=[86], nvcc=Path(nvcc.name), tensorrt_include=headers, progress=lambda line: None)
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+    with pytest.raises(PluginMissing, match="headers is a folder"):
+        build_library(PLUGIN, sm=[86], nvcc=headers, tensorrt_include=headers, progress=lambda line: None)
+
+
 # -- libraries ------------------------------------------------------------------------------------------------
 
 
@@ -378,9 +396,18 @@ def test_file_that_is_no_library(tmp_path: Path, filled: PluginLibrary) -> None:
     with pytest.raises(PluginMissing, match=r"lib\.so is no shared library"):
         read_library(path)
     path.write_bytes(b"\x7fELF nothing")
+    with pytest.raises(PluginMissing, match=r"lib\.so is truncated: it has 12 bytes and its tables reach to 64"):
+        read_library(path)
+    whole = filled.path.read_bytes()
+    for size in (len(whole) // 2, len(whole) - 64):
+        path.write_bytes(whole[:size])
+        with pytest.raises(PluginMissing, match=rf"truncated: it has {size} bytes"):
+            read_library(path)
+    header = b"\x7fELF".ljust(64, b"\0")
+    path.write_bytes(header)
     with pytest.raises(PluginMissing, match="does not say for which op"):
         read_library(path)
-    path.write_bytes(b"\x7fELF edgecomp-plugin-info {}\0")
+    path.write_bytes(header + b"edgecomp-plugin-info {}\0")
     with pytest.raises(PluginMissing, match="not understood"):
         read_library(path)
     assert read_library(rewrite(filled, path, cuda="9")).description.cuda == "9"
@@ -568,6 +595,25 @@ def test_node_that_tensorrt_would_pass_over(
 
 
 @rtx
+@pytest.mark.parametrize("word", ["off", "auto", "require"])
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"r": None}, r"node '/blocks.0/merge' \(edgecomp::TopKMerge\) has no attribute 'r'; export the model again"),
+        ({"mode": None}, r"has no attribute 'mode'"),
+        ({"mode": "avg"}, r"has mode='avg', which is none of wavg, mean, sum, prune, tofu"),
+    ],
+)
+def test_node_that_lost_an_attribute(
+    attributes: dict[str, Any], message: str, word: str, tmp_path: Path, filled: PluginLibrary
+) -> None:
+    """Whatever runs the node: its function body would read the attribute, or worse, would not."""
+    onnx = write_merge(tmp_path / "model.onnx", **attributes)
+    with pytest.raises(BuildError, match=message):
+        make(onnx, tmp_path / "out", plugin=word)
+
+
+@rtx
 def test_graph_without_merge_nodes(tmp_path: Path, filled: PluginLibrary) -> None:
     """`require` is an error; the others build what they built before."""
     onnx = pytest.importorskip("onnx")
@@ -617,9 +663,15 @@ def test_a_map_that_nobody_reads_is_no_output(by_score: bool, tmp_path: Path, fi
     ],
 )
 def test_plugin_refuses_what_the_op_has_not(
-    attributes: dict[str, Any], message: str, tmp_path: Path, filled: PluginLibrary, capfd: pytest.CaptureFixture[str]
+    attributes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    filled: PluginLibrary,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The plugin's own words go to TensorRT's logger where it gave one, else to stderr."""
+    """The plugin's own words, for products that parse a graph without edgecomp, go to TensorRT's logger or stderr."""
+    monkeypatch.setattr("edgecomp.engines.plugin_use._require_attributes", lambda *words: None)
     onnx = write_merge(tmp_path / "model.onnx", **attributes)
     with pytest.raises(BuildError, match=r"model\.onnx"):
         make(onnx, tmp_path / "out", plugin="require")
@@ -673,6 +725,10 @@ def test_plugin_build_on_the_command_line(cli: Cli, filled: PluginLibrary, tmp_p
     copy = tmp_path / "copies" / "libedgecomp_topk_merge.so"
     assert str(copy) in said.out
     assert file_sha256(copy) == filled.sha256
+    (tmp_path / "file").write_text("")
+    said = cli("plugin", "build", "topk_merge", "--sm", SM, "--out", tmp_path / "file")
+    assert said.code == 2
+    assert "file/libedgecomp_topk_merge.so cannot be written" in said.err
     document = json.loads(cli("plugin", "build", "topk_merge", "--sm", SM, "--json").out)
     assert document["library"]["description"]["sm"] == [SM]
     assert document["reused"] is True
