@@ -150,10 +150,10 @@ def scheduled_counts(
         "cosine": [(1 - math.cos(math.pi * step / depth)) / 2 for step in steps],
     }[schedule]
     low, high = 0.0, 1.0
-    for _ in range(60):  # the removed share f that ends at `keep`
+    for _ in range(60):  # the smallest removed share f that ends at `keep`
         middle = (low + high) / 2
         low, high = (middle, high) if _counts_of(weights, middle, tokens, of)[-1] > keep else (low, middle)
-    counts = [max(count, keep) for count in _counts_of(weights, low, tokens, of)]
+    counts = [max(count, keep) for count in _counts_of(weights, high, tokens, of)]
     return (*counts[:-1], keep)
 
 

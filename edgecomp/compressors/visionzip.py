@@ -57,10 +57,10 @@ class VisionZip(TokenPruner):
         self.contextual = params.contextual or max(1, round(budget.tokens_out * _SHARE))
         self.dominant = budget.tokens_out - self.contextual
         rest = budget.tokens_in - self.dominant
-        if self.dominant < 1 or self.contextual > rest:
+        if self.dominant < 1:
             raise InvalidSpec(
                 f"budget {budget.tokens_out} with {self.contextual} contextual tokens leaves {self.dominant} dominant "
-                f"ones, and {rest} of {budget.tokens_in} tokens to gather; choose another budget or params.contextual"
+                "ones; choose a larger budget or fewer params.contextual"
             )
         self.step = max(1, rest // self.contextual)
 
