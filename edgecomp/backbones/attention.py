@@ -8,14 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgecomp.compressors._inside import Shift
 from edgecomp.errors import InvalidSpec
 
 if TYPE_CHECKING:
     from edgecomp.backbones.timm import TimmHost
 
-__all__ = ["Attended", "attend", "attend_fused", "require_plain_blocks"]
+__all__ = ["Attended", "Folded", "attend", "attend_fused", "fold", "require_plain_blocks"]
 
 _FAMILIES = "vit, deit, deit3, CLIP, SigLIP, DINOv2 (pre-norm blocks with absolute positions)"
+
+
+class Folded(NamedTuple):
+    """An attention's matrices of queries and values, (D, D) each, with what was added to them."""
+
+    query: Tensor
+    value: Tensor
 
 
 class Attended(NamedTuple):
@@ -51,10 +59,25 @@ def require_plain_blocks(host: TimmHost) -> None:
             )
 
 
-def _project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fold(attention: Any, shift: Shift) -> Folded:
+    """Return an attention's matrices of queries and values with what is added to them, (D, D) each."""
+    query, _, value = attention.qkv.weight.chunk(3)
+    parts = ((matrix, low) for matrix, low in zip((query, value), shift, strict=True))
+    return Folded(*(matrix + (low.up * low.weights) @ low.down for matrix, low in parts))
+
+
+def _project(attention: Any, x: Tensor, shift: Shift | Folded | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values (B, H, N, d), after the norms of queries and keys."""
     batch, tokens, _ = x.shape
-    qkv = attention.qkv(x).reshape(batch, tokens, 3, attention.num_heads, attention.head_dim)
+    if isinstance(shift, Folded):
+        weight = torch.cat([shift.query, attention.qkv.weight.chunk(3)[1], shift.value])
+        projected = F.linear(x, weight, attention.qkv.bias)
+    else:
+        projected = attention.qkv(x)
+    if isinstance(shift, Shift):
+        query, value = (F.linear(F.linear(x, low.down) * low.weights, low.up) for low in shift)
+        projected = projected + torch.cat([query, torch.zeros_like(query), value], -1)
+    qkv = projected.reshape(batch, tokens, 3, attention.num_heads, attention.head_dim)
     queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return attention.q_norm(queries), attention.k_norm(keys), values
 
@@ -68,7 +91,14 @@ def _finish(attention: Any, x: Tensor, read: Tensor) -> Tensor:
     return attention.proj(joined)  # type: ignore[no-any-return]
 
 
-def attend(attention: Any, x: Tensor, size: Tensor | None = None, *, weigh: bool = True) -> Attended:
+def attend(
+    attention: Any,
+    x: Tensor,
+    size: Tensor | None = None,
+    *,
+    weigh: bool = True,
+    shift: Shift | Folded | None = None,
+) -> Attended:
     """Run an attention on x (B, N, D), op by op.
 
     Args:
@@ -76,8 +106,9 @@ def attend(attention: Any, x: Tensor, size: Tensor | None = None, *, weigh: bool
         x: (B, N, D).
         size: (B, N, 1) makes it proportional (arXiv:2210.09461, equation 1).
         weigh: return the weights too.
+        shift: what is added to its queries and values, as it is or folded into their matrices.
     """
-    queries, keys, values = _project(attention, x)
+    queries, keys, values = _project(attention, x, shift)
     scores = (queries * attention.scale) @ keys.transpose(-1, -2)
     if size is not None:
         scores = scores + size.log().transpose(1, 2).unsqueeze(1)  # (B, 1, 1, N)
@@ -85,9 +116,16 @@ def attend(attention: Any, x: Tensor, size: Tensor | None = None, *, weigh: bool
     return Attended(_finish(attention, x, weights @ values), queries, keys, weights if weigh else None)
 
 
-def attend_fused(attention: Any, x: Tensor, size: Tensor | None = None, *, weigh: bool = True) -> Attended:
+def attend_fused(
+    attention: Any,
+    x: Tensor,
+    size: Tensor | None = None,
+    *,
+    weigh: bool = True,
+    shift: Shift | Folded | None = None,
+) -> Attended:
     """Return the same by torch's fused attention; the weights, where they are wanted, are computed beside it."""
-    queries, keys, values = _project(attention, x)
+    queries, keys, values = _project(attention, x, shift)
     bias = None if size is None else torch.log(size.squeeze(-1))[:, None, None, :]
     read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=attention.scale)
     weights = None

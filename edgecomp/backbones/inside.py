@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from edgecomp.backbones.attention import attend, attend_fused, require_plain_blocks
+from edgecomp.backbones.attention import Folded, attend, attend_fused, fold, require_plain_blocks
 from edgecomp.backbones.placed import PlacedModel
 from edgecomp.backbones.timm import TimmHost
 from edgecomp.compressors._inside import BlockState, InsideCompressor, Trail
@@ -31,6 +33,29 @@ class InsideModel(PlacedModel):
     ) -> None:
         super().__init__(compressor, backbone, preprocess=preprocess, input_dtype=input_dtype)
         require_plain_blocks(backbone)
+
+    @contextmanager
+    def as_exported(self) -> Iterator[None]:
+        """Hold what is added to queries and values folded into their matrices, as constants of their own."""
+        names = []
+        for index in range(len(self.backbone.model.blocks)):
+            folded = self._fold(index)
+            for part, matrix in (folded._asdict() if folded is not None else {}).items():
+                names.append(_buffer_of(index, part))
+                self.register_buffer(names[-1], matrix.detach(), persistent=False)
+        try:
+            yield
+        finally:
+            for name in names:
+                delattr(self, name)
+
+    def _fold(self, index: int) -> Folded | None:
+        """Return a block's matrices of queries and values where the compressor adds to them."""
+        buffers = dict(self.named_buffers(recurse=False))
+        if _buffer_of(index, "query") in buffers:
+            return Folded(*(buffers[_buffer_of(index, part)] for part in Folded._fields))
+        shift = self.compressor.shift(index)
+        return None if shift is None else fold(self.backbone.model.blocks[index].attn, shift)
 
     @property
     def media_shape(self) -> tuple[int, ...]:
@@ -58,7 +83,10 @@ class InsideModel(PlacedModel):
         if acts == "before block":
             trail = compressor.advance(reducer, index, _state_of(trail), trail)
         normed = block.norm1(trail.tokens)
-        seen = attend(block.attn, normed, compressor.attention_bias(trail), weigh=compressor.reads_attention)
+        shift = compressor.shift(index) if attend is attend_fused else self._fold(index)
+        seen = attend(
+            block.attn, normed, compressor.attention_bias(trail), weigh=compressor.reads_attention, shift=shift
+        )
         trail = trail._replace(tokens=trail.tokens + block.ls1(seen.read))
         if seen.weights is not None:
             trail = compressor.observe(index, seen.weights, trail)
@@ -70,6 +98,10 @@ class InsideModel(PlacedModel):
     def reference(self) -> nn.Module:
         """Return the same host with the compressor's eager original and torch's own attention."""
         return _InsideReference(self)
+
+
+def _buffer_of(index: int, part: str) -> str:
+    return f"folded_{part}_{index}"
 
 
 def _state_of(trail: Trail) -> BlockState:

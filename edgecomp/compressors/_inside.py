@@ -9,7 +9,7 @@ from torch import Tensor
 
 from edgecomp.compressors._base import Compressor
 
-__all__ = ["BlockState", "InsideCompressor", "Trail"]
+__all__ = ["BlockState", "InsideCompressor", "LowRank", "Shift", "Trail"]
 
 
 class BlockState(NamedTuple):
@@ -30,6 +30,21 @@ class BlockState(NamedTuple):
     size: Tensor
     attention: Tensor | None = None
     read: Tensor | None = None
+
+
+class LowRank(NamedTuple):
+    """The matrix up diag(weights) down: down (d, D), weights (d,), up (D, d)."""
+
+    down: Tensor
+    weights: Tensor
+    up: Tensor
+
+
+class Shift(NamedTuple):
+    """What is added to the matrices of an attention's queries and values."""
+
+    query: LowRank
+    value: LowRank
 
 
 class Trail(NamedTuple):
@@ -76,6 +91,10 @@ class InsideCompressor(Compressor):
 
     def attention_bias(self, trail: Trail) -> Tensor | None:  # noqa: ARG002 - most weigh nothing
         """Return sizes (B, N, 1) whose log is added to the attention's scores; none: all tokens weigh alike."""
+        return None
+
+    def shift(self, block: int) -> Shift | None:  # noqa: ARG002 - most correct nothing
+        """Return what is added to a block's queries and values; none: nothing."""
         return None
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import onnx
@@ -10,6 +11,7 @@ import onnx_ir as ir
 
 from edgecomp import __version__
 from edgecomp.backbones.assemble import Assembly
+from edgecomp.backbones.inside import InsideModel
 from edgecomp.backbones.placed import PlacedModel, PlainModel
 from edgecomp.bundle import WEIGHTS, Bucket, PlainGraph, bucket_file, plain_file
 from edgecomp.errors import ExportError
@@ -73,7 +75,8 @@ def write_graphs(
 def _write_graph(
     path: Path, model: PlacedModel | PlainModel, recipe: Recipe, opset: int, batch: int, weights: WeightsFile
 ) -> tuple[int, dict[str, int]]:
-    graph = lower(model, inputs=model.input_specs(batch), outputs=model.output_specs(batch), opset=opset)
+    with model.as_exported() if isinstance(model, InsideModel) else nullcontext():
+        graph = lower(model, inputs=model.input_specs(batch), outputs=model.output_specs(batch), opset=opset)
     strip_metadata(graph, producer_version=__version__)
     require_static(graph)
     add_merge_body(graph)

@@ -55,7 +55,7 @@ FOLDERS = {
     ),
 }
 #: Folders that `test_golden_merging.py` and `test_golden_pruning.py` read, and their methods.
-ELSEWHERE = {"tome": "tome", "tome_vit": "tome", "pitome": "pitome", "tofu": "tofu", "dtem": "dtem"}
+ELSEWHERE = {"tocom": "tocom", "tome": "tome", "tome_vit": "tome", "pitome": "pitome", "tofu": "tofu", "dtem": "dtem"}
 ELSEWHERE |= {name: name for name in ("evit", "dynamicvit", "visionzip", "fastervlm", "vispruner", "prumerge")}
 ELSEWHERE |= {"hpc_attention_pruning": "attention-pruning"}
 #: The original's word for an output -> edgecomp's; whatever else a file holds is an intermediate value.

@@ -23,6 +23,7 @@ from edgecomp.compressors._tokens import (
 )
 from edgecomp.compressors.dtem import DTEM, DTEMParams
 from edgecomp.compressors.pitome import PiToMe, PiToMeParams
+from edgecomp.compressors.tocom import ToCom, ToComParams
 from edgecomp.compressors.tofu import ToFu, ToFuParams
 from edgecomp.compressors.tome import ToMe, ToMeParams, bipartite_soft_matching
 from edgecomp.export.lower import lower
@@ -253,6 +254,56 @@ def test_whole_model_of_dtem(path, tmp_path):
         assert relative_error(logits, outputs["logits"]) <= FLOORS * floor
     assert relative_error(by_onnx(tmp_path, models["tokens"], image)["merged"], outputs["features"]) <= FLOORS * floor
     assert relative_error(by_onnx(tmp_path, models["logits"], image)["logits"], outputs["logits"]) <= FLOORS * floor
+
+
+@pytest.mark.parametrize("path", golden_files("tocom"), ids=lambda path: path.stem)
+def test_whole_model_of_tocom(path, tmp_path):
+    config, inputs, outputs, weights, floor = read_golden(path)
+    own, of_host = ToCom.split_checkpoint(weights)
+    host, site = golden_host(config, of_host)
+    params = ToComParams(
+        r=config["r_tgt"], r_source=config["r_src"], scale=config["scale"], adapter_dim=16 * config["tocom_dim"]
+    )
+    assert ToCom.infer_params(own, params) == {"adapter_dim": params.adapter_dim, "embed_dim": config["dim"]}
+    models = {output: _inside(ToCom, params, output, host, site) for output in ("tokens", "logits")}
+    for model in models.values():
+        assert model.compressor.load_original(weights) == "tocom"
+    compressor, image = models["tokens"].compressor, inputs["image"]
+    assert (site.tokens_in + 1 - np.cumsum(compressor.steps)).tolist() == outputs["tokens_per_layer"].tolist()
+    with torch.inference_mode():
+        normed = host.model.blocks[0].norm1(host.embed(image))
+        for low, name in zip(compressor.shift(0), ("block0_q_delta", "block0_v_delta"), strict=True):
+            delta = (normed @ low.down.T * low.weights) @ low.up.T
+            assert relative_error(delta, outputs[name]) <= FLOORS * floor
+    for form in (lambda model: model, lambda model: model.reference()):
+        with torch.inference_mode():
+            tokens, _, _ = form(models["tokens"])(image)
+            (logits,) = form(models["logits"])(image)
+        assert relative_error(tokens, outputs["features"]) <= FLOORS * floor
+        assert relative_error(logits, outputs["logits"]) <= FLOORS * floor
+    with models["tokens"].as_exported(), models["logits"].as_exported():
+        assert len(dict(models["tokens"].named_buffers())) >= 2 * config["depth"]
+        assert (
+            relative_error(by_onnx(tmp_path, models["tokens"], image)["merged"], outputs["features"]) <= FLOORS * floor
+        )
+        assert relative_error(by_onnx(tmp_path, models["logits"], image)["logits"], outputs["logits"]) <= FLOORS * floor
+
+
+def test_tocom_folded_equals_unfolded():
+    """In fp64 within 1e-12: the reference adds to what queries and values are, the static form to their matrices."""
+    config, inputs, _, weights, _ = read_golden(golden_files("tocom")[0])
+    own, of_host = ToCom.split_checkpoint(weights)
+    host, site = golden_host(config, of_host)
+    model = _inside(ToCom, ToComParams(r=8, adapter_dim=16 * config["tocom_dim"]), "tokens", host, site)
+    model.compressor.load_original(own)
+    model, image = model.double(), inputs["image"].double()
+    with torch.inference_mode():
+        folded, _, _ = model(image)
+        unfolded, _, _ = model.reference()(image)
+        model.compressor.params = ToComParams(r=8, r_source=8, adapter_dim=16 * config["tocom_dim"])
+        uncorrected, _, _ = model(image)
+    assert relative_error(folded, unfolded) <= 1e-12
+    assert relative_error(uncorrected, unfolded) > 1e-4
 
 
 def test_a_checkpoint_of_dtem_serves_for_host_and_heads(tmp_path):
