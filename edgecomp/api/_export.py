@@ -49,6 +49,7 @@ __all__ = ["export"]
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "timm", "numpy")
 _PRECISIONS = ("fp32",)
+_ALIGNMENTS = (1, 8, 16, 32)
 _EXPORTER = threading.Lock()  # torch's exporter serves one thread at a time
 _TIE = (
     ". Where tokens are chosen, two scores closer than floating point tells apart do this too: another --seed shows it"
@@ -65,6 +66,7 @@ def export(
     weights: str | Path = "random",
     backbone_weights: str | Path = "random",
     budget: str | int | Sequence[str | int] = (),
+    align: int = 1,
     batch: int | Sequence[int] = (),
     image_size: int = 0,
     feature_layer: int = 0,
@@ -92,6 +94,7 @@ def export(
             and host (keys `compressor.*` and `backbone.*`) serves for both.
         backbone_weights: `random`, `pretrained` (timm downloads them), or the host's checkpoint.
         budget: tokens kept, each a count or a percentage such as "25%"; one bucket each.
+        align: 1, or 8, 16 or 32: budgets are rounded up to a multiple of it, which hardware likes.
         batch: batch sizes; one graph for each budget and batch.
         image_size: side of the image in pixels, a multiple of the patch.
         feature_layer: which of the host's layers is compressed, counted from the end (-1: after the final norm).
@@ -116,7 +119,7 @@ def export(
     """
     started = time.perf_counter()
     order = _order(
-        method, recipe, preset, backbone, weights, backbone_weights, budget, image_size, feature_layer, output,
+        method, recipe, preset, backbone, weights, backbone_weights, budget, align, image_size, feature_layer, output,
         input_dtype, params, seed,
     )  # fmt: skip
     batch = (batch,) if isinstance(batch, int) else batch
@@ -177,7 +180,8 @@ class _StaticJudge:
 
 def _order(
     method: Any, recipe: str | Path, preset: str, backbone: Any, weights: str | Path, backbone_weights: str | Path,
-    budget: str | int | Sequence[str | int], image_size: int, feature_layer: int, output: str, input_dtype: str,
+    budget: str | int | Sequence[str | int], align: int, image_size: int, feature_layer: int, output: str,
+    input_dtype: str,
     params: Mapping[str, Any] | None, seed: int,
 ) -> Order:  # fmt: skip
     """Turn the arguments into an order, loading the recipe; torch is not needed yet for names."""
@@ -207,6 +211,7 @@ def _order(
         compressor=compressor,
         weights=str(weights),
         backbone_weights=str(backbone_weights),
+        align=align,
         budgets=(str(budget),) if isinstance(budget, (str, int)) else tuple(map(str, budget)),
         image_size=image_size,
         feature_layer=feature_layer,
@@ -235,6 +240,8 @@ def _require_in_range(order: Order, precision: str, opset: int, batches: Sequenc
         raise UnknownName("precision", precision, _PRECISIONS)
     if not _LOWEST_OPSET <= opset <= _HIGHEST_OPSET:
         raise InvalidSpec(f"opset {opset} is not between {_LOWEST_OPSET} and {_HIGHEST_OPSET}; 20 is the default")
+    if order.align not in _ALIGNMENTS:
+        raise InvalidSpec(f"--align {order.align} is none of {', '.join(map(str, _ALIGNMENTS))}")
     for size in batches:
         if not 1 <= size <= 4096:
             raise InvalidSpec(f"batch {size} is not between 1 and 4096")
@@ -273,6 +280,7 @@ def _request_digest(order: Order, precision: str, opset: int, batches: Sequence[
         "weights": files.get(order.weights, order.weights),
         "backbone_weights": files.get(order.backbone_weights, order.backbone_weights),
         "budgets": order.budgets,
+        "align": order.align,
         "image_size": order.image_size,
         "feature_layer": order.feature_layer,
         "output": order.output,

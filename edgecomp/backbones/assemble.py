@@ -19,6 +19,7 @@ from edgecomp.compressors._checkpoint import read_checkpoint
 from edgecomp.compressors._inside import InsideCompressor
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
 from edgecomp.specs import DType, Output, Placement, Preprocess, Preset, Recipe, Site, TokenBudget, parse_budget
+from edgecomp.specs.budget import read_count
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import WeightsOrigin, file_origin
 
@@ -61,7 +62,7 @@ def assemble(order: Order) -> Assembly:
     keep_head = preset.placement == "inside" and output == "logits"
     host, host_origin = _make_host(order, preset, image_size, keep_head, host_state, notes)
     site, params = _find_site(order, cls, preset.placement, params, host, image_size or recipe.defaults.image_size)
-    budgets = _choose_budgets(order, cls, preset_name, params, site)
+    budgets = _choose_budgets(order, cls, preset_name, params, site, notes)
     params = cls.for_budgets(params, [budget.tokens_out for budget in budgets])
     preprocess = _find_preprocess(recipe, host, site)
 
@@ -305,7 +306,7 @@ def _find_site(
 
 
 def _choose_budgets(
-    order: Order, cls: type[Compressor], preset: str, params: Any, site: Site
+    order: Order, cls: type[Compressor], preset: str, params: Any, site: Site, notes: list[str]
 ) -> tuple[TokenBudget, ...]:
     rule = order.recipe.rule(preset)
     tokens_in = cls.count_tokens(params, site)
@@ -321,12 +322,30 @@ def _choose_budgets(
                 f"how many to keep, for example --budget {max(1, tokens_in // 2)}"
             )
         asked = tuple(map(str, decided))
+    asked = tuple(_aligned(text, order, tokens_in, notes) for text in asked)
     parsed = [parse_budget(text, tokens_in=tokens_in, rule=rule, method=order.recipe.method) for text in asked]
-    parsed = [msgspec.structs.replace(budget, num_prefix_tokens=site.num_prefix_tokens) for budget in parsed]
+    prefix = site.num_prefix_tokens if cls.hands_on_prefix else 0
+    parsed = [msgspec.structs.replace(budget, num_prefix_tokens=prefix) for budget in parsed]
     counts = [budget.tokens_out for budget in parsed]
     if len(set(counts)) != len(counts):
         raise InvalidSpec(f"budgets {', '.join(asked)} name {sorted(counts)}, one of them twice; give each once")
     return tuple(sorted(parsed, key=lambda budget: budget.tokens_out))
+
+
+def _aligned(text: str, order: Order, tokens_in: int, notes: list[str]) -> str:
+    """Round a budget up to the multiple that was asked for, and say so."""
+    if order.align == 1:
+        return text
+    count = read_count(text, tokens_in=tokens_in)
+    rounded = -(-count // order.align) * order.align
+    if count <= tokens_in < rounded:
+        raise InvalidSpec(
+            f"budget {text} cannot be reached with --align {order.align}: the next multiple is {rounded}, and "
+            f"{tokens_in} tokens go in; the largest budget is {tokens_in // order.align * order.align}, or drop --align"
+        )
+    if rounded != count:
+        notes.append(f"budget {text} is rounded up to {rounded}, a multiple of {order.align} (--align)")
+    return str(rounded)
 
 
 def _find_preprocess(recipe: Recipe, host: TimmHost | None, site: Site) -> Preprocess | None:

@@ -24,6 +24,7 @@ def command(
         str, typer.Option(help="The host's checkpoint, `random`, or `pretrained` (downloads through timm).")
     ] = "random",
     budget: Annotated[list[str] | None, typer.Option(help="Tokens KEPT: a count or 25%; repeatable.")] = None,
+    align: Annotated[int, typer.Option(help="Round each budget up to a multiple of it: 8, 16 or 32.")] = 1,
     batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeatable.")] = None,
     image_size: Annotated[
         int | None, typer.Option(help="Side of the image in pixels; default: the recipe's or the host's.")
@@ -56,6 +57,7 @@ def command(
             weights=weights,
             backbone_weights=backbone_weights,
             budget=budget or (),
+            align=align,
             batch=batch or (),
             image_size=image_size or 0,
             feature_layer=feature_layer or 0,

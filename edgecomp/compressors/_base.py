@@ -75,6 +75,8 @@ class Compressor(nn.Module):
 
     #: `after` a host: whether its prefix tokens stand in front of the patch tokens that are handed over.
     keeps_prefix: ClassVar[bool] = False
+    #: Whether prefix tokens that go in come out in front.
+    hands_on_prefix: ClassVar[bool] = True
 
     # -- what a method writes -------------------------------------------------------------------------
 
@@ -169,7 +171,7 @@ class Compressor(nn.Module):
                 raise UnknownName(f"parameter of {method}", name, known)
         for name, value in values.items():
             try:
-                msgspec.convert({name: value}, cls.Params)
+                msgspec.convert({name: value}, cls.Params, str_keys=True)
             except msgspec.ValidationError as error:
                 text = str(error).partition(" - at ")[0]
                 allowed = get_args(get_type_hints(cls.Params)[name])  # of a Literal
@@ -177,7 +179,7 @@ class Compressor(nn.Module):
                 raise InvalidSpec(
                     f"{method}: params.{name}={value}: {text}{choices}; correct it with --set params.{name}=VALUE"
                 ) from None
-        return msgspec.convert(dict(values), cls.Params)
+        return msgspec.convert(dict(values), cls.Params, str_keys=True)
 
     @classmethod
     def from_recipe(

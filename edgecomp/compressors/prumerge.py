@@ -56,6 +56,7 @@ class PruMerge(TokenPruner):
     Params = PruMergeParams
     params: PruMergeParams
     keeps_prefix = True
+    hands_on_prefix = False
     kept_counts: Tensor
 
     def __init__(self, params: Any, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:
@@ -175,7 +176,7 @@ class PruMergeOriginal(nn.Module):
 
     def _sample(self, x: Tensor, query: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
         static, prefix, rows = self.static, self.static.num_prefix_tokens, self.static.budget.tokens_out
-        attention = torch.softmax(keys @ query / keys.shape[1] ** 0.5, dim=0)[prefix:]
+        attention = torch.softmax((keys * query).sum(1) / keys.shape[1] ** 0.5, dim=0)[prefix:]
         x, keys = x[prefix:], F.normalize(keys[prefix:], dim=-1)
         count = rows - 1
         if static.params.adaptive:
@@ -187,7 +188,7 @@ class PruMergeOriginal(nn.Module):
         merged = []
         for token in chosen.tolist():
             others = torch.tensor([place for place in range(len(x)) if place != token])
-            alike = torch.argsort(keys[others] @ keys[token], descending=True, stable=True)
+            alike = torch.argsort((keys[others] * keys[token]).sum(1), descending=True, stable=True)
             near = others[alike[: static.params.neighbours]]
             merged.append(x[token] + (x[near] * attention[near, None]).sum(0))
         merged.append((x[rest] * attention[rest, None]).sum(0))

@@ -86,15 +86,15 @@ class ToMe(TokenMerger):
         if self.params.threshold is None:
             return super().plan()
         rows, tokens = self.budget.tokens_out, self.budget.tokens_in
-        if self.num_prefix_tokens:
-            raise InvalidSpec(
-                f"params.threshold merges among all tokens, and params.prefix_tokens={self.num_prefix_tokens} protects "
-                "some; give one of both"
-            )
         if self.site.placement == "inside":
             raise InvalidSpec(
                 f"params.threshold={self.params.threshold} leaves the count of tokens to the data, and the blocks of a "
                 "host take a fixed one; use it on given tokens or after a host"
+            )
+        if self.num_prefix_tokens:
+            raise InvalidSpec(
+                f"params.threshold merges among all tokens, and params.prefix_tokens={self.num_prefix_tokens} protects "
+                "some; give one of both"
             )
         if rows != tokens:
             raise InvalidSpec(

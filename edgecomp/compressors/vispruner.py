@@ -77,6 +77,9 @@ class VisPruner(TokenPruner):
         important, left = ranked[:, : self.important], ranked[:, self.important :]
         for removed in self.rounds():
             even, odd = left[:, ::2], left[:, 1::2]
+            if removed == even.shape[1]:
+                left = odd
+                continue
             alike = (take(unit, even) @ take(unit, odd).transpose(1, 2)).amax(-1)
             distinct = select(alike, even.shape[1], order="rank")[:, removed:]
             left = torch.cat([even.gather(1, distinct), odd], 1)

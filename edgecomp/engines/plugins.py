@@ -56,6 +56,7 @@ _PACKAGE_OF_HEADERS = ("kernel_lens", "include/tensorrt")  # a development depen
 _USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
 _OLDEST_RTX_HEADERS = 10  # TensorRT for RTX 1.x takes a library made with the headers of TensorRT 10
 _LINES_SHOWN = 12
+_ELF_HEADER = 64  # bytes, in a 64-bit file
 
 Creator = tuple[str, str, str]  # name, version, namespace
 
@@ -295,8 +296,8 @@ def _content_of(path: Path) -> bytes:
 def _end_of_elf(content: bytes) -> int:
     """Return where the last segment or the table of sections of a 64-bit ELF file ends; loading a shorter one kills."""
     header = struct.Struct("<32xQQ6xHHHH")  # e_phoff, e_shoff, e_phentsize, e_phnum, e_shentsize, e_shnum
-    if len(content) < header.size:
-        return header.size
+    if len(content) < _ELF_HEADER:
+        return _ELF_HEADER
     segments, sections, segment_size, segment_count, section_size, section_count = header.unpack_from(content)
     ends = [segments + segment_size * segment_count, sections + section_size * section_count]
     if ends[0] <= len(content):

@@ -91,6 +91,8 @@ def golden_inputs(
         elif spec.kind == "tokens":
             cases["seeded"][spec.name] = _noise(generator, spec)
             cases["photo"][spec.name] = _projected_patches(rows, generator, spec)
+        elif spec.kind == "attention":
+            cases["seeded"][spec.name], cases["photo"][spec.name] = _noise(generator, spec), _noise(generator, spec)
         else:
             cases["seeded"][spec.name] = cases["photo"][spec.name] = _noise(generator, spec)
     return cases

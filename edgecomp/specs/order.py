@@ -21,6 +21,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
         compressor: a `Compressor` that the user made, or None.
         weights, backbone_weights: `random`, `pretrained` (the host's alone), or a path.
         budgets: counts or percentages, as text.
+        align: budgets are rounded up to a multiple of it; 1: they stay as they are.
         params: the method's parameters that the user set.
     """
 
@@ -31,6 +32,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     weights: str = "random"
     backbone_weights: str = "random"
     budgets: tuple[str, ...] = ()
+    align: int = 1
     image_size: int = 0
     feature_layer: int = 0
     output: str = ""

@@ -74,11 +74,11 @@ def test_a_grid_that_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize("clustering", ["k-means", "k-medoids"])
-@pytest.mark.parametrize("significance", [False, True])
+@pytest.mark.parametrize("significance", ["norm", "attention"])
 def test_token_pooling_over_many_iterations(clustering, significance):
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(3, 64, 2, generator=generator, dtype=torch.float64)  # few dimensions: centres move for longer
-    weights = [torch.rand(3, 64, generator=generator, dtype=torch.float64)] if significance else []
+    weights = [torch.rand(3, 2, 64, generator=generator, dtype=torch.float64)] if significance == "attention" else []
     seen = []
     for iterations in (1, 4, 8):
         params = TokenPoolingParams(clustering=clustering, iterations=iterations, significance=significance)
@@ -88,8 +88,8 @@ def test_token_pooling_over_many_iterations(clustering, significance):
 
 def test_a_cluster_without_weight_keeps_its_centre():
     x = torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    module = _make(TokenPooling, TokenPoolingParams(significance=True), 12, keep=4)
-    weights = torch.zeros(1, 12, dtype=torch.float64)
+    module = _make(TokenPooling, TokenPoolingParams(), 12, keep=4)
+    weights = torch.zeros(1, 2, 12, dtype=torch.float64)
     merged, *_ = _assert_equal(module, x, weights)
     assert torch.equal(merged, x[:, :4])
 

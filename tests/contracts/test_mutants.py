@@ -395,9 +395,8 @@ def _load(bundle, bucket):
 
 
 def _is_invariant(smoke, mutation, bucket):
-    return (
-        mutation is transposed_grid and bucket.inputs[0].kind == "tokens" and "token-order" in smoke.recipe.invariances
-    )
+    reads_tokens = bucket.inputs[0].kind == "tokens" and all(spec.name != "index" for spec in bucket.outputs)
+    return mutation is transposed_grid and reads_tokens and "token-order" in smoke.recipe.invariances
 
 
 def _own_nodes(model):

@@ -54,7 +54,7 @@ def test_no_layer_is_a_plugin(smoke, bundle_of):
     network = create_network(flavour, builder)
     parser = parse_onnx(flavour, network, logger, bundle.path / bucket.model)
     kinds = {network.get_layer(index).type.name for index in range(network.num_layers)}
-    assert "MATRIX_MULTIPLY" in kinds
+    assert kinds & {"MATRIX_MULTIPLY", "GATHER"}, "a network that neither multiplies nor chooses is none of ours"
     assert [kind for kind in kinds if "PLUGIN" in kind] == []
     del parser
 

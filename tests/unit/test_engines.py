@@ -66,7 +66,7 @@ class ILogger:
 class _Tensor:
     def __init__(self, name): self.name, self.shape, self.dtype = name, (2, 4), DataType.FLOAT
 class _Layer:
-    name, num_outputs = "mm", 1
+    name, num_outputs, type = "mm", 1, "LayerType.MATRIX_MULTIPLY"
     def get_output(self, index): return _Tensor("y")
 class _Network:
     num_layers = num_inputs = num_outputs = 1

@@ -190,7 +190,7 @@ def test_blocks_that_it_does_not_know_are_refused(block: Any) -> None:
 
 def test_rotary_positions_are_refused() -> None:
     eva = timm.create_model("eva02_tiny_patch14_224", pretrained=False, img_size=28, depth=1)
-    with pytest.raises(InvalidSpec, match=r"is of class Eva; hosts that work are vit, deit"):
+    with pytest.raises(InvalidSpec, match=r"is of class Eva with rotary positions, .*; hosts that work are vit, deit"):
         TimmHost(eva, name="eva02", feature_layer=-1)
 
 

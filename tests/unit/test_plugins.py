@@ -599,7 +599,7 @@ def test_node_that_tensorrt_would_pass_over(
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"r": None}, r"node '/blocks.0/merge' \(edgecomp::TopKMerge\) has no attribute 'r'; export the model again"),
+        ({"order": None}, r"node '/blocks.0/merge' \(edgecomp::TopKMerge\) has no attribute 'order'; export .* again"),
         ({"mode": None}, r"has no attribute 'mode'"),
         ({"mode": "avg"}, r"has mode='avg', which is none of wavg, mean, sum, prune, tofu"),
     ],
