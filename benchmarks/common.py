@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import msgspec
 from edgecomp.profiles.machine import read_machine
 from edgecomp.report.text import table
 
-__all__ = ["interleave", "parse", "publish"]
+__all__ = ["interleave", "parse", "publish", "ratio", "time_inside"]
 
 
 def parse(description: str, **flags: tuple[type, Any, str]) -> argparse.Namespace:
@@ -67,3 +69,63 @@ def publish(title: str, header: list[str], rows: list[list[object]], path: Path 
         document = {"title": title, "machine": machine, "rows": [dict(zip(header, row, strict=True)) for row in rows]}
         path.write_text(json.dumps(document, indent=1) + "\n")
         print(f"written to {path}")
+
+
+def time_inside(host: str, models: Mapping[str, tuple[str, dict[str, Any]]], *, rounds: int) -> list[list[object]]:
+    """Time compressors inside a host in ONNX Runtime against the plain host, and against their originals in eager.
+
+    224 pixels, batch 1, logits, 1 and 2 threads, all interleaved.
+
+    Args:
+        host: timm's name.
+        models: label -> method and its parameters.
+        rounds: how many times round.
+
+    Returns:
+        rows of threads, label, ms, speed over plain, what the FLOPs alone would give, time over eager.
+    """
+    import numpy as np
+    import torch
+
+    from edgecomp import api
+    from edgecomp.backbones.assemble import assemble
+    from edgecomp.bundle import open_bundle
+    from edgecomp.runners import open_runner
+    from edgecomp.specs import load_recipe
+    from edgecomp.specs.order import Order
+
+    def forward(module: Any, image: torch.Tensor) -> None:
+        with torch.inference_mode():
+            module(image)
+
+    rows: list[list[object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        graphs: dict[str, Path] = {}
+        ideals, eager = {"plain": 1.0}, {}
+        for number, (label, (method, params)) in enumerate(models.items()):
+            out = Path(folder) / str(number)
+            words: dict[str, Any] = {"backbone": host, "params": params, "output": "logits"}
+            preset = load_recipe(method).placements["inside"]
+            api.export(method, preset=preset, with_plain=number == 0, out=out, **words)
+            manifest = open_bundle(out).manifest
+            if manifest.plain:
+                graphs["plain"] = out / manifest.plain[0].model
+            graphs[label] = out / manifest.buckets[0].model
+            ideals[label] = manifest.plain_flops / manifest.buckets[0].flops
+            order = Order(recipe=load_recipe(method), preset=preset, **words)
+            eager[label] = assemble(order).models[0].reference().eval()
+        image = np.random.default_rng(0).standard_normal((1, 3, 224, 224), dtype=np.float32)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            loaded = {label: open_runner("onnxruntime", path, threads=threads) for label, path in graphs.items()}
+            runs: dict[str, Callable[[], object]] = {
+                label: (lambda runner=runner: runner.infer({"image": image})) for label, runner in loaded.items()
+            }
+            for label, module in eager.items():
+                runs[f"eager {label}"] = partial(forward, module, torch.from_numpy(image))
+            samples = interleave(runs, rounds=rounds)
+            for label in graphs:
+                over = f"{ratio(samples, label, f'eager {label}'):.2f}" if label in eager else ""
+                speed, milliseconds = ratio(samples, "plain", label), statistics.median(samples[label])
+                rows.append([threads, label, f"{milliseconds:.1f}", f"{speed:.2f}", f"{ideals[label]:.2f}", over])
+    return rows

@@ -285,8 +285,9 @@ def test_every_required_mutation_applies_to_the_method(smokes, bundle_of, assemb
     """A method that has no weights of its own, nor stands between those of a host, has other mutations."""
     placements = smokes[0].recipe.placements
     has_weights = any(True for smoke in smokes for _ in assembled(smoke).models[0].compressor.parameters())
-    selects = any(spec.name == "index" for spec in bundle_of(smokes[0]).manifest.buckets[0].outputs)
-    required = (transposed_grid, *(SELECTING if selects else WEIGHTLESS))
+    first = bundle_of(smokes[0]).manifest.buckets[0]
+    selects, merges = any(spec.name == "index" for spec in first.outputs), "edgecomp::TopKMerge" in first.ops
+    required = (transposed_grid, *(MERGING if merges else SELECTING if selects else WEIGHTLESS))
     if has_weights or "inside" in placements:
         required = REQUIRED
     kinds = set()

@@ -28,7 +28,13 @@ from edgecomp.compressors._saliency import (  # noqa: E402
     object_proxy,
     text_likelihood,
 )
+from edgecomp.compressors.adaptive_lookupvit import AdaptiveLookupViT, AdaptiveLookupViTParams  # noqa: E402
 from edgecomp.compressors.attention_pruning import AttentionPruning, AttentionPruningParams  # noqa: E402
+from edgecomp.compressors.compress_to_budget import (  # noqa: E402
+    CompressToBudget,
+    CompressToBudgetParams,
+    schedule,
+)
 from edgecomp.compressors.dynamicvit import DynamicViT, DynamicViTParams  # noqa: E402
 from edgecomp.compressors.evit import EViT, EViTParams  # noqa: E402
 from edgecomp.compressors.fastervlm import FasterVLM  # noqa: E402
@@ -315,6 +321,53 @@ def test_parameters_that_stand_after_a_host_alone(params: dict[str, Any], messag
     site = Site("inside", 64, 16, 64, 1, 6, has_class_token=True)
     with pytest.raises(InvalidSpec, match=message):
         AttentionPruning(AttentionPruningParams(**params), site, TokenBudget(16, 4, 1))
+
+
+# -- nested tables, and the schedule to a budget ----------------------------------------------------------------
+
+
+def test_a_prefix_of_a_larger_table_is_the_smaller_one() -> None:
+    """Row by row, bit by bit in fp64 up to the order of sums: entries never read each other."""
+    params = AdaptiveLookupViTParams(tokens=50, context_dim=32, latents=128, num_heads=2, head_dim=16)
+    site = Site("after", 0, 50, 32)
+    torch.manual_seed(0)
+    whole = AdaptiveLookupViT(params, site, TokenBudget(50, 50)).double()
+    torch.nn.init.normal_(whole.latents)
+    tokens = torch.randn(2, 50, 32, dtype=torch.float64)
+    with torch.inference_mode():
+        (expected,) = whole(tokens)
+        for count in (1, 7, 32, 49):
+            part = AdaptiveLookupViT(params, site, TokenBudget(50, count)).double()
+            part.load_state_dict(whole.state_dict())
+            (got,) = part(tokens)
+            assert torch.allclose(got, expected[:, :count], rtol=0, atol=1e-13)
+    with pytest.raises(InvalidSpec, match="have no nested budgets"):
+        AdaptiveLookupViT(AdaptiveLookupViTParams(family="flamingo"), site, TokenBudget(50, 32))
+
+
+@pytest.mark.parametrize("tokens", [2, 7, 64, 196, 576, 577])
+def test_schedule_ends_exactly_at_the_budget(tokens: int) -> None:
+    """For every budget: each step removes something, a merge at most half, and the last ends there."""
+    params = CompressToBudgetParams()
+    for budget in range(1, tokens + 1):
+        left = tokens
+        for step in schedule(tokens, budget, params):
+            assert budget <= step.keep < left
+            assert step.kind != "merge" or step.keep >= left - left // 2
+            left = step.keep
+        assert left == budget
+    assert schedule(576, 400, params) == (("drop", 400),)
+    assert [step.kind for step in schedule(576, 64, params)][:3] == ["merge"] * 3
+
+
+def test_near_duplicates_go_and_the_first_of_them_stays() -> None:
+    x = torch.eye(6, 8, dtype=torch.float64)
+    tokens = torch.cat([x[:3], x[1:2] * 2, x[3:5], x[0:1], x[5:]]).unsqueeze(0)  # 3 repeats 1, and 6 repeats 0
+    module = CompressToBudget(CompressToBudgetParams(), Site("after", 0, 8, 8), TokenBudget(8, 6)).double()
+    merged, size, source_map = module(tokens)
+    assert source_map.tolist() == [[0, 1, 2, -1, 3, 4, -1, 5]]
+    assert torch.equal(merged, x.unsqueeze(0))
+    assert size.flatten().tolist() == [1.0] * 6
 
 
 # -- what pixels tell -------------------------------------------------------------------------------------------
