@@ -1,5 +1,20 @@
 """edgecomp takes vision-token compressors to the edge: static ONNX, TensorRT engines, parity, latency."""
 
-__all__ = ["__version__"]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgecomp.serving import load
+
+__all__ = ["__version__", "load"]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name != "load":
+        raise AttributeError(f"module 'edgecomp' has no attribute {name!r}")
+    from edgecomp.serving import load  # numpy need not be there for the version
+
+    return load
