@@ -105,9 +105,10 @@ class PruMerge(TokenPruner):
 
     def attention(self, class_query: Tensor, keys: Tensor) -> Tensor:
         """Return what the class token reads of each patch, all heads as one: (B, N)."""
-        scores = (class_query.unsqueeze(1) @ keys.transpose(1, 2)) * keys.shape[-1] ** -0.5
+        # no product of matrices: equal keys have to score equal, or rounding alone makes outliers
+        scores = (keys * class_query.unsqueeze(1)).sum(-1) * keys.shape[-1] ** -0.5
         weights: Tensor = scores.softmax(-1)
-        return weights[:, 0, self.num_prefix_tokens :]
+        return weights[:, self.num_prefix_tokens :]
 
     def forward(self, tokens: Tensor, class_query: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
         """Return the kept tokens with their neighbours, and the rest."""

@@ -163,5 +163,6 @@ def _projected_patches(rows: int, generator: np.random.Generator, spec: TensorSp
     for row in range(rows):
         turned = (_turned(pixels, row).astype(np.float32) / 255 - 0.5) / 0.25
         patches = turned.reshape(side, _PATCH, side, _PATCH, 3).swapaxes(1, 2).reshape(side * side, -1)
-        made.append((patches @ matrix)[:count] + positions)
+        # einsum, since the bits of a product by BLAS depend on the number of threads
+        made.append(np.einsum("np,pd->nd", patches, matrix)[:count] + positions)
     return np.stack(made).astype(spec.dtype).reshape(spec.shape)
