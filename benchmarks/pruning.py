@@ -18,7 +18,7 @@ _MODELS = {
     **{
         f"attention-pruning {rate}": (
             "attention-pruning",
-            {"schedule": "table", "table": {3: rate, 6: rate**2, 9: rate**3}},
+            {"schedule": "table", "table": ((3, rate), (6, rate**2), (9, rate**3))},
         )
         for rate in _RATES
     },

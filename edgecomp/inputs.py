@@ -117,13 +117,12 @@ def _require_input(tensor: Array, spec: TensorSpec, where: str) -> None:
             f"{where}: input {spec.name!r} has shape {list(tensor.shape)}, expected {list(spec.shape)}; "
             "shapes are fixed at export, so reshape it or export another batch or size"
         )
-    if tensor.dtype.kind == "f":
+    if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
         nan, infinite = int(np.isnan(tensor).sum()), int(np.isinf(tensor).sum())
-        if nan or infinite:
-            raise RunError(
-                f"{where}: input {spec.name!r} holds {nan} NaN and {infinite} infinite of {tensor.size} values; "
-                "replace them, for every output would depend on them"
-            )
+        raise RunError(
+            f"{where}: input {spec.name!r} holds {nan} NaN and {infinite} infinite of {tensor.size} values; "
+            "replace them, for every output would depend on them"
+        )
 
 
 def _require_suffix(path: Path) -> str:

@@ -171,7 +171,7 @@ class Compressor(nn.Module):
                 raise UnknownName(f"parameter of {method}", name, known)
         for name, value in values.items():
             try:
-                msgspec.convert({name: value}, cls.Params, str_keys=True)
+                msgspec.convert({name: value}, cls.Params)
             except msgspec.ValidationError as error:
                 text = str(error).partition(" - at ")[0]
                 allowed = get_args(get_type_hints(cls.Params)[name])  # of a Literal
@@ -179,7 +179,7 @@ class Compressor(nn.Module):
                 raise InvalidSpec(
                     f"{method}: params.{name}={value}: {text}{choices}; correct it with --set params.{name}=VALUE"
                 ) from None
-        return msgspec.convert(dict(values), cls.Params, str_keys=True)
+        return msgspec.convert(dict(values), cls.Params)
 
     @classmethod
     def from_recipe(

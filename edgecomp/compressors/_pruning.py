@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -116,7 +116,7 @@ def scheduled_counts(
     depth: int,
     keep: int,
     blocks: Sequence[int] = (),
-    table: Mapping[int, float] | None = None,
+    table: Sequence[tuple[int, float]] = (),
     of: Literal["current", "original"] = "original",
 ) -> tuple[int, ...]:
     """Return how many patch tokens are left behind each of `depth` blocks, ending at `keep`.
@@ -129,7 +129,7 @@ def scheduled_counts(
         tokens: patch tokens that go in.
         keep: patch tokens at the end; with `piecewise` and `table` 0: whatever they leave.
         blocks: where `constant` removes, counted from 0.
-        table: block -> share kept.
+        table: pairs of a block and the share kept.
         of: what a share is of: the tokens that went into the encoder, or those left by the block before, so that
             removed shares compound.
 
@@ -139,7 +139,7 @@ def scheduled_counts(
     Source: the project's founding notes (pruning schedulers); `constant`: EViT, arXiv:2202.07800.
     """
     if schedule in ("piecewise", "table"):
-        return _by_table(schedule, dict(table or {}), tokens=tokens, depth=depth, keep=keep, of=of)
+        return _by_table(schedule, table, tokens=tokens, depth=depth, keep=keep, of=of)
     if schedule == "constant":
         return geometric_counts(tuple(blocks), tokens=tokens, depth=depth, keep=keep)
     steps = range(1, depth + 1)
@@ -191,20 +191,22 @@ def geometric_counts(blocks: tuple[int, ...], *, tokens: int, depth: int, keep: 
 
 
 def _by_table(
-    schedule: Schedule, table: dict[int, float], *, tokens: int, depth: int, keep: int, of: str
+    schedule: Schedule, table: Sequence[tuple[int, float]], *, tokens: int, depth: int, keep: int, of: str
 ) -> tuple[int, ...]:
-    wrong = [block for block in table if not 0 <= block < depth]
-    bad = [share for share in table.values() if not 0 < share <= 1]
+    points = sorted(table)
+    blocks = [block for block, _ in points]
+    wrong = [block for block in blocks if not 0 <= block < depth or blocks.count(block) > 1]
+    bad = [share for _, share in points if not 0 < share <= 1]
     if not table or wrong or bad:
         what = "is empty" if not table else f"names block {wrong[0]}" if wrong else f"holds {bad[0]}"
         raise InvalidSpec(
-            f"params.table {what}; it gives the share kept, above 0 and at most 1, by block from 0 to {depth - 1}, for "
-            "example 'params.table={3 = 0.7, 6 = 0.5}'"
+            f"params.table {what}; it gives blocks from 0 to {depth - 1}, each once, with the share kept, above 0 "
+            "and at most 1, for example params.table=[[3, 0.7], [6, 0.5]]"
         )
-    points = sorted(table.items())
+    shares = dict(points)
     counts, left = [], tokens
     for block in range(depth):
-        share = _on_lines(points, block) if schedule == "piecewise" else table.get(block)
+        share = _on_lines(points, block) if schedule == "piecewise" else shares.get(block)
         if share is not None:
             left = max(1, min(left, math.ceil((tokens if of == "original" else left) * share - 1e-9)))
         counts.append(left)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor, nn
@@ -64,7 +63,7 @@ class AttentionPruningParams(PruneParams, frozen=True, forbid_unknown_fields=Tru
         quantile: the same with the score's quantile (linear interpolation) as threshold.
         schedule: inside a host, how the tokens removed grow with the block: see `scheduled_counts`.
         blocks: inside a host, where `constant` removes; empty: at a quarter, a half and three quarters of the depth.
-        table: inside a host, the share kept by block, for `table` and `piecewise`.
+        table: inside a host, pairs of a block and the share kept, for `table` and `piecewise`.
         of: inside a host, whether shares are of the original length or of the current one.
         seed: of the `random` score.
     """
@@ -76,7 +75,7 @@ class AttentionPruningParams(PruneParams, frozen=True, forbid_unknown_fields=Tru
     quantile: Annotated[float, Meta(ge=0, lt=1)] | None = None
     schedule: Schedule = "constant"
     blocks: tuple[Annotated[int, Meta(ge=0, le=65536)], ...] = ()
-    table: dict[Annotated[int, Meta(ge=0, le=65536)], float] = msgspec.field(default_factory=dict)
+    table: tuple[tuple[Annotated[int, Meta(ge=0, le=65536)], float], ...] = ()
     of: Literal["current", "original"] = "original"
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
 

@@ -98,19 +98,20 @@ def test_schedules_are_the_notes_formulas() -> None:
 
 def test_tables_and_lines() -> None:
     words: dict[str, Any] = {"tokens": 100, "depth": 6, "keep": 0}
-    assert scheduled_counts("table", **words, table={1: 0.7, 4: 0.35}) == (100, 70, 70, 70, 35, 35)
-    assert scheduled_counts("table", **words, table={1: 0.7, 4: 0.5}, of="current") == (100, 70, 70, 70, 35, 35)
-    assert scheduled_counts("piecewise", **words, table={1: 1.0, 5: 0.5}) == (100, 100, 88, 75, 63, 50)
+    assert scheduled_counts("table", **words, table=[(1, 0.7), (4, 0.35)]) == (100, 70, 70, 70, 35, 35)
+    assert scheduled_counts("table", **words, table=[(1, 0.7), (4, 0.5)], of="current") == (100, 70, 70, 70, 35, 35)
+    assert scheduled_counts("piecewise", **words, table=[(5, 0.5), (1, 1.0)]) == (100, 100, 88, 75, 63, 50)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"schedule": "table", "table": {}}, "params.table is empty"),
-        ({"schedule": "table", "table": {12: 0.5}}, "names block 12"),
-        ({"schedule": "table", "table": {3: 1.5}}, "holds 1.5"),
-        ({"schedule": "piecewise", "table": {3: 0.0}}, "holds 0.0"),
-        ({"schedule": "table", "table": {3: 0.5}}, "leaves 98 of 196 tokens and the budget says 49"),
+        ({"schedule": "table", "table": []}, "params.table is empty"),
+        ({"schedule": "table", "table": [(12, 0.5)]}, "names block 12"),
+        ({"schedule": "table", "table": [(3, 1.5)]}, "holds 1.5"),
+        ({"schedule": "piecewise", "table": [(3, 0.0)]}, "holds 0.0"),
+        ({"schedule": "table", "table": [(3, 0.7), (3, 0.5)]}, "names block 3"),
+        ({"schedule": "table", "table": [(3, 0.5)]}, "leaves 98 of 196 tokens and the budget says 49"),
         ({"schedule": "constant", "blocks": (3, 3)}, r"params.blocks=\[3, 3\]: name blocks from 0 to 11"),
         ({"schedule": "constant", "blocks": (12,)}, r"params.blocks=\[12\]"),
         ({"schedule": "constant", "blocks": ()}, r"params.blocks=\[\]"),
