@@ -8,7 +8,7 @@ that the result does not depend on the number of threads.
 How groups are summed: rows that go to one target are found by comparing targets with each other, and the comparison,
 weighted, is multiplied with the rows. Up to `_AT_ONCE` pairs that is one product. Above, sources are sorted by target
 and compared in chunks, and the groups that pass the end of a chunk are completed from the chunks behind it: time grows
-with r, not with r squared. `benchmarks/merge.py` has the figures, and those of the bodies that lost.
+with r, not with r squared. `benchmarks/README.md` has the figures, and those of the bodies that lost.
 """
 
 from __future__ import annotations
