@@ -110,12 +110,20 @@ class Compressor(nn.Module):
         """Return the site of an encoder, or of given tokens."""
         if placement == "encoder":
             return Site("encoder", image_size=image_size)
-        return Site(placement, tokens_in=params.tokens, embed_dim=getattr(params, cls.width_param))
+        return Site(
+            placement,
+            tokens_in=params.tokens,
+            embed_dim=getattr(params, cls.width_param),
+            num_prefix_tokens=getattr(params, "prefix_tokens", 0),
+            num_heads=getattr(params, "attention_heads", 0),
+        )
 
     @classmethod
     def params_of_site(cls, site: Site) -> dict[str, Any]:
-        """Return the parameters that a host decides."""
-        return {"tokens": site.tokens_in, cls.width_param: site.embed_dim}
+        """Return the parameters that a host decides, of those that the method has."""
+        found = {"tokens": site.tokens_in, cls.width_param: site.embed_dim}
+        found |= {"prefix_tokens": site.num_prefix_tokens, "attention_heads": site.num_heads}
+        return {name: value for name, value in found.items() if name in cls.Params.__struct_fields__}
 
     @classmethod
     def layout_of(cls, state: Mapping[str, Tensor]) -> str:

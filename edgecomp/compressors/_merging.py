@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-import msgspec
 from msgspec import Meta
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from edgecomp.compressors._base import Params
 from edgecomp.compressors._inside import BlockState, InsideCompressor, Trail
 from edgecomp.compressors._tokens import compose_maps, largest_r, top_k_merge
 from edgecomp.errors import InvalidSpec
-from edgecomp.specs import Output, Placement, Site, TensorSpec, TokenBudget
+from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["KeyMergeParams", "MergeParams", "Merged", "TokenMerger", "merge_steps", "parse_r"]
 
@@ -188,17 +187,6 @@ class TokenMerger(InsideCompressor):
             depth=self.depth_of(self.params, self.site, self.budget.tokens_out),
             keep=self.budget.tokens_out,
         )
-
-    @classmethod
-    def site_without_host(cls, params: Any, placement: Placement, image_size: int) -> Site:
-        """Return the site of given tokens, the protected ones in front."""
-        site = super().site_without_host(params, placement, image_size)
-        return msgspec.structs.replace(site, num_prefix_tokens=params.prefix_tokens)
-
-    @classmethod
-    def params_of_site(cls, site: Site) -> dict[str, Any]:
-        """Return tokens, width and prefix tokens."""
-        return {**super().params_of_site(site), "prefix_tokens": site.num_prefix_tokens}
 
     @classmethod
     def depth_of(cls, params: Any, site: Site, keep: int) -> int:

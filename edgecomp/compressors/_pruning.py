@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor
@@ -20,7 +19,7 @@ from edgecomp.compressors._base import HostFeature, Params
 from edgecomp.compressors._inside import BlockState, InsideCompressor, Trail
 from edgecomp.compressors._tokens import top_k
 from edgecomp.errors import InvalidSpec
-from edgecomp.specs import Output, Placement, Site, TensorSpec, TokenBudget
+from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 from edgecomp.specs.tensor import TensorKind
 
 __all__ = [
@@ -31,6 +30,7 @@ __all__ = [
     "compose_index",
     "geometric_counts",
     "others",
+    "papers_blocks",
     "residual_token",
     "scheduled_counts",
     "select",
@@ -190,6 +190,11 @@ def geometric_counts(blocks: tuple[int, ...], *, tokens: int, depth: int, keep: 
     return tuple(counts)
 
 
+def papers_blocks(depth: int) -> tuple[int, ...]:
+    """Return the blocks at a quarter, a half and three quarters of the depth: 3, 6 and 9 of 12."""
+    return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+
+
 def _by_table(
     schedule: Schedule, table: Sequence[tuple[int, float]], *, tokens: int, depth: int, keep: int, of: str
 ) -> tuple[int, ...]:
@@ -255,17 +260,6 @@ class TokenPruner(InsideCompressor):
     def plan(self) -> tuple[int, ...]:
         """Return how many patch tokens are left behind each block of the host."""
         raise NotImplementedError
-
-    @classmethod
-    def site_without_host(cls, params: Any, placement: Placement, image_size: int) -> Site:
-        """Return the site of given tokens, with the heads of the attention that is given with them."""
-        site = super().site_without_host(params, placement, image_size)
-        return msgspec.structs.replace(site, num_heads=params.attention_heads)
-
-    @classmethod
-    def params_of_site(cls, site: Site) -> dict[str, Any]:
-        """Return tokens, width and heads."""
-        return {**super().params_of_site(site), "attention_heads": site.num_heads}
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from edgecomp.compressors._pruning import (
     PruneParams,
     Schedule,
     TokenPruner,
+    papers_blocks,
     residual_token,
     scheduled_counts,
     select,
@@ -275,7 +276,7 @@ def _plan(params: AttentionPruningParams, site: Site, keep: int) -> tuple[int, .
         tokens=site.tokens_in,
         depth=depth,
         keep=keep,
-        blocks=params.blocks or tuple(sorted({depth // 4, depth // 2, 3 * depth // 4})),
+        blocks=params.blocks or papers_blocks(depth),
         table=params.table,
         of=params.of,
     )

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._checkpoint import load_exactly
 from edgecomp.compressors._inside import BlockState, Trail
-from edgecomp.compressors._pruning import Kept, PruneParams, TokenPruner, geometric_counts, select, with_prefix
+from edgecomp.compressors._pruning import (
+    Kept,
+    PruneParams,
+    TokenPruner,
+    geometric_counts,
+    papers_blocks,
+    select,
+    with_prefix,
+)
 from edgecomp.compressors._tokens import take
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Output, Site, TokenBudget
@@ -90,7 +98,12 @@ class DynamicViT(TokenPruner):
         super().__init__(params, site, budget, output)
         if site.embed_dim % 4:
             raise InvalidSpec(f"the predictors halve their width twice, and the host's is {site.embed_dim}")
-        self.score_predictor = nn.ModuleList(Predictor(site.embed_dim) for _ in _blocks(params, site))
+        self.score_predictor = nn.ModuleList(Predictor(site.embed_dim) for _ in self.blocks)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Blocks that a predictor stands in front of."""
+        return self.params.blocks or papers_blocks(self.site.depth)
 
     @classmethod
     def default_counts(cls, params: Any, site: Site) -> tuple[int, ...]:
@@ -99,7 +112,7 @@ class DynamicViT(TokenPruner):
 
     @classmethod
     def _by_ratios(cls, params: DynamicViTParams, site: Site) -> tuple[int, ...]:
-        blocks = _blocks(params, site)
+        blocks = params.blocks or papers_blocks(site.depth)
         ratios = params.ratios or tuple(0.7 ** (place + 1) for place in range(len(blocks)))
         if len(ratios) != len(blocks):
             raise InvalidSpec(f"params.ratios has {len(ratios)} entries for {len(blocks)} blocks; give one for each")
@@ -115,8 +128,7 @@ class DynamicViT(TokenPruner):
         counts, keep = self._by_ratios(self.params, self.site), self.budget.tokens_out
         if counts[-1] == keep:
             return counts
-        blocks = _blocks(self.params, self.site)
-        return geometric_counts(blocks, tokens=self.budget.tokens_in, depth=self.site.depth, keep=keep)
+        return geometric_counts(self.blocks, tokens=self.budget.tokens_in, depth=self.site.depth, keep=keep)
 
     def reduce(self, block: int, state: BlockState, trail: Trail) -> Kept:  # noqa: ARG002 - the signature of all
         """Keep the prefix and the patches of highest score."""
@@ -128,7 +140,7 @@ class DynamicViT(TokenPruner):
 
     def predictor_of(self, block: int) -> Any:
         """Return the predictor in front of a block."""
-        return self.score_predictor[_blocks(self.params, self.site).index(block)]
+        return self.score_predictor[self.blocks.index(block)]
 
     def reference(self) -> nn.Module:
         """Return a full ranking, with the mask of earlier decisions."""
@@ -155,11 +167,6 @@ class DynamicViT(TokenPruner):
 
 def _has_own(state: Mapping[str, Tensor]) -> bool:
     return any(key.startswith(_OWN) for key in state)
-
-
-def _blocks(params: DynamicViTParams, site: Site) -> tuple[int, ...]:
-    depth = site.depth
-    return params.blocks or tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
 
 
 class DynamicViTOriginal(nn.Module):

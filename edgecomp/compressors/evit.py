@@ -19,6 +19,7 @@ from edgecomp.compressors._pruning import (
     PruneParams,
     TokenPruner,
     geometric_counts,
+    papers_blocks,
     residual_token,
     select,
     with_prefix,
@@ -75,7 +76,7 @@ class EViT(TokenPruner):
     @classmethod
     def _by_rate(cls, params: EViTParams, site: Site) -> tuple[int, ...]:
         left, counts = site.tokens_in, []
-        blocks = _blocks(params, site)
+        blocks = params.blocks or papers_blocks(site.depth)
         for block in range(site.depth):
             count = math.ceil(params.keep_rate * left) if block in blocks else left
             left = count + params.fuse if count < left else left
@@ -89,7 +90,7 @@ class EViT(TokenPruner):
             return counts
         if self.params.fuse and keep < 2:
             raise InvalidSpec("budget 1 leaves no patch beside the fused token; give at least 2, or params.fuse=false")
-        blocks = _blocks(self.params, self.site)
+        blocks = self.params.blocks or papers_blocks(self.site.depth)
         return geometric_counts(blocks, tokens=self.budget.tokens_in, depth=self.site.depth, keep=keep)
 
     def reduce(self, block: int, state: BlockState, trail: Trail) -> Kept:  # noqa: ARG002 - the signature of all
@@ -107,11 +108,6 @@ class EViT(TokenPruner):
     def reference(self) -> nn.Module:
         """Return sorting and complements, one sample at a time."""
         return EViTOriginal(self)
-
-
-def _blocks(params: EViTParams, site: Site) -> tuple[int, ...]:
-    depth = site.depth
-    return params.blocks or tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
 
 
 class EViTOriginal(nn.Module):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import msgspec
 import torch
 import torch.nn.functional as F
 from msgspec import Meta
@@ -17,7 +16,7 @@ from edgecomp.compressors._base import HostFeature
 from edgecomp.compressors._pruning import PruneParams, TokenPruner, select
 from edgecomp.compressors._tokens import take, top_k, unit_rows
 from edgecomp.errors import InvalidSpec
-from edgecomp.specs import Output, Placement, Site, TensorSpec, TokenBudget
+from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["PruMerge"]
 
@@ -67,17 +66,6 @@ class PruMerge(TokenPruner):
         # the original counts outliers as a share of N and takes int(N * share), which can be one less
         counts = [int(tokens * (count / tokens)) for count in range(tokens + 1)]
         self.register_buffer("kept_counts", torch.tensor(counts), persistent=False)
-
-    @classmethod
-    def site_without_host(cls, params: Any, placement: Placement, image_size: int) -> Site:
-        """Return the site of given tokens, the class token in front."""
-        site = super().site_without_host(params, placement, image_size)
-        return msgspec.structs.replace(site, num_prefix_tokens=params.prefix_tokens)
-
-    @classmethod
-    def params_of_site(cls, site: Site) -> dict[str, Any]:
-        """Return tokens, width, heads and prefix tokens."""
-        return {**super().params_of_site(site), "prefix_tokens": site.num_prefix_tokens}
 
     @property
     def host_features(self) -> tuple[HostFeature, ...]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from msgspec import Meta
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._base import Compressor, HostFeature, Params
 from edgecomp.compressors._tokens import take, top_k
-from edgecomp.specs import Site, TensorSpec
+from edgecomp.specs import TensorSpec
 
 __all__ = ["TokenPooling"]
 
@@ -63,11 +63,6 @@ class TokenPooling(Compressor):
     def host_features(self) -> tuple[HostFeature, ...]:
         """The attention received, where that weighs the tokens."""
         return ("received_attention",) if self.params.significance == "attention" else ()
-
-    @classmethod
-    def params_of_site(cls, site: Site) -> dict[str, Any]:
-        """Return tokens, width and heads."""
-        return {**super().params_of_site(site), "attention_heads": site.num_heads}
 
     def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return `merged`, `size` and `source_map`."""

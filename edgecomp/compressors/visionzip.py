@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from edgecomp.compressors._base import HostFeature
 from edgecomp.compressors._pruning import PruneParams, TokenPruner, others, select
 from edgecomp.compressors._tokens import take, top_k, unit_rows
 from edgecomp.errors import InvalidSpec
-from edgecomp.specs import Output, Placement, Site, TokenBudget
+from edgecomp.specs import Output, Site, TokenBudget
 
 __all__ = ["VisionZip"]
 
@@ -63,17 +62,6 @@ class VisionZip(TokenPruner):
                 "ones; choose a larger budget or fewer params.contextual"
             )
         self.step = max(1, rest // self.contextual)
-
-    @classmethod
-    def site_without_host(cls, params: Any, placement: Placement, image_size: int) -> Site:
-        """Return the site of given tokens, the class token in front."""
-        site = super().site_without_host(params, placement, image_size)
-        return msgspec.structs.replace(site, num_prefix_tokens=params.prefix_tokens)
-
-    @classmethod
-    def params_of_site(cls, site: Site) -> dict[str, Any]:
-        """Return tokens, width, heads and prefix tokens."""
-        return {**super().params_of_site(site), "prefix_tokens": site.num_prefix_tokens}
 
     @property
     def host_features(self) -> tuple[HostFeature, ...]:
