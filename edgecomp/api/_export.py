@@ -34,7 +34,7 @@ from edgecomp.parity.check import judge
 from edgecomp.report.export import ExportReport
 from edgecomp.resources import source_digest
 from edgecomp.runners import open_runner
-from edgecomp.specs import DType, Output, Tolerance, load_recipe, method_names
+from edgecomp.specs import DType, Output, Recipe, load_recipe, method_names
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import file_sha256
 
@@ -51,9 +51,7 @@ _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "timm", "numpy")
 _PRECISIONS = ("fp32",)
 _ALIGNMENTS = (1, 8, 16, 32)
 _EXPORTER = threading.Lock()  # torch's exporter serves one thread at a time
-_TIE = (
-    ". Where tokens are chosen, two scores closer than floating point tells apart do this too: another --seed shows it"
-)
+_TIE = " (or two scores are closer than floating point tells apart, which another --seed shows)"
 _LOWEST_OPSET, _HIGHEST_OPSET = 18, 20
 
 
@@ -153,7 +151,7 @@ def export(
                 work, assembly, order.recipe, opset=opset, batches=batches, with_plain=with_plain, progress=progress
             )
         progress("computing goldens with the original")
-        judge_static = _StaticJudge(order.recipe.tolerances["fp32"])
+        judge_static = _StaticJudge(order.recipe)
         write_goldens(work, assembly, batch=max(batches), seed=order.seed, with_plain=with_plain, compare=judge_static)
         roles = {bucket.model: "model" for bucket in buckets} | {graph.model: "plain" for graph in plain}
         roles |= {WEIGHTS: "weights", GOLDEN: "golden"}
@@ -163,26 +161,30 @@ def export(
     return ExportReport(folder, manifest, False, report, time.perf_counter() - started, size)
 
 
+def _tie(recipe: Recipe) -> str:
+    """Return what else may be the cause where a method chooses tokens."""
+    return "" if recipe.level == "E0" else _TIE
+
+
 class _StaticJudge:
     """Holds the static module to the original, before ONNX."""
 
-    def __init__(self, tolerance: Tolerance) -> None:
-        self.tolerance = tolerance
+    def __init__(self, recipe: Recipe) -> None:
+        self.tolerance, self.tie = recipe.tolerances["fp32"], _tie(recipe)
 
     def __call__(self, case: str, output: str, got: Array, expected: Array) -> None:
         row = judge("the static rewrite", case, output, got, expected, self.tolerance)
         if not row:
             raise ParityError(
                 f"the static rewrite does not give what the original gives: case {case}, output {output}: "
-                f"{'; '.join(row.failures)}. No bundle was written{_TIE}, or correct the compressor's forward"
+                f"{'; '.join(row.failures)}. No bundle was written; correct the compressor's forward{self.tie}"
             )
 
 
 def _order(
     method: Any, recipe: str | Path, preset: str, backbone: Any, weights: str | Path, backbone_weights: str | Path,
     budget: str | int | Sequence[str | int], align: int, image_size: int, feature_layer: int, output: str,
-    input_dtype: str,
-    params: Mapping[str, Any] | None, seed: int,
+    input_dtype: str, params: Mapping[str, Any] | None, seed: int,
 ) -> Order:  # fmt: skip
     """Turn the arguments into an order, loading the recipe; torch is not needed yet for names."""
     if isinstance(method, str) and bool(method) == bool(str(recipe)):
@@ -396,6 +398,7 @@ def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> 
         worst = report.worst
         raise ParityError(
             f"ONNX Runtime does not give what the original gives: {worst.model}, case {worst.case}, output "
-            f"{worst.output}: {'; '.join(worst.failures)}. No bundle was written{_TIE}; report this with the command"
+            f"{worst.output}: {'; '.join(worst.failures)}. No bundle was written; report this with the command"
+            f"{_tie(manifest.recipe)}"
         )
     return report

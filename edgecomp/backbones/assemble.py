@@ -313,6 +313,11 @@ def _choose_budgets(
     rows = getattr(params, "latents", 0) or getattr(params, "table_entries", 0)
     asked = order.budgets
     if not asked and order.compressor is not None:
+        if order.align != 1:
+            raise InvalidSpec(
+                f"align={order.align}: a Compressor of your own has the budget that it was made for, "
+                f"{order.compressor.budget.tokens_out}; give budgets, or drop align"
+            )
         return (order.compressor.budget,)
     if not asked:
         decided = cls.default_counts(params, site) or ((rows,) if rows and rule.allows(rows) else rule.default)
@@ -334,9 +339,9 @@ def _choose_budgets(
 
 def _aligned(text: str, order: Order, tokens_in: int, notes: list[str]) -> str:
     """Round a budget up to the multiple that was asked for, and say so."""
-    if order.align == 1:
-        return text
     count = read_count(text, tokens_in=tokens_in)
+    if order.align == 1 or count < 1:
+        return text
     rounded = -(-count // order.align) * order.align
     if count <= tokens_in < rounded:
         raise InvalidSpec(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,14 +65,21 @@ class InsideModel(PlacedModel):
 
     def forward(self, first: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002 - the signature of all models
         """Return tokens, sizes and source map, or the logits."""
-        return self.walk(first, self.compressor, attend)
+        return self.walk(first, self.compressor, attend, self._fold)
 
-    def walk(self, image: Tensor, reducer: Any, attend: Any) -> tuple[Tensor, ...]:
-        """Run the host with a compressor's `reduce`, and an attention, between its blocks."""
+    def walk(self, image: Tensor, reducer: Any, attend: Any, shift_of: Any) -> tuple[Tensor, ...]:
+        """Run the host with a compressor's `reduce` between its blocks.
+
+        Args:
+            image: pixels.
+            reducer: the compressor or its original.
+            attend: how attention is run.
+            shift_of: returns what is added to the queries and values of a block, in a form that `attend` takes.
+        """
         vit: Any = self.backbone.model
         trail = Trail(self.backbone.embed(self.normalise(image) if self.input_dtype == "uint8" else image))
         for index, block in enumerate(vit.blocks):
-            trail = self._pass_block(block, index, trail, reducer, attend)
+            trail = self._pass_block(block, index, trail, reducer, partial(attend, shift=shift_of(index)))
         trail = trail._replace(tokens=vit.norm(trail.tokens))
         if self.compressor.output == "logits":
             return (vit.forward_head(trail.tokens),)
@@ -83,10 +91,7 @@ class InsideModel(PlacedModel):
         if acts == "before block":
             trail = compressor.advance(reducer, index, _state_of(trail), trail)
         normed = block.norm1(trail.tokens)
-        shift = compressor.shift(index) if attend is attend_fused else self._fold(index)
-        seen = attend(
-            block.attn, normed, compressor.attention_bias(trail), weigh=compressor.reads_attention, shift=shift
-        )
+        seen = attend(block.attn, normed, compressor.attention_bias(trail), weigh=compressor.reads_attention)
         trail = trail._replace(tokens=trail.tokens + block.ls1(seen.read))
         if seen.weights is not None:
             trail = compressor.observe(index, seen.weights, trail)
@@ -119,4 +124,4 @@ class _InsideReference(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return the original's outputs."""
-        return self.model.walk(image, self.original, attend_fused)
+        return self.model.walk(image, self.original, attend_fused, self.model.compressor.shift)

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 from edgecomp.compressors._base import Compressor
+from edgecomp.errors import InvalidSpec
+from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["BlockState", "InsideCompressor", "LowRank", "Shift", "Trail"]
 
@@ -68,6 +70,27 @@ class InsideCompressor(Compressor):
 
     #: Where in a block it works: in front of it, or between its attention and its MLP.
     acts: ClassVar[Literal["before block", "after attention"]] = "after attention"
+
+    def __init__(self, params: Any, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:
+        super().__init__(params, site, budget, output)
+        if output == "logits" and site.placement != "inside":
+            raise InvalidSpec(
+                "output logits comes from a host's classifier, and here tokens are taken as they are given; name a "
+                "--backbone, or a preset, for the method to stand in, or drop --output"
+            )
+        self.num_prefix_tokens = site.num_prefix_tokens
+
+    def tokens_spec(self, batch: int) -> TensorSpec:
+        """Return the first input: a host's image, or the tokens that are given, prefix tokens in front."""
+        if self.site.placement == "inside":
+            side = self.site.image_size
+            return TensorSpec("image", (batch, 3, side, side), "float32", "image")
+        tokens = self.num_prefix_tokens + self.budget.tokens_in
+        return TensorSpec("tokens", (batch, tokens, self.site.embed_dim), "float32", "tokens")
+
+    def logits_spec(self, batch: int) -> TensorSpec:
+        """Return the output of a host's classifier."""
+        return TensorSpec("logits", (batch, self.site.num_classes), "float32", "features")
 
     @abstractmethod
     def acts_in(self, block: int) -> bool:

@@ -170,12 +170,6 @@ class TokenMerger(InsideCompressor):
 
     def __init__(self, params: Any, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:
         super().__init__(params, site, budget, output)
-        if output == "logits" and site.placement != "inside":
-            raise InvalidSpec(
-                "output logits comes from a host's classifier, and here tokens are merged as they are given; name a "
-                "--backbone for the method to stand in, or drop --output"
-            )
-        self.num_prefix_tokens = site.num_prefix_tokens
         self.steps = self.plan()
 
     def plan(self) -> tuple[int, ...]:
@@ -251,7 +245,7 @@ class TokenMerger(InsideCompressor):
     def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return `merged` (B, P + M, D), `size` (B, P + M, 1) and `source_map` (B, P + N), or `logits`."""
         if self.output == "logits":
-            return (TensorSpec("logits", (batch, self.site.num_classes), "float32", "features"),)
+            return (self.logits_spec(batch),)
         rows = self.num_prefix_tokens + self.budget.tokens_out
         return (
             TensorSpec("merged", (batch, rows, self.site.embed_dim), "float32", "tokens"),

@@ -249,17 +249,11 @@ class TokenPruner(InsideCompressor):
 
     def __init__(self, params: Any, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:
         super().__init__(params, site, budget, output)
-        if output == "logits" and site.placement != "inside":
-            raise InvalidSpec(
-                "output logits comes from a host's classifier, and here tokens are pruned as they are given; name a "
-                "preset that stands inside a --backbone, or drop --output"
-            )
-        self.num_prefix_tokens = site.num_prefix_tokens
         self.counts = self.plan() if site.placement == "inside" else ()
 
     def plan(self) -> tuple[int, ...]:
         """Return how many patch tokens are left behind each block of the host."""
-        raise NotImplementedError
+        raise InvalidSpec(f"{type(self).__name__} stands after a host or alone, not inside one; choose another preset")
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -282,8 +276,8 @@ class TokenPruner(InsideCompressor):
         """Prune in one block, and compose where rows came from."""
         kept = reducer.reduce(block, state, trail)
         score = trail.score
-        if score is not None:
-            score = score.gather(1, kept.places.to(torch.int64).clamp_min(0))
+        if score is not None:  # a token that was just made has received nothing yet
+            score = torch.where(kept.places < 0, 0.0, score.gather(1, kept.places.to(torch.int64).clamp_min(0)))
         return Trail(kept.tokens, None, compose_index(trail.rows, kept.places), score)
 
     def finish(self, trail: Trail) -> tuple[Tensor, ...]:
@@ -295,9 +289,6 @@ class TokenPruner(InsideCompressor):
 
     def input_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return `tokens` and the host's features, or inside a host the `image`."""
-        if self.site.placement == "inside":
-            side = self.site.image_size
-            return (TensorSpec("image", (batch, 3, side, side), "float32", "image"),)
         count, width, prefix = self.budget.tokens_in, self.site.embed_dim, self.num_prefix_tokens
         by_head = (self.site.num_heads, count)
         shapes: dict[HostFeature, tuple[tuple[int, ...], TensorKind]] = {
@@ -312,14 +303,22 @@ class TokenPruner(InsideCompressor):
         features = [
             TensorSpec(name, (batch, *shapes[name][0]), "float32", shapes[name][1]) for name in self.host_features
         ]
-        return (TensorSpec("tokens", (batch, prefix + count, width), "float32", "tokens"), *features)
+        return (self.tokens_spec(batch), *features)
 
     def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return `kept` (B, P + M, D) and `index` (B, P + M), or `logits`."""
         if self.output == "logits":
-            return (TensorSpec("logits", (batch, self.site.num_classes), "float32", "features"),)
-        rows = self.num_prefix_tokens + self.budget.tokens_out
+            return (self.logits_spec(batch),)
+        rows = (self.num_prefix_tokens if self.hands_on_prefix else 0) + self.budget.tokens_out
         return (
             TensorSpec("kept", (batch, rows, self.site.embed_dim), "float32", "tokens"),
             TensorSpec("index", (batch, rows), "int32", "indices"),
+        )
+
+    def count_specs(self, batch: int) -> tuple[TensorSpec, ...]:
+        """Return `count` and `mask`, for a method whose rows the data decide."""
+        rows = self.budget.tokens_out
+        return (
+            TensorSpec("count", (batch,), "int64", "indices"),
+            TensorSpec("mask", (batch, rows), "bool", "mask"),
         )

@@ -144,10 +144,7 @@ class AttentionPruning(TokenPruner):
     def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return `kept` and `index`, where the data decide `count` and `mask`, or `logits`."""
         specs = super().output_specs(batch)
-        if not self.params.is_adaptive:
-            return specs
-        count = TensorSpec("count", (batch,), "int64", "indices")
-        return (*specs, count, TensorSpec("mask", (batch, self.budget.tokens_out), "bool", "mask"))
+        return (*specs, *self.count_specs(batch)) if self.params.is_adaptive else specs
 
     def forward(self, tokens: Tensor, *read: Tensor) -> tuple[Tensor, ...]:
         """Prune given tokens (B, N, D) by what was read of the host."""
@@ -188,7 +185,9 @@ class AttentionPruning(TokenPruner):
         if score == "random":
             rows = trail.rows
             chance = self.chance.expand(state.tokens.shape[0], -1)
-            return (chance if rows is None else chance.gather(1, rows.to(torch.int64).clamp_min(0)))[:, prefix:]
+            if rows is not None:  # a token made of others is drawn last
+                chance = torch.where(rows < 0, 0.0, chance.gather(1, rows.to(torch.int64).clamp_min(0)))
+            return chance[:, prefix:]
         if score == "cumulative-attention":
             assert trail.score is not None
             return trail.score[:, prefix:]

@@ -93,6 +93,14 @@ class EViT(TokenPruner):
         blocks = self.params.blocks or papers_blocks(self.site.depth)
         return geometric_counts(blocks, tokens=self.budget.tokens_in, depth=self.site.depth, keep=keep)
 
+    def acts_in(self, block: int) -> bool:
+        """Say whether a block drops patches; where one goes and the fused token comes, the count stays."""
+        before = self.tokens_before(block)
+        if self.counts[block] < before or not self.params.fuse or self.counts != self._by_rate(self.params, self.site):
+            return self.counts[block] < before
+        blocks = self.params.blocks or papers_blocks(self.site.depth)
+        return block in blocks and math.ceil(self.params.keep_rate * before) < before
+
     def reduce(self, block: int, state: BlockState, trail: Trail) -> Kept:  # noqa: ARG002 - the signature of all
         """Keep the prefix, the most attended patches, and what the others make together."""
         assert state.attention is not None

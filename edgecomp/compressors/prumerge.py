@@ -81,15 +81,8 @@ class PruMerge(TokenPruner):
 
     def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return `kept` and `index`, and adaptive `count` and `mask`."""
-        rows = self.budget.tokens_out
-        specs = (
-            TensorSpec("kept", (batch, rows, self.site.embed_dim), "float32", "tokens"),
-            TensorSpec("index", (batch, rows), "int32", "indices"),
-        )
-        if not self.params.adaptive:
-            return specs
-        count = TensorSpec("count", (batch,), "int64", "indices")
-        return (*specs, count, TensorSpec("mask", (batch, rows), "bool", "mask"))
+        specs = super().output_specs(batch)
+        return (*specs, *self.count_specs(batch)) if self.params.adaptive else specs
 
     def attention(self, class_query: Tensor, keys: Tensor) -> Tensor:
         """Return what the class token reads of each patch, all heads as one: (B, N)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from msgspec import Meta
 from torch import Tensor, nn
@@ -81,8 +82,6 @@ class QueryAware(TokenPruner):
     @classmethod
     def for_budgets(cls, params: Any, counts: Any) -> Any:
         """Return the parameters with as many latents as the largest budget; smaller ones take the first."""
-        import msgspec
-
         return msgspec.structs.replace(params, latents=max(counts)) if params.form == "latents" else params
 
     def input_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:

@@ -73,8 +73,8 @@ def load(bundle: str | Path, *, runner: str = "onnxruntime", threads: int = 0, r
 class Model:
     """A bundle that serves requests; safe to call from several threads. `load` makes one.
 
-    A graph is loaded when a request first needs it. A budget is served by the smallest bucket that keeps at least so
-    many tokens; without a budget by the largest.
+    A graph is loaded when a request first needs it, and requests of other threads wait meanwhile. A budget is served by
+    the smallest bucket that keeps at least so many tokens; without a budget by the largest.
     """
 
     def __init__(self, bundle: Bundle, *, runner: str, threads: int, resident: int | None) -> None:
@@ -242,5 +242,5 @@ class Model:
                 self._recorder.count_load()
             self._loaded.move_to_end(bucket.model)
             while self._resident is not None and len(self._loaded) > self._resident:
-                self._loaded.popitem(last=False)
+                self._loaded.popitem(last=False)  # freed when the last request that runs in it ends
             return session

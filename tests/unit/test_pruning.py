@@ -128,6 +128,8 @@ def test_factors_of_the_papers() -> None:
     assert EViT.default_counts(EViTParams(), site) == (71,)
     assert EViT(EViTParams(), site, TokenBudget(196, 71, 1)).counts[::3] == (196, 139, 99, 71)
     assert EViT.default_counts(EViTParams(fuse=False), site) == (68,)
+    one_goes = EViT(EViTParams(keep_rate=0.99), site, TokenBudget(196, 196, 1))  # and the fused token comes: 196 stay
+    assert [block for block in range(12) if one_goes.acts_in(block)] == [3, 6, 9]
     assert DynamicViT.default_counts(DynamicViTParams(), site) == (67,)
     assert DynamicViT(DynamicViTParams(), site, TokenBudget(196, 67, 1)).counts[::3] == (196, 137, 96, 67)
     assert EViT(EViTParams(), site, TokenBudget(196, 49, 1)).counts == geometric_counts(
