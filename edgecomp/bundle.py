@@ -29,17 +29,22 @@ __all__ = [
     "WEIGHTS",
     "Bucket",
     "Bundle",
+    "Calibration",
+    "Graph",
     "Manifest",
     "PlainGraph",
+    "RouterGraph",
+    "RouterRecord",
     "StoredFile",
     "digest_of",
     "new_bundle",
     "open_bundle",
+    "replace_manifest",
     "seal",
 ]
 
 MANIFEST, WEIGHTS, GOLDEN = "manifest.json", "weights.data", "golden.safetensors"
-SCHEMA = 1
+SCHEMA = 2
 _KIND = "edgecomp bundle"
 _BELOW = ("engines", "parity", "profiles")  # folders that later verbs write
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -50,27 +55,40 @@ class StoredFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file in the bundle's root."""
 
     name: str
-    role: Literal["model", "plain", "weights", "golden"]
+    role: Literal["model", "plain", "stem", "router", "weights", "golden"]
     size: int
     sha256: str
 
 
-class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One static graph: a budget at a batch size.
+class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A static graph at one batch size.
 
     Attributes:
         model: file name of the graph.
-        flops: of one run at this batch, 2 for each multiply-add of matrix products and convolutions.
-        ops: how often each op occurs.
+        inputs, outputs: of stem and graph in a row, where it has a stem.
+        flops: of one run at this batch, the stem's with it; 2 for a multiply-add of matrix products and convolutions.
+        ops: how often each op occurs in the file.
+        stem: file name of the graph whose outputs this one reads; "" where it is whole.
     """
 
     model: str
-    budget: TokenBudget
     batch: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     flops: int
     ops: dict[str, int]
+    stem: str = ""
+
+
+class Bucket(Graph, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The graph of a budget.
+
+    Attributes:
+        own_bytes: of weights and constants in the shared file that no other budget reads.
+    """
+
+    budget: TokenBudget
+    own_bytes: int = 0
 
     @property
     def golden_part(self) -> str:
@@ -78,20 +96,69 @@ class Bucket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"m{self.budget.tokens_out}"
 
 
-class PlainGraph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The model without its compressor, at one batch size."""
-
-    model: str
-    batch: int
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    flops: int
-    ops: dict[str, int]
+class PlainGraph(Graph, frozen=True, forbid_unknown_fields=True):
+    """The model without its compressor."""
 
     @property
     def golden_part(self) -> str:
         """Whose outputs the golden file holds under its name."""
         return "plain"
+
+
+class RouterGraph(Graph, frozen=True, forbid_unknown_fields=True):
+    """The graph that names a bucket."""
+
+    @property
+    def golden_part(self) -> str:
+        """Whose outputs the golden file holds under its name."""
+        return "router"
+
+
+class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the thresholds of a router were set with.
+
+    Attributes:
+        target: what was asked for, for example `mean tokens 98`.
+        data: name of the folder, never its path.
+        sha256: over the images, prepared and in their order.
+        images: how many.
+        mean_tokens: kept on these images.
+        agreement: with the largest bucket on these images, 0 to 1; `agreement_of` says of what.
+    """
+
+    target: str
+    data: str
+    sha256: str
+    images: int
+    mean_tokens: float
+    agreement: float
+    agreement_of: str
+
+
+class RouterRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which router a bundle has.
+
+    Attributes:
+        name: of the router.
+        params: its parameters.
+        reads_words: whether the words of a request take part.
+        signals: names of what it tells of a request.
+        thresholds: one for each bucket but the largest: a request whose need reaches it goes above that bucket.
+        weights: where its weights come from; none where it has none.
+        graphs: one for each batch; none of `fixed`.
+        fixed: tokens kept by the bucket of `fixed`; 0 for all others.
+        calibration: what set the thresholds; none: they are the router's own.
+    """
+
+    name: str
+    params: dict[str, Any]
+    reads_words: bool
+    signals: tuple[str, ...]
+    thresholds: tuple[float, ...]
+    weights: WeightsOrigin | None
+    graphs: tuple[RouterGraph, ...]
+    fixed: int = 0
+    calibration: Calibration | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -123,10 +190,18 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     preprocess: Preprocess | None
     buckets: tuple[Bucket, ...]
     plain: tuple[PlainGraph, ...]
+    stem: tuple[Graph, ...]
+    router: RouterRecord | None
     tools: dict[str, str]
     notes: tuple[str, ...]
     files: tuple[StoredFile, ...]
     digest: str = ""
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """All graphs: stems, router, buckets, plain."""
+        routers = self.router.graphs if self.router is not None else ()
+        return (*self.stem, *routers, *self.buckets, *self.plain)
 
 
 class _Listing(msgspec.Struct, frozen=True):
@@ -217,6 +292,8 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(
             f"bundle {path} has schema {schema!r} and this edgecomp reads up to {SCHEMA}; upgrade edgecomp"
         )
+    if schema == 1:  # before there were stems and routers
+        raw = {**raw, "stem": [], "router": None}
     if digest_of(raw) != raw.get("digest"):
         raise BundleError(f"bundle {path}: {MANIFEST} does not match its own digest; it was altered, export it again")
     try:
@@ -228,7 +305,8 @@ def _read_manifest(path: Path) -> Manifest:
 def _require_named(path: Path, manifest: Manifest) -> None:
     """Refuse file names that leave the folder, and graphs that are not among the hashed files."""
     names = [entry.name for entry in manifest.files]
-    graphs = [*(bucket.model for bucket in manifest.buckets), *(plain.model for plain in manifest.plain)]
+    graphs = [graph.model for graph in manifest.graphs]
+    stems = {graph.model for graph in manifest.stem}
     for name in (*names, *graphs):
         if not _NAME.fullmatch(name):
             raise BundleError(
@@ -236,6 +314,8 @@ def _require_named(path: Path, manifest: Manifest) -> None:
                 "take the bundle from a source that you trust"
             )
     used = {WEIGHTS, GOLDEN, *graphs}
+    if lost := {graph.stem for graph in manifest.graphs if graph.stem} - stems:
+        raise BundleError(f"bundle {path}: the manifest has no stem {', '.join(sorted(lost))}; export the bundle again")
     for what, found in (("does not hash", used - set(names)), ("gives no use to", set(names) - used)):
         if found:
             raise BundleError(
@@ -286,11 +366,34 @@ def seal(folder: Path, manifest: Manifest, roles: Mapping[str, str]) -> Manifest
         StoredFile(name, roles[name], (folder / name).stat().st_size, file_sha256(folder / name))  # type: ignore[arg-type]
         for name in sorted(roles)
     )
-    raw = msgspec.to_builtins(msgspec.structs.replace(manifest, files=files, schema=SCHEMA, kind=_KIND, digest=""))
+    content, sealed = _encode(msgspec.structs.replace(manifest, files=files))
+    (folder / MANIFEST).write_bytes(content)
+    return sealed
+
+
+def replace_manifest(bundle: Bundle, manifest: Manifest) -> None:
+    """Exchange a bundle's manifest for one that names the same files; the new one is there whole, or the old one."""
+    target = bundle.path / MANIFEST
+    beside = bundle.path.parent / f".{bundle.path.name}.{os.getpid()}-{secrets.token_hex(4)}.json"
+    try:
+        beside.write_bytes(_encode(manifest)[0])
+        _sync(beside)
+        os.replace(beside, target)
+        _sync(bundle.path)
+    except OSError as error:
+        raise EdgecompError(
+            f"bundle {bundle.path}: {MANIFEST} could not be written: {error.strerror}; nothing was changed"
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _encode(manifest: Manifest) -> tuple[bytes, Manifest]:
+    """Return a manifest's bytes, and the manifest with its digest."""
+    raw = msgspec.to_builtins(msgspec.structs.replace(manifest, schema=SCHEMA, kind=_KIND, digest=""))
     raw["digest"] = digest_of(raw)
     content = msgspec.json.format(msgspec.json.encode(raw, order="sorted"), indent=1)
-    (folder / MANIFEST).write_bytes(content + b"\n")
-    return msgspec.convert(raw, Manifest)
+    return content + b"\n", msgspec.convert(raw, Manifest)
 
 
 @contextmanager
@@ -422,6 +525,6 @@ def bucket_file(budget: TokenBudget, batch: int) -> str:
     return f"model.m{budget.tokens_out}.b{batch}.onnx"
 
 
-def plain_file(batch: int, batches: Sequence[int]) -> str:
-    """Return the file name of the plain graph: `plain.onnx`, with the batch where there are several."""
-    return "plain.onnx" if len(batches) == 1 else f"plain.b{batch}.onnx"
+def side_file(name: str, batch: int, batches: Sequence[int]) -> str:
+    """Return the file name of plain graph, stem or router: `plain.onnx`, with the batch where there are several."""
+    return f"{name}.onnx" if len(batches) == 1 else f"{name}.b{batch}.onnx"

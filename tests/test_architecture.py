@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "edgecomp"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-TORCH_ROOMS = ("compressors", "backbones", "export", "runners/torch.py")
+TORCH_ROOMS = ("compressors", "routers", "backbones", "export", "runners/torch.py")
 
 #: Heavy or optional packages, and the rooms whose modules may import them when they are themselves imported.
 ROOMS = {

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgecomp.api._build import build
+    from edgecomp.api._calibrate import calibrate
     from edgecomp.api._doctor import doctor
     from edgecomp.api._evaluate import evaluate
     from edgecomp.api._export import export
     from edgecomp.api._inspect import inspect
-    from edgecomp.api._listing import list_backbones, list_methods, list_targets
+    from edgecomp.api._listing import list_backbones, list_methods, list_routers, list_targets
     from edgecomp.api._parity import parity
     from edgecomp.api._plugin import plugin_build, plugin_check, plugin_list
     from edgecomp.api._profile import profile
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "build",
+    "calibrate",
     "doctor",
     "evaluate",
     "export",
     "inspect",
     "list_backbones",
     "list_methods",
+    "list_routers",
     "list_targets",
     "parity",
     "plugin_build",

@@ -29,13 +29,13 @@ def build(
     force: bool = False,
     progress: Progress = silent,
 ) -> BuildReport:
-    """Build an engine for each bucket, strongly typed, unless the one that is there was built from the same.
+    """Build an engine for each bucket and its stem, strongly typed, unless one is there that was built from the same.
 
     Args:
         bundle: the folder; engines go to `engines/<target>/` in it.
         target: a target's name, `auto` for the GPU of this machine, or the path of a target's TOML file.
         runtime: `tensorrt`, `rtx` (TensorRT for RTX), or `auto`: full TensorRT where it is installed and fits.
-        budget, batch: only these buckets; None: all, and the plain model.
+        budget, batch: only these buckets and their stem; None: all, the router and the plain model.
         workspace_mib: the most scratch memory of a layer; 0: the builder's own limit.
         plugin: `auto` takes a compiled library that fits the target, and else the function bodies of the graph;
             `require` compiles one where nvcc and headers are there, and fails otherwise; `off` takes none; a path
@@ -53,9 +53,11 @@ def build(
         raise InvalidSpec(f"workspace {workspace_mib} MiB is not between 0 (the builder's own limit) and {1 << 20}")
     chosen = _local_target() if target == "auto" else load_target(target)
     opened = open_bundle(Path(bundle))
-    models = [bucket.model for bucket in opened.select(budget=budget, batch=batch)]
+    buckets = opened.select(budget=budget, batch=batch)
+    models = [*dict.fromkeys(bucket.stem for bucket in buckets if bucket.stem), *(bucket.model for bucket in buckets)]
     if budget is None:
-        models += [graph.model for graph in opened.manifest.plain if batch in (None, graph.batch)]
+        routers = opened.manifest.router.graphs if opened.manifest.router is not None else ()
+        models += [graph.model for graph in (*routers, *opened.manifest.plain) if batch in (None, graph.batch)]
     if not _PLAIN_NAME.fullmatch(chosen.name):
         raise InvalidSpec(f"target name {chosen.name!r} in {target} is no plain name; engines/<name>/ must stay below")
     folder = opened.path / "engines" / chosen.name

@@ -14,11 +14,14 @@ from edgecomp.errors import InvalidSpec
 from edgecomp.evaluation import Evaluation, LabelledImages, balanced_subset, open_data, score
 from edgecomp.profiles.machine import read_machine
 from edgecomp.report.evaluate import EvaluationReport
-from edgecomp.runners import Runner, open_runner
+from edgecomp.runners import Runner
+from edgecomp.runners.chain import open_graph
+from edgecomp.serving import Model, RoutedRunner
 from edgecomp.specs import Preprocess, TensorSpec
 
 __all__ = ["evaluate"]
 
+ROUTED = "routed"
 _HOW = "export it again with --output logits --with-plain"
 
 
@@ -74,13 +77,17 @@ def evaluate(
     count = len(images.labels) if limit is None else min(limit, len(images.labels))
     indices = balanced_subset(images.labels, count, seed=seed) if count < len(images.labels) else np.arange(count)
     manifest = opened.manifest
+    routed: RoutedRunner | None = None
     with ExitStack() as stack:
         loaded: dict[str, Runner] = {}
         for graph in graphs:
             progress(f"loading {graph.model} in {runner}")
-            session = open_runner(runner, opened.path / graph.model, threads=threads, takes_turns=True)
+            session = open_graph(runner, opened, graph, threads=threads, takes_turns=True)
             loaded[graph.model] = stack.enter_context(session)
         version = session.version
+        if manifest.router is not None and batch == 1 and budget is None:
+            model = stack.enter_context(Model(opened, runner=runner, threads=threads, resident=None))
+            routed = loaded[ROUTED] = RoutedRunner(model)
         machine = read_machine()
         found = score(
             loaded,
@@ -96,6 +103,18 @@ def evaluate(
             progress=progress,
         )
     tokens_in = manifest.buckets[0].budget.tokens_in
+    kept: dict[str, float] = {g.model: g.budget.tokens_out if isinstance(g, Bucket) else tokens_in for g in graphs}
+    flops = {graph.model: graph.flops // graph.batch for graph in graphs}
+    notes = [*_notes(manifest, images, found, limit), *images.notes]
+    if routed is not None:
+        served = routed.served[-found.images :]  # warm-up runs came before
+        of = {bucket.budget.tokens_out: bucket for bucket in manifest.buckets if bucket.batch == 1}
+        kept[ROUTED] = sum(served) / len(served)
+        flops[ROUTED] = sum(of[tokens].flops for tokens in served) // len(served)
+        shares = ", ".join(f"{tokens}: {served.count(tokens) / len(served):.1%}" for tokens in of)
+        notes.append(f"routed by {manifest.router.name if manifest.router else ''} to {shares} (tokens kept: share)")
+    elif manifest.router is not None and budget is None:
+        notes.append(f"batch {batch} is not routed: a router picks a bucket for each image; --batch 1 shows it")
     return EvaluationReport(
         bundle=str(bundle),
         data=str(data),
@@ -106,11 +125,11 @@ def evaluate(
         version=version,
         threads=threads,
         machine=machine,
-        kept={g.model: g.budget.tokens_out if isinstance(g, Bucket) else tokens_in for g in graphs},
-        flops={graph.model: graph.flops // graph.batch for graph in graphs},
+        kept=kept,
+        flops=flops,
         plain=plain[0].model if plain else "",
         max_drop=max_drop,
-        notes=(*_notes(manifest, images, found, limit), *images.notes),
+        notes=tuple(notes),
         evaluation=found,
     )
 

@@ -23,6 +23,8 @@ from edgecomp.bundle import (
     Bundle,
     Manifest,
     PlainGraph,
+    RouterGraph,
+    RouterRecord,
     new_bundle,
     open_bundle,
     require_free,
@@ -33,16 +35,18 @@ from edgecomp.parity import OutputParity, ParityReport, check_bucket, read_golde
 from edgecomp.parity.check import judge
 from edgecomp.report.export import ExportReport
 from edgecomp.resources import source_digest
-from edgecomp.runners import open_runner
+from edgecomp.runners.chain import open_graph
 from edgecomp.specs import DType, Output, Recipe, load_recipe, method_names
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import file_sha256
+from edgecomp.specs.router import router_names
 
 if TYPE_CHECKING:
     from torch import nn
 
     from edgecomp.backbones.assemble import Assembly
     from edgecomp.compressors._base import Compressor
+    from edgecomp.export.graphs import Graphs
     from edgecomp.runners import Array
 
 __all__ = ["export"]
@@ -73,6 +77,11 @@ def export(
     precision: str = "",
     opset: int = 0,
     params: Mapping[str, Any] | None = None,
+    stem: bool = True,
+    router: str = "",
+    router_params: Mapping[str, Any] | None = None,
+    router_weights: str | Path = "random",
+    pad_to: int = 0,
     with_plain: bool = False,
     seed: int = 0,
     out: str | Path = "",
@@ -101,6 +110,11 @@ def export(
         precision: `fp32`.
         opset: 18 to 20.
         params: parameters of the method that replace the preset's.
+        stem: with several budgets, write the part that all buckets share once, as `stem.onnx`; False: whole graphs.
+        router: what picks a bucket for a request, as `edgecomp list routers` shows them; "": nothing does.
+        router_params: parameters of the router.
+        router_weights: `random`, or the router's checkpoint, where it has weights.
+        pad_to: rows that every bucket gives, with `count` and `mask`; 0: as many as it keeps.
         with_plain: add the uncompressed model as `plain.onnx`.
         seed: of random weights and golden inputs.
         out: the folder to write; default: a name made of method, preset or backbone, and size.
@@ -118,7 +132,7 @@ def export(
     started = time.perf_counter()
     order = _order(
         method, recipe, preset, backbone, weights, backbone_weights, budget, align, image_size, feature_layer, output,
-        input_dtype, params, seed,
+        input_dtype, params, stem, router, router_params, router_weights, pad_to, seed,
     )  # fmt: skip
     batch = (batch,) if isinstance(batch, int) else batch
     defaults = order.recipe.defaults
@@ -147,15 +161,16 @@ def export(
         raise InvalidSpec(f"{order.recipe.method} on given tokens has no uncompressed model; drop --with-plain")
     with new_bundle(folder, force=force) as work:
         with _EXPORTER:
-            buckets, plain = write_graphs(
+            graphs = write_graphs(
                 work, assembly, order.recipe, opset=opset, batches=batches, with_plain=with_plain, progress=progress
             )
         progress("computing goldens with the original")
         judge_static = _StaticJudge(order.recipe)
         write_goldens(work, assembly, batch=max(batches), seed=order.seed, with_plain=with_plain, compare=judge_static)
-        roles = {bucket.model: "model" for bucket in buckets} | {graph.model: "plain" for graph in plain}
+        kinds = {"model": graphs.buckets, "plain": graphs.plain, "stem": graphs.stem, "router": graphs.router}
+        roles = {graph.model: role for role, members in kinds.items() for graph in members}
         roles |= {WEIGHTS: "weights", GOLDEN: "golden"}
-        manifest = seal(work, _manifest(assembly, order, request, precision, opset, buckets, plain), roles)
+        manifest = seal(work, _manifest(assembly, order, request, precision, opset, graphs), roles)
         report = _check(work, folder, manifest, progress)
     size = next(entry.size for entry in manifest.files if entry.name == WEIGHTS)
     return ExportReport(folder, manifest, False, report, time.perf_counter() - started, size)
@@ -184,7 +199,8 @@ class _StaticJudge:
 def _order(
     method: Any, recipe: str | Path, preset: str, backbone: Any, weights: str | Path, backbone_weights: str | Path,
     budget: str | int | Sequence[str | int], align: int, image_size: int, feature_layer: int, output: str,
-    input_dtype: str, params: Mapping[str, Any] | None, seed: int,
+    input_dtype: str, params: Mapping[str, Any] | None, stem: bool, router: str,
+    router_params: Mapping[str, Any] | None, router_weights: str | Path, pad_to: int, seed: int,
 ) -> Order:  # fmt: skip
     """Turn the arguments into an order, loading the recipe; torch is not needed yet for names."""
     if isinstance(method, str) and bool(method) == bool(str(recipe)):
@@ -198,7 +214,13 @@ def _order(
     loaded = load_recipe(named)
     if isinstance(backbone, str) and preset:
         loaded.preset(preset)
-    for path in (weights, backbone_weights):
+    if router and router not in router_names():
+        raise UnknownName("router", router, router_names())
+    if not router and (router_params or str(router_weights) != "random"):
+        raise InvalidSpec(
+            "parameters or weights of a router were given, and no router; give --router NAME, or drop them"
+        )
+    for path in (weights, backbone_weights, router_weights):
         if str(path) not in ("random", "pretrained") and not Path(path).is_file():
             raise WeightsError(f"weights file {path} is not there; check the path, or use --weights random")
     if str(weights) == "pretrained":
@@ -220,6 +242,11 @@ def _order(
         output=output,
         input_dtype=input_dtype,  # type: ignore[arg-type]
         params=dict(params or {}),
+        stem=stem,
+        router=router,
+        router_params=dict(router_params or {}),
+        router_weights=str(router_weights),
+        pad_to=pad_to,
         seed=seed,
     )
 
@@ -270,7 +297,7 @@ def _request_digest(order: Order, precision: str, opset: int, batches: Sequence[
     """Return the sha256 of everything that decides what is exported: the request, files, versions, edgecomp's code."""
     files = {
         path: file_sha256(Path(path))
-        for path in (order.weights, order.backbone_weights)
+        for path in (order.weights, order.backbone_weights, order.router_weights)
         if path not in ("random", "pretrained")
     }
     modules = [_module_digest(item) for item in (order.backbone, order.compressor) if not isinstance(item, str)]
@@ -288,6 +315,9 @@ def _request_digest(order: Order, precision: str, opset: int, batches: Sequence[
         "output": order.output,
         "input_dtype": order.input_dtype,
         "params": order.params,
+        "stem": order.stem,
+        "router": [order.router, order.router_params, files.get(order.router_weights, order.router_weights)],
+        "pad_to": order.pad_to,
         "seed": order.seed,
         "precision": precision,
         "opset": opset,
@@ -334,17 +364,16 @@ def _manifest(
     request: str,
     precision: str,
     opset: int,
-    buckets: tuple[Bucket, ...],
-    plain: tuple[PlainGraph, ...],
+    graphs: Graphs,
 ) -> Manifest:
     from edgecomp.export.flops import count_module_flops
 
     model = assembly.models[-1]
     plain_flops = count_module_flops(assembly.plain) if assembly.plain is not None else 0
     notes = list(assembly.notes)
-    for bucket in buckets:
+    for bucket in graphs.buckets:
         ratio = bucket.flops / bucket.batch / plain_flops if plain_flops else 0.0
-        if ratio > 1 and bucket.batch == min(b.batch for b in buckets):
+        if ratio > 1 and bucket.batch == min(b.batch for b in graphs.buckets):
             notes.append(
                 f"keeping {bucket.budget.tokens_out} tokens costs {ratio:.2f}x the FLOPs of the uncompressed "
                 f"{assembly.plain_name}: more, not less; it pays where fewer tokens are read after it"
@@ -374,12 +403,39 @@ def _manifest(
         plain_name=assembly.plain_name,
         plain_flops=plain_flops,
         preprocess=assembly.preprocess,
-        buckets=buckets,
-        plain=plain,
+        buckets=graphs.buckets,
+        plain=graphs.plain,
+        stem=graphs.stem,
+        router=_router_record(assembly, order, graphs.router),
         tools=_tools(),
         notes=tuple(notes),
         files=(),
     )
+
+
+def _router_record(assembly: Assembly, order: Order, graphs: tuple[RouterGraph, ...]) -> RouterRecord | None:
+    """Return what the manifest says of the router."""
+    router = assembly.router
+    if router is not None:
+        return RouterRecord(
+            name=order.router,
+            params=msgspec.to_builtins(router.params),
+            reads_words=router.reads_words,
+            signals=router.signal_names,
+            thresholds=router.default_thresholds,
+            weights=assembly.router_weights,
+            graphs=graphs,
+        )
+    if order.router != "fixed":
+        return None
+    kept = [model.compressor.budget.tokens_out for model in assembly.models]
+    budget = order.router_params.get("budget", kept[-1])
+    if budget not in kept or set(order.router_params) - {"budget"}:
+        raise InvalidSpec(
+            f"router fixed takes the one parameter budget, one of {', '.join(map(str, kept))}, and was given "
+            f"{dict(order.router_params)}; for example --set router.budget={kept[0]}"
+        )
+    return RouterRecord("fixed", {"budget": budget}, False, (), (), None, (), fixed=budget)
 
 
 def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> ParityReport:
@@ -387,10 +443,11 @@ def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> 
     goldens, tolerance = read_goldens(work), manifest.recipe.tolerances[manifest.precision]
     rows: list[OutputParity] = []
     version = ""
-    graphs: list[Bucket | PlainGraph] = [*manifest.buckets, *manifest.plain]
+    routers = manifest.router.graphs if manifest.router is not None else ()
+    graphs: list[Bucket | PlainGraph | RouterGraph] = [*manifest.buckets, *routers, *manifest.plain]
     for graph in graphs:
         progress(f"checking {graph.model} in ONNX Runtime")
-        with open_runner("onnxruntime", work / graph.model, threads=0) as runner:
+        with open_graph("onnxruntime", Bundle(work, manifest), graph, threads=0) as runner:
             rows.extend(check_bucket(runner, graph, goldens, tolerance))
             version = runner.version
     report = ParityReport(str(folder), "onnxruntime", version, 0, manifest.precision, tolerance, tuple(rows))

@@ -1,13 +1,14 @@
-"""`edgecomp list`: methods, targets, backbones; from data files alone."""
+"""`edgecomp list`: methods, targets, backbones, routers; from data files alone."""
 
 from __future__ import annotations
 
-from edgecomp.report.listing import MethodRow, TargetRow
+from edgecomp.report.listing import MethodRow, RouterRow, TargetRow
 from edgecomp.resources import data_path
 from edgecomp.specs import load_recipe, load_target, method_names, target_names
 from edgecomp.specs.backbone import Backbone, read_backbones
+from edgecomp.specs.router import ROUTERS
 
-__all__ = ["list_backbones", "list_methods", "list_targets"]
+__all__ = ["list_backbones", "list_methods", "list_routers", "list_targets"]
 
 
 def list_methods() -> tuple[MethodRow, ...]:
@@ -52,3 +53,8 @@ def list_targets() -> tuple[TargetRow, ...]:
 def list_backbones() -> tuple[Backbone, ...]:
     """Return the hosts that were tried; other timm vision transformers work by their name too."""
     return read_backbones(data_path("export", "backbones.toml"))
+
+
+def list_routers() -> tuple[RouterRow, ...]:
+    """Return every router."""
+    return tuple(RouterRow(name, facts.reads, facts.words, facts.summary) for name, facts in ROUTERS.items())

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
 from edgecomp.api._progress import Progress, silent
-from edgecomp.bundle import Bucket, PlainGraph, open_bundle
+from edgecomp.bundle import Bucket, Bundle, Manifest, PlainGraph, RouterGraph, golden_key, open_bundle
 from edgecomp.errors import InvalidSpec
-from edgecomp.parity import OutputParity, ParityReport, check_bucket, read_goldens
-from edgecomp.runners import open_runner
+from edgecomp.parity import CASES, OutputParity, ParityReport, cases_of, check_bucket, judge, read_goldens
+from edgecomp.runners import Array
+from edgecomp.runners.chain import open_graph
+from edgecomp.serving import Model
+from edgecomp.specs import Tolerance
 
 __all__ = ["parity", "require_threads"]
 
@@ -29,7 +35,8 @@ def parity(
         bundle: the folder.
         runner: `onnxruntime` or `onnxruntime-cuda`.
         threads: CPU threads; 0: as many as the runtime chooses.
-        budget: only the bucket that keeps so many tokens (a count or a percentage); None: all, and the plain model.
+        budget: only the bucket that keeps so many tokens (a count or a percentage); None: all, the router, what routed
+            requests get, and the plain model.
         batch: only this batch size; None: all.
         progress: takes one line for each bucket.
 
@@ -43,18 +50,49 @@ def parity(
     require_threads(threads)
     opened = open_bundle(Path(bundle))
     manifest = opened.manifest
-    graphs: list[Bucket | PlainGraph] = list(opened.select(budget=budget, batch=batch))
+    graphs: list[Bucket | PlainGraph | RouterGraph] = list(opened.select(budget=budget, batch=batch))
     if budget is None:
+        graphs += [graph for graph in _routers(manifest) if batch in (None, graph.batch)]
         graphs += [graph for graph in manifest.plain if batch in (None, graph.batch)]
     goldens, tolerance = read_goldens(opened.path), manifest.recipe.tolerances[manifest.precision]
     rows: list[OutputParity] = []
     version = ""
     for graph in graphs:
         progress(f"{graph.model} in {runner}")
-        with open_runner(runner, opened.path / graph.model, threads=threads) as loaded:
+        with open_graph(runner, opened, graph, threads=threads) as loaded:
             rows.extend(check_bucket(loaded, graph, goldens, tolerance))
             version = loaded.version
+    if budget is None and manifest.router is not None:
+        progress(f"requests as the router sends them, in {runner}")
+        rows.extend(_check_routed(opened, goldens, tolerance, runner=runner, threads=threads))
     return ParityReport(str(bundle), runner, version, threads, manifest.precision, tolerance, tuple(rows))
+
+
+def _routers(manifest: Manifest) -> tuple[RouterGraph, ...]:
+    return manifest.router.graphs if manifest.router is not None else ()
+
+
+def _check_routed(
+    opened: Bundle, goldens: Mapping[str, Array], tolerance: Tolerance, *, runner: str, threads: int
+) -> list[OutputParity]:
+    """Hold what a routed request gets to what its bucket gives when it is asked for: every bit must be the same."""
+    exact = msgspec.structs.replace(tolerance, max_rel=0.0)
+    graph = opened.manifest.buckets[0]
+    cases = cases_of(_routers(opened.manifest)[0]) if _routers(opened.manifest) else CASES
+    rows = []
+    with Model(opened, runner=runner, threads=threads, resident=None) as model:
+        for case in cases:
+            keys = {spec.name: golden_key("input", case, spec.name) for spec in graph.inputs}
+            if not all(key in goldens for key in keys.values()):
+                continue  # on the sides of thresholds there is an image alone
+            request = {name: goldens[key][:1] for name, key in keys.items()}
+            routed = model(request)
+            alone = model(request, budget=routed.budget)
+            rows += [
+                judge(f"routed to {routed.budget}", case, name, array, alone[name], exact)
+                for name, array in routed.outputs.items()
+            ]
+    return rows
 
 
 def require_threads(threads: int) -> None:

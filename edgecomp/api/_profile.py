@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from edgecomp.api._parity import require_threads
 from edgecomp.api._progress import Progress, silent
-from edgecomp.bundle import golden_key, open_bundle
+from edgecomp.bundle import Bundle, Graph, Manifest, golden_key, open_bundle
 from edgecomp.errors import InvalidSpec
 from edgecomp.parity import read_goldens
-from edgecomp.profiles.latency import measure_latency
+from edgecomp.profiles.latency import LatencyProfile, measure_latency
 from edgecomp.profiles.machine import read_machine
-from edgecomp.report.profile import ProfileReport
-from edgecomp.runners import open_runner
+from edgecomp.report.profile import ProfileReport, RoutedTime
+from edgecomp.runners import Array, Runner, open_runner
+from edgecomp.runners.chain import open_graph
+from edgecomp.words import read_words
 
 __all__ = ["profile"]
 
@@ -29,7 +32,7 @@ def profile(
     batch: int | None = None,
     progress: Progress = silent,
 ) -> ProfileReport:
-    """Measure the latency of each bucket, and of the plain model where the bundle has one.
+    """Measure the latency of each bucket with its stem, of router and stem alone, and of the plain model.
 
     Each is warmed up until it is steady, then timed run after run on the seeded golden input; raw samples are kept.
 
@@ -46,29 +49,83 @@ def profile(
         raise InvalidSpec(f"duration {duration_s} s is not above 0 and at most 3600 s")
     require_threads(threads)
     opened = open_bundle(Path(bundle))
+    manifest, goldens, machine = opened.manifest, read_goldens(opened.path), read_machine()
     buckets = opened.select(budget=budget, batch=batch)
-    graphs = [(bucket.model, bucket.batch, bucket.inputs) for bucket in buckets]
-    if budget is None:
-        graphs += [
-            (plain.model, plain.batch, plain.inputs) for plain in opened.manifest.plain if batch in (None, plain.batch)
-        ]
-    goldens = read_goldens(opened.path)
-    machine = read_machine()
-    profiles = []
-    for model, size, specs in graphs:
-        progress(f"timing {model} in {runner}")
-        inputs = {
-            spec.name: np.ascontiguousarray(goldens[golden_key("input", "seeded", spec.name)][:size]) for spec in specs
-        }
-        with open_runner(runner, opened.path / model, threads=threads) as loaded:
-            measured = measure_latency(
-                lambda: loaded.infer(inputs),  # noqa: B023 - called before the loop goes on
-                batch=size,
-                model=model,
-                runner=loaded.version,
-                threads=threads,
-                machine=machine,
-                duration_s=duration_s,
-            )
+    batches = sorted({bucket.batch for bucket in buckets})
+    profiles: list[LatencyProfile] = []
+
+    def measure(runner_of: Runner, graph: Graph, inputs: dict[str, Array]) -> None:
+        progress(f"timing {graph.model} in {runner}")
+        given = {name: inputs[name] for name in runner_of.input_names}
+        measured = measure_latency(
+            lambda: runner_of.infer(given),
+            batch=graph.batch,
+            model=graph.model,
+            runner=runner_of.version,
+            threads=threads,
+            machine=machine,
+            duration_s=duration_s,
+        )
         profiles.append(measured)
-    return ProfileReport(str(bundle), tuple(profiles))
+
+    for size in batches:
+        inputs = {
+            spec.name: np.ascontiguousarray(goldens[golden_key("input", "seeded", spec.name)][:size])
+            for spec in buckets[0].inputs
+        }
+        if manifest.router is not None and budget is None:
+            router = next((graph for graph in manifest.router.graphs if graph.batch == size), None)
+            _measure_router(opened, manifest, router, size, inputs, measure, runner=runner, threads=threads)
+        plain = [graph for graph in manifest.plain if graph.batch == size and budget is None]
+        for graph in (*(bucket for bucket in buckets if bucket.batch == size), *plain):
+            with open_graph(runner, opened, graph, threads=threads) as loaded:
+                measure(loaded, graph, inputs)
+    return ProfileReport(str(bundle), tuple(profiles), _routing(manifest, profiles))
+
+
+def _measure_router(
+    opened: Bundle,
+    manifest: Manifest,
+    router: Graph | None,
+    size: int,
+    inputs: dict[str, Array],
+    measure: Callable[[Runner, Graph, dict[str, Array]], None],
+    *,
+    runner: str,
+    threads: int,
+) -> None:
+    """Time the router alone, and the stem alone where there is one."""
+    seen = dict(inputs)
+    for stem in (graph for graph in manifest.stem if graph.batch == size):
+        with open_runner(runner, opened.path / stem.model, threads=threads) as loaded:
+            measure(loaded, stem, seen)
+            seen |= loaded.infer({name: seen[name] for name in loaded.input_names})
+    if router is None or manifest.router is None:
+        return
+    cuts = np.asarray(manifest.router.thresholds, np.float32)
+    seen["thresholds"], seen["words"] = np.repeat(cuts[None], size, 0), np.repeat(read_words(""), size, 0)
+    with open_runner(runner, opened.path / router.model, threads=threads) as loaded:
+        measure(loaded, router, seen)
+
+
+def _routing(manifest: Manifest, profiles: Sequence[LatencyProfile]) -> tuple[RoutedTime, ...]:
+    """Return what a routed request takes in each bucket, beside the largest alone."""
+    if manifest.router is None:
+        return ()
+    times = {profile.model: profile.p50_us / 1000 for profile in profiles}
+    found = []
+    for graph in manifest.router.graphs:
+        buckets = [bucket for bucket in manifest.buckets if bucket.batch == graph.batch and bucket.model in times]
+        if graph.model in times and buckets:
+            found += [
+                RoutedTime(
+                    model=bucket.model,
+                    batch=graph.batch,
+                    router_ms=times[graph.model],
+                    routed_ms=times[graph.model] + times[bucket.model],
+                    smallest_ms=times[buckets[0].model],
+                    largest_ms=times[buckets[-1].model],
+                )
+                for bucket in buckets
+            ]
+    return tuple(found)

@@ -14,7 +14,10 @@ from edgecomp.images import read_image, to_pixels
 from edgecomp.inputs import read_tensors, require_inputs, write_tensors
 from edgecomp.report.run import OutputSummary, RunReport
 from edgecomp.resources import photograph_path
-from edgecomp.runners import Array, open_runner
+from edgecomp.runners import Array
+from edgecomp.runners.chain import open_graph
+from edgecomp.serving import Model
+from edgecomp.specs import TensorSpec
 
 __all__ = ["run"]
 
@@ -25,6 +28,8 @@ def run(
     bundle: str | Path,
     input_file: str | Path = "",
     *,
+    text: str | None = None,
+    text_features: str | Path = "",
     out: str | Path = "",
     budget: str | int | None = None,
     batch: int | None = None,
@@ -32,14 +37,17 @@ def run(
     threads: int = 0,
     progress: Progress = silent,
 ) -> RunReport:
-    """Run one bucket once.
+    """Run one bucket once: the one of `budget`, the one that the bundle's router picks, or the largest.
 
     Args:
         bundle: the folder.
         input_file: an image (JPEG, PNG, WebP, BMP), prepared as the manifest says and repeated over the batch; or a
             .safetensors or .npz file with the model's named inputs; "": the photograph that ships with edgecomp.
+        text: the question, for a router that reads words.
+        text_features: a .safetensors or .npz file with the inputs beside the image, by name, of a model that has some.
         out: where to write the outputs, .safetensors or .npz; "": nowhere.
-        budget, batch: which bucket; None: the largest budget, and the smallest batch.
+        budget: tokens wanted; served by the bucket that keeps so many.
+        batch: which of the bundle's batches; None: the smallest. A batch above 1 is not routed.
         runner, threads: as in `parity`.
         progress: takes one line for each step.
 
@@ -49,22 +57,50 @@ def run(
     require_threads(threads)
     opened = open_bundle(Path(bundle))
     bucket = max(opened.select(budget=budget, batch=batch), key=lambda b: (b.budget.tokens_out, -b.batch))
-    inputs = _read_inputs(opened, bucket, Path(input_file) if str(input_file) else photograph_path())
+    path = Path(input_file) if str(input_file) else photograph_path()
+    _require_out(opened, out)
+    features = read_tensors(text_features) if str(text_features) else None
+    if bucket.batch == 1:
+        progress(f"{bundle} in {runner}")
+        request: Path | dict[str, Array] = read_tensors(path) if path.suffix.lower() in _TENSOR_FILES else path
+        if isinstance(request, Path) and features is None:
+            _require_image_alone(bucket, path)
+        with Model(opened, runner=runner, threads=threads, resident=1) as model:
+            answer = model(request, text, features=features, budget=bucket.budget.tokens_out if budget else None)
+            version = model.runner_version
+        (bucket,) = opened.select(budget=answer.budget, batch=1)
+        outputs, reason, signals = answer.outputs, answer.reason, answer.signals
+    else:
+        if text is not None or features is not None:
+            raise InvalidSpec(
+                f"a text or its features go with one image, and batch {bucket.batch} takes a file of all inputs"
+            )
+        inputs = _read_inputs(opened, bucket, path)
+        progress(f"{bucket.model} in {runner}")
+        with open_graph(runner, opened, bucket, threads=threads) as loaded:
+            outputs, version = loaded.infer(inputs), loaded.version
+        reason, signals = f"batch {bucket.batch}, which is not routed", {}
+    if str(out):
+        write_tensors(Path(out), outputs)
+    return RunReport(
+        bundle=str(bundle),
+        model=bucket.model,
+        runner=version,
+        tokens_in=bucket.budget.tokens_in,
+        tokens_out=bucket.budget.tokens_out,
+        reason=reason,
+        signals=signals,
+        summaries=tuple(_summary(name, array) for name, array in outputs.items()),
+        out=str(out),
+        outputs=outputs,
+    )
+
+
+def _require_out(opened: Bundle, out: str | Path) -> None:
     if str(out) and Path(out).suffix.lower() not in _TENSOR_FILES:
         raise InvalidSpec(f"--out {out} must end in {' or '.join(_TENSOR_FILES)}")
     if str(out) and opened.path.resolve() in Path(out).resolve().parents:
         raise InvalidSpec(f"--out {out} lies in the bundle, which would no longer be whole; choose another place")
-    progress(f"{bucket.model} in {runner}")
-    with open_runner(runner, opened.path / bucket.model, threads=threads) as loaded:
-        outputs = loaded.infer(inputs)
-        version = loaded.version
-    if str(out):
-        write_tensors(Path(out), outputs)
-    summaries = tuple(_summary(name, array) for name, array in outputs.items())
-    budget_of = bucket.budget
-    return RunReport(
-        str(bundle), bucket.model, version, budget_of.tokens_in, budget_of.tokens_out, summaries, str(out), outputs
-    )
 
 
 def _read_inputs(opened: Bundle, bucket: Bucket, path: Path) -> dict[str, Array]:
@@ -72,16 +108,22 @@ def _read_inputs(opened: Bundle, bucket: Bucket, path: Path) -> dict[str, Array]
         tensors = read_tensors(path)
         require_inputs(tensors, bucket.inputs, str(path))
         return tensors
-    images = [spec for spec in bucket.inputs if spec.kind == "image"]
     preprocess = opened.manifest.preprocess
-    if len(images) != len(bucket.inputs) or preprocess is None:
-        raise RunError(
-            f"{bucket.model} takes {', '.join(map(str, bucket.inputs))}, and {path.name} is no file of named tensors; "
-            f"give a {' or '.join(_TENSOR_FILES)} file"
-        )
-    (spec,) = images
+    spec = _require_image_alone(bucket, path)
+    assert preprocess is not None, "a bundle that takes images says how they are prepared"
     pixels = to_pixels(read_image(path), preprocess, "uint8" if spec.dtype == "uint8" else "float32")
     return {spec.name: np.ascontiguousarray(np.broadcast_to(pixels, spec.shape))}
+
+
+def _require_image_alone(bucket: Bucket, path: Path) -> TensorSpec:
+    """Return the image that is all a bucket takes."""
+    images = [spec for spec in bucket.inputs if spec.kind == "image"]
+    if len(images) != 1 or len(bucket.inputs) != 1:
+        raise RunError(
+            f"{bucket.model} takes {', '.join(map(str, bucket.inputs))}, and {path.name} is no file of named tensors; "
+            f"give a {' or '.join(_TENSOR_FILES)} file, or --text-features for what goes with an image"
+        )
+    return images[0]
 
 
 def _summary(name: str, array: Array) -> OutputSummary:

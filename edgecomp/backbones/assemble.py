@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from edgecomp.backbones.inside import InsideModel
 from edgecomp.backbones.placed import PlacedModel, PlainModel
+from edgecomp.backbones.seam import find_seam
 from edgecomp.backbones.timm import TimmHost, host_part, load_host, plain_vit, state_digest
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor, initialise
 from edgecomp.compressors._checkpoint import read_checkpoint
 from edgecomp.compressors._inside import InsideCompressor
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
-from edgecomp.specs import DType, Output, Placement, Preprocess, Preset, Recipe, Site, TokenBudget, parse_budget
+from edgecomp.routers import Router, RouterSite, router_class
+from edgecomp.specs import Output, Placement, Preprocess, Preset, Recipe, Site, TokenBudget, parse_budget
 from edgecomp.specs.budget import read_count
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import WeightsOrigin, file_origin
@@ -43,6 +45,9 @@ class Assembly(msgspec.Struct, frozen=True, kw_only=True):
     backbone_weights: WeightsOrigin | None
     plain: PlainModel | None
     plain_name: str
+    seam: int | None
+    router: Router | None
+    router_weights: WeightsOrigin | None
     notes: tuple[str, ...]
 
 
@@ -67,11 +72,15 @@ def assemble(order: Order) -> Assembly:
     preprocess = _find_preprocess(recipe, host, site)
 
     compressors, origin = _make_compressors(order, cls, params, site, budgets, output, state)
-    models = tuple(_place(compressor, host, preprocess, order.input_dtype).eval() for compressor in compressors)
+    if order.pad_to and output == "logits":
+        raise InvalidSpec(f"pad_to={order.pad_to}: logits have no rows to fill up; drop --pad-to, or --output logits")
+    models = tuple(_place(compressor, host, preprocess, order).eval() for compressor in compressors)
     plain, plain_name = _make_plain(order, cls, params, host, models[0], output)
     notes += [
         f"budget {model.compressor.budget.tokens_out}: {note}" for model in models for note in model.compressor.remarks
     ]
+    seam = find_seam(models) if order.stem else None
+    router, router_origin = _make_router(order, models, host, seam, notes)
     if host is not None and host.num_prefix_tokens and not site.num_prefix_tokens:
         notes.append(f"{host.num_prefix_tokens} prefix token(s) of {host.name} are dropped before the compressor")
     if plain is not None and host is None:
@@ -94,6 +103,9 @@ def assemble(order: Order) -> Assembly:
         backbone_weights=host_origin,
         plain=plain,
         plain_name=plain_name,
+        seam=seam,
+        router=router,
+        router_weights=router_origin,
         notes=tuple(notes),
     )
 
@@ -332,6 +344,8 @@ def _choose_budgets(
     prefix = site.num_prefix_tokens if cls.hands_on_prefix else 0
     parsed = [msgspec.structs.replace(budget, num_prefix_tokens=prefix) for budget in parsed]
     counts = [budget.tokens_out for budget in parsed]
+    if counts != sorted(counts):
+        notes.append(f"budgets {', '.join(asked)} are taken in ascending order")
     if len(set(counts)) != len(counts):
         raise InvalidSpec(f"budgets {', '.join(asked)} name {sorted(counts)}, one of them twice; give each once")
     return tuple(sorted(parsed, key=lambda budget: budget.tokens_out))
@@ -391,12 +405,45 @@ def _make_compressors(
     return compressors, origin
 
 
-def _place(
-    compressor: Compressor, host: TimmHost | None, preprocess: Preprocess | None, input_dtype: DType
-) -> PlacedModel:
+def _place(compressor: Compressor, host: TimmHost | None, preprocess: Preprocess | None, order: Order) -> PlacedModel:
     if isinstance(compressor, InsideCompressor) and compressor.site.placement == "inside" and host is not None:
-        return InsideModel(compressor, host, preprocess=preprocess, input_dtype=input_dtype)
-    return PlacedModel(compressor, host, preprocess=preprocess, input_dtype=input_dtype)
+        return InsideModel(compressor, host, preprocess=preprocess, input_dtype=order.input_dtype, pad_to=order.pad_to)
+    return PlacedModel(compressor, host, preprocess=preprocess, input_dtype=order.input_dtype, pad_to=order.pad_to)
+
+
+def _make_router(
+    order: Order, models: Sequence[PlacedModel], host: TimmHost | None, seam: int | None, notes: list[str]
+) -> tuple[Router | None, WeightsOrigin | None]:
+    """Make the router's graph, and say where its weights come from; none for `fixed`, which has no graph."""
+    if order.router in ("", "fixed"):
+        return None, None
+    largest = models[-1]
+    compressor, image = largest.compressor, largest.input_specs()[0]
+    cuts: tuple[int, ...] = ()
+    if isinstance(compressor, InsideCompressor):
+        cuts = tuple(block for block in range(compressor.site.depth) if compressor.acts_in(block))
+    router_site = RouterSite(
+        buckets=tuple(model.compressor.budget.tokens_out for model in models),
+        tokens_in=compressor.budget.tokens_in,
+        image=image if image.kind == "image" and len(image.shape) == 4 else None,
+        preprocess=largest.preprocess,
+        patch_size=host.patch_size if host is not None else 0,
+        stem=largest.seam_specs() if seam is not None else (),
+        num_prefix_tokens=compressor.site.num_prefix_tokens,
+        cuts=cuts,
+        depth=compressor.site.depth,
+    )
+    cls = router_class(order.router)
+    router = cls(cls.parse_params(order.router_params, name=order.router), router_site).eval()
+    origin = None
+    if order.router_weights != "random":
+        router.load(read_checkpoint(Path(order.router_weights), say=notes.append))
+        origin = file_origin(Path(order.router_weights), layout=f"router {order.router}")
+    elif any(True for _ in router.parameters()):
+        initialise(router, torch.Generator().manual_seed(order.seed))
+        origin = WeightsOrigin(kind="random", seed=order.seed)
+    notes += router.remarks
+    return router, origin
 
 
 def _make_plain(

@@ -13,7 +13,7 @@ from edgecomp.backbones.attention import Folded, attend, attend_fused, fold, req
 from edgecomp.backbones.placed import PlacedModel
 from edgecomp.backbones.timm import TimmHost
 from edgecomp.compressors._inside import BlockState, InsideCompressor, Trail
-from edgecomp.specs import DType, Preprocess
+from edgecomp.specs import DType, Preprocess, TensorSpec
 
 __all__ = ["InsideModel"]
 
@@ -30,16 +30,22 @@ class InsideModel(PlacedModel):
     backbone: TimmHost
 
     def __init__(
-        self, compressor: InsideCompressor, backbone: TimmHost, *, preprocess: Preprocess | None, input_dtype: DType
+        self,
+        compressor: InsideCompressor,
+        backbone: TimmHost,
+        *,
+        preprocess: Preprocess | None,
+        input_dtype: DType,
+        pad_to: int = 0,
     ) -> None:
-        super().__init__(compressor, backbone, preprocess=preprocess, input_dtype=input_dtype)
+        super().__init__(compressor, backbone, preprocess=preprocess, input_dtype=input_dtype, pad_to=pad_to)
         require_plain_blocks(backbone)
 
     @contextmanager
     def as_exported(self) -> Iterator[None]:
         """Hold what is added to queries and values folded into their matrices, as constants of their own."""
         names = []
-        for index in range(len(self.backbone.model.blocks)):
+        for index in range(self.backbone.depth):
             folded = self._fold(index)
             for part, matrix in (folded._asdict() if folded is not None else {}).items():
                 names.append(_buffer_of(index, part))
@@ -76,14 +82,58 @@ class InsideModel(PlacedModel):
             attend: how attention is run.
             shift_of: returns what is added to the queries and values of a block, in a form that `attend` takes.
         """
-        vit: Any = self.backbone.model
-        trail = Trail(self.backbone.embed(self.normalise(image) if self.input_dtype == "uint8" else image))
-        for index, block in enumerate(vit.blocks):
+        way = (reducer, attend, shift_of)
+        return self._leave(self._pass_blocks(self._enter(image), range(self.backbone.depth), *way))
+
+    # -- the point from which buckets differ ----------------------------------------------------------
+
+    @property
+    def seam(self) -> int:
+        """Blocks in front of the first one that cuts or corrects."""
+        shifted = (block for block in range(self.backbone.depth) if self.compressor.shift(block) is not None)
+        return min(self.compressor.first_cut, next(shifted, self.backbone.depth))
+
+    def seam_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
+        """Return the tokens, prefix tokens in front, and the score that the method sums up."""
+        site = self.compressor.site
+        rows = site.num_prefix_tokens + site.tokens_in
+        tokens = TensorSpec("tokens", (batch, rows, site.embed_dim), "float32", "tokens")
+        score = TensorSpec("score", (batch, rows), "float32", "features")
+        return (tokens, score) if self.compressor.sums_score else (tokens,)
+
+    def before(self, first: Tensor, seam: int) -> tuple[Tensor, ...]:
+        """Run the blocks in front of the seam, in which nothing is cut."""
+        trail = self._pass_blocks(self._enter(first), range(seam), self.compressor, attend, self._fold)
+        if not self.compressor.sums_score:
+            return (trail.tokens,)
+        score = trail.tokens.new_zeros(trail.tokens.shape[:2]) if trail.score is None else trail.score
+        return trail.tokens, score
+
+    def behind(self, *inputs: Tensor, seam: int) -> tuple[Tensor, ...]:
+        """Run the other blocks."""
+        tokens, *score = inputs
+        trail = Trail(tokens, score=score[0] if score else None)
+        return self._leave(
+            self._pass_blocks(trail, range(seam, self.backbone.depth), self.compressor, attend, self._fold)
+        )
+
+    # -- parts of the walk ----------------------------------------------------------------------------
+
+    def _enter(self, image: Tensor) -> Trail:
+        return Trail(self.backbone.embed(self.normalise(image) if self.input_dtype == "uint8" else image))
+
+    def _pass_blocks(self, trail: Trail, blocks: range, reducer: Any, attend: Any, shift_of: Any) -> Trail:
+        for index in blocks:
+            block = self.backbone.model.blocks[index]
             trail = self._pass_block(block, index, trail, reducer, partial(attend, shift=shift_of(index)))
+        return trail
+
+    def _leave(self, trail: Trail) -> tuple[Tensor, ...]:
+        vit: Any = self.backbone.model
         trail = trail._replace(tokens=vit.norm(trail.tokens))
         if self.compressor.output == "logits":
             return (vit.forward_head(trail.tokens),)
-        return self.compressor.finish(trail)
+        return self.give(self.compressor.finish(trail))
 
     def _pass_block(self, block: Any, index: int, trail: Trail, reducer: Any, attend: Any) -> Trail:
         compressor = self.compressor

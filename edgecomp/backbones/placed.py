@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from edgecomp.backbones.attention import Attended, attend, attend_fused, require_plain_blocks
+from edgecomp.backbones.padding import RowPadding
 from edgecomp.backbones.timm import TimmHost
 from edgecomp.compressors._base import Compressor
 from edgecomp.compressors._saliency import text_likelihood
@@ -54,6 +55,7 @@ class PlacedModel(nn.Module):
         backbone: the host in front, or None.
         preprocess: with `uint8` input: what the graph does to raw pixels.
         input_dtype: of `image`: `float32` (normalised, (B, 3, S, S)) or `uint8` (raw, (B, S, S, 3)).
+        pad_to: rows that come out, with `count` and `mask`; 0: as many as the budget says.
     """
 
     mean: Tensor
@@ -66,11 +68,15 @@ class PlacedModel(nn.Module):
         *,
         preprocess: Preprocess | None,
         input_dtype: DType = "float32",
+        pad_to: int = 0,
     ) -> None:
         super().__init__()
+        kept = compressor.budget.tokens_out
+        self.padding = RowPadding(compressor.output_specs(), kept=kept, pad_to=pad_to) if pad_to else None
         self.backbone = backbone
         self.compressor = compressor
         self.input_dtype: DType = input_dtype
+        self.preprocess = preprocess
         if backbone is not None:
             _require_features(compressor, backbone)
         takes_image = backbone is not None or compressor.input_specs()[0].kind == "image"
@@ -100,11 +106,15 @@ class PlacedModel(nn.Module):
 
     def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return what `forward` returns."""
-        return self.compressor.output_specs(batch)
+        return self.padding.output_specs(batch) if self.padding is not None else self.compressor.output_specs(batch)
 
     def forward(self, first: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Return the compressor's outputs."""
-        return self.compressor(*self.embed(first), *rest)  # type: ignore[no-any-return]
+        return self.give(self.compressor(*self.embed(first), *rest))
+
+    def give(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return outputs with as many rows as were asked for."""
+        return self.padding(outputs) if self.padding is not None else outputs
 
     def embed(self, first: Tensor, attend: Callable[..., Attended] = attend) -> tuple[Tensor, ...]:
         """Return what the compressor takes first: pixels, or the host's tokens and features."""
@@ -126,6 +136,25 @@ class PlacedModel(nn.Module):
         batch, size = first.shape[0], host.image_size
         tokens = host(first.reshape(-1, 3, size, size))
         return (tokens.reshape(batch, *self.media_shape, *tokens.shape[1:]),)
+
+    # -- the point from which buckets differ ----------------------------------------------------------
+
+    @property
+    def seam(self) -> int | None:
+        """Blocks of the host in front of the first thing that depends on the budget; none without a host."""
+        return self.backbone.depth if self.backbone is not None else None
+
+    def seam_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
+        """Return what is handed over at the seam."""
+        return self.compressor.input_specs(batch)[: 1 + len(self.compressor.host_features)]
+
+    def before(self, first: Tensor, seam: int) -> tuple[Tensor, ...]:  # noqa: ARG002 - the whole host is in front
+        """Return what is handed over at the seam."""
+        return self.embed(first)
+
+    def behind(self, *inputs: Tensor, seam: int) -> tuple[Tensor, ...]:  # noqa: ARG002 - as above
+        """Return the outputs of what was handed over, and of the inputs but the first."""
+        return self.give(self.compressor(*inputs))
 
     def raw_pixels(self, given: Tensor) -> Tensor:
         """Return the input as pixels in [0, 1], (B, 3, S, S)."""
@@ -160,7 +189,7 @@ class _Reference(nn.Module):
 
     def forward(self, first: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Return the original's outputs."""
-        return self.original(*self.placed.embed(first, attend_fused), *rest)  # type: ignore[no-any-return]
+        return self.placed.give(self.original(*self.placed.embed(first, attend_fused), *rest))
 
 
 class PlainModel(nn.Module):

@@ -83,6 +83,11 @@ class TimmHost(nn.Module):
         )
 
     @property
+    def depth(self) -> int:
+        """How many blocks it has."""
+        return len(self.model.blocks)
+
+    @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
         return int(self.model.patch_embed.patch_size[0])

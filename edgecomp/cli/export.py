@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -36,7 +36,15 @@ def command(
     input_dtype: Annotated[str, typer.Option(help="`float32`, or `uint8`: raw RGB frames (B, S, S, 3).")] = "float32",
     precision: Annotated[str, typer.Option(help="`fp32`.")] = "",
     opset: Annotated[int | None, typer.Option(help="18 to 20; default: 20.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="params.NAME=VALUE; repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="params.NAME=VALUE, or router.NAME=VALUE; repeatable.")
+    ] = None,
+    no_stem: Annotated[
+        bool, typer.Option("--no-stem", help="Whole graphs, also where several buckets share a part.")
+    ] = False,
+    router: Annotated[str, typer.Option(help="What picks a bucket; `edgecomp list routers` shows them.")] = "",
+    router_weights: Annotated[str, typer.Option(help="The router's checkpoint, or `random`.")] = "random",
+    pad_to: Annotated[int | None, typer.Option(help="Rows that every bucket gives, with count and mask.")] = None,
     with_plain: Annotated[bool, typer.Option("--with-plain", help="Add the uncompressed model.")] = False,
     seed: Annotated[int, typer.Option(help="Of random weights and golden inputs.")] = 0,
     out: Annotated[str, typer.Option(help="The folder to write; default: named after method and size.")] = "",
@@ -44,8 +52,9 @@ def command(
     json: JSON = False,
 ) -> None:
     """Rewrite a compressor for static shapes, export it to ONNX, prove it, and write a bundle."""
-    params = parse_sets(set_ or [])
-    for option, number in (("--image-size", image_size), ("--feature-layer", feature_layer), ("--opset", opset)):
+    params, router_params = parse_sets(set_ or [], "params"), parse_sets(set_ or [], "router")
+    numbers = {"--image-size": image_size, "--feature-layer": feature_layer, "--opset": opset, "--pad-to": pad_to}
+    for option, number in numbers.items():
         if number == 0:
             raise InvalidSpec(f"{option} 0 is out of range; leave it out for the default")
     with progress("export") as say:
@@ -66,6 +75,11 @@ def command(
             precision=precision,
             opset=opset or 0,
             params=params,
+            stem=not no_stem,
+            router=router,
+            router_params=router_params,
+            router_weights=router_weights,
+            pad_to=pad_to or 0,
             with_plain=with_plain,
             seed=seed,
             out=Path(out) if out else "",
@@ -82,21 +96,23 @@ def command(
     finish(report)
 
 
-def parse_sets(words: list[str]) -> dict[str, Any]:
-    """Read `params.NAME=VALUE` words; a value is TOML where it parses, else text."""
+def parse_sets(words: list[str], space: Literal["params", "router"]) -> dict[str, Any]:
+    """Read the `SPACE.NAME=VALUE` words of one space; a value is TOML where it parses, else text."""
     import msgspec
 
-    params: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        space, _, name = key.partition(".")
-        if not equals or space != "params" or not name:
+        prefix, _, name = key.partition(".")
+        if not equals or prefix not in ("params", "router") or not name:
             raise InvalidSpec(f"--set {word!r} is not of the form params.NAME=VALUE; for example --set params.depth=4")
-        if name in params:
+        if prefix != space:
+            continue
+        if name in found:
             raise InvalidSpec(f"--set {key} is given twice; give it once")
         try:
             parsed = msgspec.toml.decode(f"value = {value}")
         except (msgspec.DecodeError, ValueError):
             parsed = {}
-        params[name] = parsed["value"] if len(parsed) == 1 else value  # more keys: the text holds further lines
-    return params
+        found[name] = parsed["value"] if len(parsed) == 1 else value  # more keys: the text holds further lines
+    return found

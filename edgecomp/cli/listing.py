@@ -41,12 +41,21 @@ def backbones(json: JSON = False) -> None:
     emit(rows, as_json=json, text=lambda: describe_backbones(rows))
 
 
+@app.command("routers")
+def routers(json: JSON = False) -> None:
+    """List what picks a bucket for a request."""
+    from edgecomp.report.listing import describe_routers
+
+    rows = api.list_routers()
+    emit(rows, as_json=json, text=lambda: describe_routers(rows))
+
+
 def answer(words: Sequence[str]) -> bool:
     """Answer `list WHAT [--json]` when the words are exactly that, and say whether they were.
 
     typer imports pydantic to parse an option, which would cost a third of the 0.3 s that `list` may take.
     """
-    lists = {"methods": methods, "targets": targets, "backbones": backbones}
+    lists = {"methods": methods, "targets": targets, "backbones": backbones, "routers": routers}
     if len(words) < 2 or words[0] != "list" or words[1] not in lists or list(words[2:]) not in ([], ["--json"]):
         return False
     lists[words[1]](json=len(words) == 3)

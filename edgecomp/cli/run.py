@@ -20,9 +20,14 @@ def command(
             metavar="[INPUT]", help="An image, or .safetensors/.npz of named inputs; default: our photograph."
         ),
     ] = "",
+    question: Annotated[str | None, typer.Option("--text", help="The question, for a router that reads words.")] = None,
+    text_features: Annotated[
+        str, typer.Option(help="The inputs beside the image, by name: .safetensors or .npz.")
+    ] = "",
     out: Annotated[str, typer.Option(help="Write the outputs: .safetensors or .npz.")] = "",
     budget: Annotated[
-        str | None, typer.Option(help="The bucket that keeps so many tokens; default: the largest.")
+        str | None,
+        typer.Option(help="The bucket that keeps so many tokens; default: the router's choice, else the largest."),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="The batch size; default: the smallest.")] = None,
     runner: Annotated[str, typer.Option(help="`onnxruntime` or `onnxruntime-cuda`.")] = "onnxruntime",
@@ -32,7 +37,16 @@ def command(
     """Run an image, or named tensors, through a bundle once."""
     with progress("run") as say:
         report = api.run(
-            bundle, input_file, out=out, budget=budget, batch=batch, runner=runner, threads=threads, progress=say
+            bundle,
+            input_file,
+            text=question,
+            text_features=text_features,
+            out=out,
+            budget=budget,
+            batch=batch,
+            runner=runner,
+            threads=threads,
+            progress=say,
         )
 
     def text() -> str:

@@ -126,6 +126,11 @@ class InsideCompressor(Compressor):
         return False
 
     @property
+    def sums_score(self) -> bool:
+        """Whether `observe` sums up a score over blocks."""
+        return False
+
+    @property
     def first_cut(self) -> int:
         """The first block in which it acts; the host's depth where it acts in none."""
         return next((block for block in range(self.site.depth) if self.acts_in(block)), self.site.depth)

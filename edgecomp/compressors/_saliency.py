@@ -16,6 +16,7 @@ _EDGE = 0.1  # a step in brightness between neighbours that counts as an edge
 _CELLS = 16  # the edge map's side when objects are counted
 _MOST_OBJECTS = 10
 _TINY = 1e-6
+_ROUNDING = 1e-5  # shares of edges that differ lie further apart; the mean of equal ones may be off by less
 
 
 def brightness(pixels: Tensor) -> Tensor:
@@ -52,7 +53,8 @@ def object_proxy(pixels: Tensor) -> Tensor:
     side = count // _CELLS
     cells = F.avg_pool2d(edges(pixels)[:, None, :count, :count], side)
     highest = F.max_pool2d(cells, 3, stride=1, padding=1)
-    peaks = (cells >= highest) & (cells > cells.mean((2, 3), keepdim=True))
+    above = cells - cells.mean((2, 3), keepdim=True) > _ROUNDING
+    peaks = (cells >= highest) & above
     return (peaks.to(pixels.dtype).sum((1, 2, 3)) / _MOST_OBJECTS).clamp(max=1.0)
 
 

@@ -171,9 +171,14 @@ class AttentionPruning(TokenPruner):
         """Return one number of all heads: (B, H, N) -> (B, N)."""
         return attention.mean(1) if self.params.heads == "mean" else attention.amax(1)
 
+    @property
+    def sums_score(self) -> bool:
+        """Whether attention is summed up over blocks."""
+        return self.params.score == "cumulative-attention"
+
     def observe(self, block: int, attention: Tensor, trail: Trail) -> Trail:  # noqa: ARG002 - all blocks count alike
         """Sum up what tokens receive, where the score is the sum."""
-        if self.params.score != "cumulative-attention":
+        if not self.sums_score:
             return trail
         received = self.join_heads(attention.mean(2))
         return trail._replace(score=received if trail.score is None else trail.score + received)

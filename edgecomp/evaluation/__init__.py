@@ -1,6 +1,6 @@
 """Evaluation: accuracy on labelled images, beside the plain model's, and the speed of both. No torch here."""
 
-from edgecomp.evaluation.data import LabelledImages, balanced_subset, open_data
+from edgecomp.evaluation.data import Images, LabelledImages, balanced_subset, open_data, open_images
 from edgecomp.evaluation.score import Comparison, Evaluation, GraphScore, score
 from edgecomp.evaluation.statistics import Estimate, median_interval, paired_drop, wilson
 
@@ -9,10 +9,12 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "GraphScore",
+    "Images",
     "LabelledImages",
     "balanced_subset",
     "median_interval",
     "open_data",
+    "open_images",
     "paired_drop",
     "score",
     "wilson",

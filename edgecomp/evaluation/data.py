@@ -17,7 +17,7 @@ from PIL import Image
 from edgecomp.errors import InvalidSpec, RunError, UnknownName
 from edgecomp.images import read_image
 
-__all__ = ["LabelledImages", "balanced_subset", "open_data"]
+__all__ = ["Images", "LabelledImages", "balanced_subset", "open_data", "open_images"]
 
 Labels = npt.NDArray[np.int64]
 
@@ -47,6 +47,67 @@ class LabelledImages(msgspec.Struct, frozen=True):
     classes: tuple[str, ...]
     image: Callable[[int], Image.Image]
     notes: tuple[str, ...] = ()
+
+
+class Images(msgspec.Struct, frozen=True):
+    """Images without classes; each of `indices` can be read.
+
+    Attributes:
+        indices: which of them to take, in this order.
+        image: gives an image by its index.
+        notes: what was left out, in words.
+    """
+
+    indices: tuple[int, ...]
+    image: Callable[[int], Image.Image]
+    notes: tuple[str, ...] = ()
+
+
+def open_images(path: str | Path, *, split: str = "", limit: int | None = None, seed: int = 0) -> Images:
+    """Open images whose classes do not matter: IDX files, or every image in a folder and the folders below it.
+
+    Args:
+        path: the folder.
+        split: of IDX files; see `open_data`.
+        limit: so many, chosen at random; None: all. Those that cannot be read are replaced by others, and named.
+        seed: of that choice.
+
+    Raises:
+        RunError: the folder is absent, empty, or none of its images can be read.
+    """
+    path = Path(path)
+    rng = np.random.default_rng(seed)
+    if path.is_dir() and any("ubyte" in entry.name for entry in path.iterdir()):
+        data = open_data(path, split=split)
+        order = rng.permutation(len(data.labels))[:limit]
+        return Images(tuple(int(index) for index in np.sort(order)), data.image, data.notes)
+    if not path.is_dir():
+        raise RunError(f"data {path} is not a folder; give one with images, or with IDX files (t10k-images-...)")
+    if split:
+        raise InvalidSpec(f"--split {split}: {path} holds no IDX files; drop it")
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    images = [file for file in files if file.suffix.lower() in _SUFFIXES]
+    if not images:
+        raise RunError(
+            f"data {path} holds {len(files)} files and no image among them ({', '.join(_SUFFIXES)}); give another"
+        )
+    wanted = len(images) if limit is None else min(limit, len(images))
+    taken: list[int] = []
+    broken: list[str] = []
+    for index in rng.permutation(len(images)).tolist():
+        if len(taken) == wanted:
+            break
+        try:
+            read_image(images[index])
+            taken.append(index)
+        except RunError as error:
+            broken.append(f"{images[index].relative_to(path)} ({str(error).partition(';')[0]})")
+    if not taken:
+        raise RunError(f"data {path}: none of its {len(images)} images can be read: {_some(broken)}")
+    notes = [f"{len(broken)} images cannot be read and were left out: {_some(broken)}"] if broken else []
+    if other := len(files) - len(images):
+        notes.append(f"{other} files are no images and were left out")
+    return Images(tuple(sorted(taken)), lambda index: read_image(images[index]), tuple(notes))
 
 
 def open_data(path: str | Path, *, split: str = "") -> LabelledImages:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,19 @@ from torch import nn
 
 from edgecomp.backbones.assemble import Assembly
 from edgecomp.backbones.placed import PlacedModel, PlainModel
+from edgecomp.backbones.seam import Stem
 from edgecomp.bundle import GOLDEN, golden_key
 from edgecomp.images import PixelType, read_image, resize_and_crop, to_pixels
 from edgecomp.resources import photograph_path
 from edgecomp.specs import Preprocess, TensorSpec
+from edgecomp.words import WORD_SIGNALS, read_words
 
 __all__ = ["golden_inputs", "run_module", "write_goldens"]
 
 Array = npt.NDArray[np.generic]
 _POSITIONS = 0.1  # standard deviation of the table of positions; tokens have one
+_HALVINGS = 8  # of the way from a plain image to noise, on the search for a router's threshold
+_BESIDE = 1e-3  # how far a threshold is moved to one side of a need
 _PATCH = 16  # pixels; side of the photograph's patches where tokens are made of it
 
 
@@ -60,7 +64,70 @@ def write_goldens(
             for spec, want, have in zip(model.output_specs(batch), expected, got, strict=True):
                 compare(case, spec.name, have, want)
                 tensors[golden_key("output", case, spec.name, part=part)] = np.ascontiguousarray(want)
+    if assembly.router is not None:
+        tensors |= _router_goldens(assembly, tensors, batch)
     (folder / GOLDEN).write_bytes(save(tensors))
+
+
+def _router_goldens(assembly: Assembly, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
+    """Return what the router says in torch: of the two cases, and of an image on each side of each threshold.
+
+    These images lie between the photograph's mean colour and the seeded noise. Where no image of that kind is on both
+    sides, the photograph is, and the threshold moves instead.
+    """
+    router = assembly.router
+    assert router is not None
+    seam = assembly.seam
+    stem = Stem(assembly.models[-1], seam) if router.reads == "stem" and seam is not None else None
+    name = assembly.models[0].input_specs()[0].name
+    usual = np.asarray(router.default_thresholds, np.float32)
+    silence = np.zeros((1, len(WORD_SIGNALS)), np.float32)
+    tensors: dict[str, Array] = {}
+
+    def ask(case: str, first: Array, words: Array, thresholds: Array) -> Array:
+        """Hold a case, and return the need of its first row."""
+        rows = len(first)
+        given = {"words": np.repeat(words, rows, 0), "thresholds": np.repeat(thresholds[None], rows, 0)}
+        if not router.reads_words:
+            del given["words"]
+        seen = [first]
+        if stem is not None:
+            handed = dict(zip((s.name for s in stem.output_specs()), run_module(stem, [first]), strict=True))
+            seen = [handed[key] for key in router.stem_inputs]
+        outputs = run_module(router, [*seen, *given.values()])
+        if case:
+            tensors.update({golden_key("input", case, key): value for key, value in {name: first, **given}.items()})
+            for spec, output in zip(router.output_specs(), outputs, strict=True):
+                tensors[golden_key("output", case, spec.name, part="router")] = np.ascontiguousarray(output)
+        need: Array = outputs[1][0]
+        return need
+
+    for case, text in (("seeded", "How many small birds are not on the wire, and why?"), ("photo", "")):
+        ask(case, inputs[golden_key("input", case, name)][:batch], read_words(text), usual)
+    photo, noise = (inputs[golden_key("input", case, name)][:1] for case in ("photo", "seeded"))
+    axes = (1, 2) if photo.dtype == np.uint8 else (2, 3)
+    flat = np.broadcast_to(photo.mean(axes, keepdims=True, dtype=np.float64), photo.shape)
+
+    def blend(share: float) -> Array:
+        mixed: Array = (flat + share * (noise - flat)).astype(photo.dtype)
+        return mixed
+
+    for place, threshold in enumerate(usual):
+        low, high = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if ask("", blend(middle), silence, usual)[place] >= threshold else (middle, high)
+        gap = high - low  # a further step to each side, so that rounding elsewhere cannot change the side
+        under, over = blend(max(0.0, low - gap)), blend(min(1.0, high + gap))
+        needs = [ask("", image, silence, usual)[place] for image in (under, over)]
+        if needs[0] < threshold <= needs[1]:
+            ask(f"under-{place + 1}", under, silence, usual)
+            ask(f"over-{place + 1}", over, silence, usual)
+            continue
+        need = ask("", photo, silence, usual)[place]
+        ask(f"under-{place + 1}", photo, silence, np.full_like(usual, need + _BESIDE))
+        ask(f"over-{place + 1}", photo, silence, np.full_like(usual, need - _BESIDE))
+    return tensors
 
 
 def golden_inputs(

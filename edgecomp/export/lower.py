@@ -14,7 +14,7 @@ from torch import nn
 from edgecomp.errors import ExportError
 from edgecomp.specs import TensorSpec
 
-__all__ = ["lower"]
+__all__ = ["lower", "quiet_tools"]
 
 
 def lower(module: nn.Module, *, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], opset: int) -> ir.Model:
@@ -29,7 +29,7 @@ def lower(module: nn.Module, *, inputs: Sequence[TensorSpec], outputs: Sequence[
     """
     examples = tuple(torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
     try:
-        with _quiet_exporter(), torch.no_grad():
+        with quiet_tools(), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 examples,
@@ -72,7 +72,7 @@ def _free_names(graph: ir.Graph, taken: set[str]) -> None:
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_tools() -> Iterator[None]:
     """Silence chatter about conversions and skipped folds; what matters is checked on the result."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

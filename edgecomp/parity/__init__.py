@@ -1,6 +1,16 @@
 """Parity: how close a runner's outputs are to the original's goldens, and whether that is close enough."""
 
-from edgecomp.parity.check import OutputParity, ParityReport, check_bucket, read_goldens
+from edgecomp.parity.check import CASES, OutputParity, ParityReport, cases_of, check_bucket, judge, read_goldens
 from edgecomp.parity.metrics import Difference, compare
 
-__all__ = ["Difference", "OutputParity", "ParityReport", "check_bucket", "compare", "read_goldens"]
+__all__ = [
+    "CASES",
+    "Difference",
+    "OutputParity",
+    "ParityReport",
+    "cases_of",
+    "check_bucket",
+    "compare",
+    "judge",
+    "read_goldens",
+]

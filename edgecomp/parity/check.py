@@ -9,16 +9,17 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgecomp.bundle import GOLDEN, Bucket, PlainGraph, golden_key
+from edgecomp.bundle import GOLDEN, Bucket, PlainGraph, RouterGraph, golden_key
 from edgecomp.errors import BundleError
 from edgecomp.parity.metrics import Difference, compare
 from edgecomp.runners import Runner
 from edgecomp.specs import Tolerance
 
-__all__ = ["OutputParity", "ParityReport", "check_bucket", "judge", "read_goldens"]
+__all__ = ["OutputParity", "ParityReport", "cases_of", "check_bucket", "judge", "read_goldens"]
 
 Array = npt.NDArray[np.generic]
 CASES = ("seeded", "photo")
+_ROUTER_MAX_REL = 1e-3
 
 
 class OutputParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,24 +72,34 @@ def read_goldens(bundle: Path) -> dict[str, Array]:
 
 
 def check_bucket(
-    runner: Runner, bucket: Bucket | PlainGraph, goldens: Mapping[str, Array], tolerance: Tolerance
+    runner: Runner, bucket: Bucket | PlainGraph | RouterGraph, goldens: Mapping[str, Array], tolerance: Tolerance
 ) -> tuple[OutputParity, ...]:
-    """Run one bucket, or the plain model, on each golden case and judge each output."""
+    """Run one bucket, the plain model or the router on each of its golden cases, and judge each output."""
+    if isinstance(bucket, RouterGraph):  # shares of pixels at an edge: one pixel may fall to either side
+        tolerance = msgspec.structs.replace(tolerance, max_rel=_ROUTER_MAX_REL, min_cosine=-1.0)
     rows = []
-    for case in CASES:
-        inputs = {
-            spec.name: np.ascontiguousarray(_golden(goldens, golden_key("input", case, spec.name))[: bucket.batch])
-            for spec in bucket.inputs
-        }
-        outputs = runner.infer(inputs)
+    for case in cases_of(bucket):
+        outputs = runner.infer(
+            {spec.name: _rows(goldens, golden_key("input", case, spec.name), bucket.batch) for spec in bucket.inputs}
+        )
         for spec in bucket.outputs:
-            key = golden_key("output", case, spec.name, part=bucket.golden_part)
-            rows.append(
-                judge(
-                    bucket.model, case, spec.name, outputs[spec.name], _golden(goldens, key)[: bucket.batch], tolerance
-                )
-            )
+            expected = _rows(goldens, golden_key("output", case, spec.name, part=bucket.golden_part), bucket.batch)
+            rows.append(judge(bucket.model, case, spec.name, outputs[spec.name], expected, tolerance))
     return tuple(rows)
+
+
+def cases_of(graph: Bucket | PlainGraph | RouterGraph) -> tuple[str, ...]:
+    """Return the golden cases of a graph; a router has more, one on each side of each threshold."""
+    if not isinstance(graph, RouterGraph):
+        return CASES
+    sides = (f"{side}-{place + 1}" for place in range(graph.inputs[-1].shape[1]) for side in ("under", "over"))
+    return (*CASES, *sides)
+
+
+def _rows(goldens: Mapping[str, Array], key: str, batch: int) -> Array:
+    """Return the first rows of a golden tensor; one row serves for all."""
+    array = _golden(goldens, key)
+    return np.ascontiguousarray(array[:batch] if len(array) >= batch else np.repeat(array[:1], batch, axis=0))
 
 
 def _golden(goldens: Mapping[str, Array], key: str) -> Array:

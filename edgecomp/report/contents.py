@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from edgecomp.bundle import Manifest
+from edgecomp.bundle import Bucket, Manifest
 from edgecomp.engines import EngineRecord
+from edgecomp.report.export import router_line
 from edgecomp.report.text import flops, size, table
 
 __all__ = ["BundleContents", "EngineContents", "OnnxContents", "describe_contents"]
@@ -77,24 +78,27 @@ def _describe_bundle(contents: BundleContents) -> str:
         f"  weights    {m.weights}",
         *([f"  backbone   {m.backbone_weights}"] if m.backbone_weights else []),
         f"  precision  {m.precision}, opset {m.opset}, output {m.output}, input {m.input_dtype}",
+        *([f"  router     {router_line(m.router)}"] if m.router is not None else []),
         f"  source     {m.recipe.source.paper}; {m.recipe.source.upstream} ({m.recipe.source.licence})",
         f"  made with  {', '.join(f'{name} {version}' for name, version in m.tools.items())}",
         *(f"  note       {note}" for note in m.notes),
         "",
         table(
-            ["model", "batch", "in", "kept", "FLOPs", "nodes", "inputs", "outputs"],
+            ["model", "batch", "in", "kept", "FLOPs", "nodes", "stem", "own weights", "inputs", "outputs"],
             [
                 [
-                    b.model,
-                    b.batch,
-                    b.budget.tokens_in,
-                    b.budget.tokens_out,
-                    flops(b.flops),
-                    sum(b.ops.values()),
-                    ", ".join(map(str, b.inputs)),
-                    ", ".join(map(str, b.outputs)),
+                    g.model,
+                    g.batch,
+                    g.budget.tokens_in if isinstance(g, Bucket) else "-",
+                    g.budget.tokens_out if isinstance(g, Bucket) else "-",
+                    flops(g.flops),
+                    sum(g.ops.values()),
+                    g.stem or "-",
+                    size(g.own_bytes) if isinstance(g, Bucket) else "-",
+                    ", ".join(map(str, g.inputs)),
+                    ", ".join(map(str, g.outputs)),
                 ]
-                for b in m.buckets
+                for g in m.graphs
             ],
         ),
         "",

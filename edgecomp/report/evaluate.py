@@ -18,7 +18,8 @@ class EvaluationReport(msgspec.Struct, frozen=True):
         kind: how the data is laid out.
         found: images that the data holds; `evaluation.images` of them were run.
         seed: of the choice, where not all were.
-        kept: tokens that each graph keeps, by its file name; of the plain model, those that it has.
+        kept: tokens that each graph keeps, by its file name; of the plain model, those that it has; of
+            `routed`, which is the bucket that the router picks for each image, the mean.
         flops: of one image, likewise.
         plain: file name of the plain model, or "".
         max_drop: percentage points of top-1 that a bucket may lose; None: any.
@@ -34,7 +35,7 @@ class EvaluationReport(msgspec.Struct, frozen=True):
     version: str
     threads: int
     machine: Machine
-    kept: dict[str, int]
+    kept: dict[str, float]
     flops: dict[str, int]
     plain: str
     max_drop: float | None
@@ -88,7 +89,7 @@ def _row(report: EvaluationReport, row: GraphScore) -> list[object]:
     compared, base = row.against_plain, report.flops.get(report.plain, 0)
     cells: list[object] = [
         row.model,
-        report.kept[row.model],
+        f"{report.kept[row.model]:g}" if row.model != "routed" else f"{report.kept[row.model]:.1f}",
         f"{100 * row.top1.value:.2f}",
         _interval(row.top1, 100, 2),
         "-" if row.top5 is None else f"{100 * row.top5.value:.2f}",

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import msgspec
 
-from edgecomp.bundle import WEIGHTS, Manifest
+from edgecomp.bundle import WEIGHTS, Manifest, RouterRecord
 from edgecomp.parity import ParityReport
 from edgecomp.report.text import flops, size, table
 
-__all__ = ["ExportReport", "describe_export"]
+__all__ = ["ExportReport", "describe_export", "router_line"]
 
 
 class ExportReport(msgspec.Struct, frozen=True):
@@ -56,6 +56,11 @@ def describe_export(report: ExportReport) -> str:
     lines += ["", _bucket_table(report), ""]
     if manifest.plain_flops:
         lines.append(f"  uncompressed: {manifest.plain_name}, {flops(manifest.plain_flops)} a sample")
+    for stem in manifest.stem:
+        shared = ", ".join(bucket.model for bucket in manifest.buckets if bucket.stem == stem.model)
+        lines.append(f"  stem       {stem.model}: {flops(stem.flops // stem.batch)} a sample, run once for {shared}")
+    if manifest.router is not None:
+        lines.append(f"  router     {router_line(manifest.router)}")
     data = sum(entry.size for entry in manifest.files if entry.name != WEIGHTS)
     lines.append(
         f"  {manifest.parameters:,} parameters; weights {size(report.weights_bytes)} (shared), all else {size(data)}"
@@ -68,6 +73,16 @@ def describe_export(report: ExportReport) -> str:
         )
     lines.append(f"  next       edgecomp parity {report.bundle}")
     return "\n".join(lines)
+
+
+def router_line(router: RouterRecord) -> str:
+    """Return what a bundle's router is, in a line."""
+    if router.fixed:
+        return f"fixed: always {router.fixed} tokens"
+    cuts = ", ".join(f"{value:.4g}" for value in router.thresholds)
+    state = f"set for {router.calibration.target}" if router.calibration is not None else "not calibrated"
+    weights = f"; weights {router.weights}" if router.weights is not None else ""
+    return f"{router.name}, {router.graphs[0].model}; thresholds {cuts}, {state}{weights}"
 
 
 def _inputs(manifest: Manifest) -> str:
@@ -88,7 +103,8 @@ def _bucket_table(report: ExportReport) -> str:
                 f"{bucket.budget.compression:.1f}x",
                 flops(bucket.flops // bucket.batch),
                 f"{ratio:.2f}x" if ratio else "-",
+                size(bucket.own_bytes),
             ]
         )
-    header = ["model", "batch", "tokens in", "kept", "fewer", "FLOPs a sample", "of uncompressed"]
+    header = ["model", "batch", "tokens in", "kept", "fewer", "FLOPs a sample", "of uncompressed", "own weights"]
     return "\n".join("  " + line for line in table(header, rows).splitlines())

@@ -1,4 +1,4 @@
-"""Methods, targets and backbones: the rows, and the tables that `edgecomp list` prints."""
+"""Methods, targets, backbones and routers: the rows, and the tables that `edgecomp list` prints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import msgspec
 from edgecomp.report.text import table
 from edgecomp.specs.backbone import Backbone
 
-__all__ = ["MethodRow", "TargetRow", "describe_backbones", "describe_methods", "describe_targets"]
+__all__ = [
+    "MethodRow",
+    "RouterRow",
+    "TargetRow",
+    "describe_backbones",
+    "describe_methods",
+    "describe_routers",
+    "describe_targets",
+]
 
 
 class MethodRow(msgspec.Struct, frozen=True):
@@ -35,6 +43,21 @@ class TargetRow(msgspec.Struct, frozen=True):
     precisions: tuple[str, ...]
     memory_gib: float
     bandwidth_gb_s: float
+
+
+class RouterRow(msgspec.Struct, frozen=True):
+    """One router: `reads` is what its graph looks at, `words` whether it looks at a request's text too."""
+
+    name: str
+    reads: str
+    words: bool
+    summary: str
+
+
+def describe_routers(rows: Sequence[RouterRow]) -> str:
+    """Return the table of routers."""
+    cells = [[row.name, row.reads + (" and words" if row.words else ""), row.summary] for row in rows]
+    return table(["router", "reads", "what it goes by"], cells)
 
 
 def describe_methods(rows: Sequence[MethodRow]) -> str:

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from edgecomp.profiles.latency import LatencyProfile
 from edgecomp.report.text import table
 
-__all__ = ["ProfileReport", "describe_profile"]
+__all__ = ["ProfileReport", "RoutedTime", "describe_profile"]
+
+
+class RoutedTime(msgspec.Struct, frozen=True):
+    """Medians of a request that the router sends to a bucket, its stem run once; made of the parts' own medians.
+
+    Attributes:
+        model: the bucket's.
+        router_ms: the router alone, without the stem.
+        routed_ms: router, stem and bucket.
+        smallest_ms, largest_ms: stem and bucket of the smallest and largest budget, without a router.
+    """
+
+    model: str
+    batch: int
+    router_ms: float
+    routed_ms: float
+    smallest_ms: float
+    largest_ms: float
 
 
 class ProfileReport(msgspec.Struct, frozen=True):
-    """Latency of each bucket that was asked for, in the order of their graphs' names."""
+    """Latency of each graph that was asked for; a bucket's with its stem. `routing` is empty without a router."""
 
     bundle: str
     profiles: tuple[LatencyProfile, ...]
+    routing: tuple[RoutedTime, ...] = ()
 
 
 def describe_profile(report: ProfileReport) -> str:
@@ -49,5 +70,23 @@ def describe_profile(report: ProfileReport) -> str:
             table(["model", "batch", "p50 ms", "p90 ms", "p99 ms", "mean ms", "items/s", "samples", ""], rows),
             "~ indicative: so few samples do not carry this percentile (24,576 for p90, 270,336 for p99)",
             f"the timing loop itself costs {first.loop_overhead_us:.2f} us a run",
+            *_describe_routing(report.routing),
         ]
     )
+
+
+def _describe_routing(routing: Sequence[RoutedTime]) -> list[str]:
+    """Return a line for the router, and one for each bucket to which it does not pay to route."""
+    lines = []
+    for first in (one for place, one in enumerate(routing) if one.batch not in {o.batch for o in routing[:place]}):
+        lines.append(
+            f"router, batch {first.batch}: {first.router_ms:.3f} ms, "
+            f"{100 * first.router_ms / first.smallest_ms:.1f} % of stem and smallest bucket"
+        )
+    lines += [
+        f"routed to {one.model}: {one.routed_ms:.3f} ms, and the largest bucket alone takes {one.largest_ms:.3f} ms: "
+        "the router does not pay for it here"
+        for one in routing
+        if one.routed_ms >= one.largest_ms and one.smallest_ms != one.largest_ms
+    ]
+    return lines

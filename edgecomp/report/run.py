@@ -24,13 +24,22 @@ class OutputSummary(msgspec.Struct, frozen=True):
 
 
 class RunReport(msgspec.Struct, frozen=True):
-    """What came out. `outputs` holds the arrays by name; `out` where they were written, or ""."""
+    """What came out.
+
+    Attributes:
+        reason: why this bucket.
+        signals: what the router looked at, by name; empty where none was asked.
+        out: where the outputs were written, or "".
+        outputs: the arrays by name.
+    """
 
     bundle: str
     model: str
     runner: str
     tokens_in: int
     tokens_out: int
+    reason: str
+    signals: dict[str, float]
     summaries: tuple[OutputSummary, ...]
     out: str
     outputs: dict[str, Array]
@@ -53,6 +62,8 @@ def describe_run(report: RunReport) -> str:
     ]
     lines = [
         f"{report.bundle}: {report.model} in {report.runner}, {report.tokens_in} tokens in, {report.tokens_out} kept",
+        f"  chosen     {report.reason}",
+        *([f"  signals    {', '.join(f'{k} {v:.3f}' for k, v in report.signals.items())}"] if report.signals else []),
         "",
         table(["output", "type", "shape", "mean", "std", "min", "max", "NaN/Inf"], rows),
     ]

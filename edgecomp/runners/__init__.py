@@ -22,6 +22,16 @@ class Runner(Protocol):
     name: str
     version: str
 
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in the graph's order."""
+        ...
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the outputs, in the graph's order."""
+        ...
+
     def __enter__(self) -> Runner:
         """Return itself."""
         ...

@@ -58,6 +58,8 @@ class OnnxRuntimeRunner:
             )
         self.name = name
         self.version = f"onnxruntime {onnxruntime.__version__}"
+        self.input_names = tuple(item.name for item in self._session.get_inputs())
+        self.output_names = tuple(item.name for item in self._session.get_outputs())
 
     def __enter__(self) -> OnnxRuntimeRunner:
         """Return itself."""
@@ -78,4 +80,4 @@ class OnnxRuntimeRunner:
             raise RunError(
                 f"ONNX Runtime could not run the model: {first}; check the inputs' names and shapes"
             ) from None
-        return dict(zip((item.name for item in self._session.get_outputs()), outputs, strict=True))
+        return dict(zip(self.output_names, outputs, strict=True))

@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Union
 import msgspec
 import numpy as np
 
-from edgecomp.bundle import Bucket, Bundle, open_bundle
+from edgecomp.bundle import Bucket, Bundle, Graph, RouterRecord, open_bundle
 from edgecomp.errors import InvalidSpec, RunError
 from edgecomp.images import read_image, to_pixels
 from edgecomp.inputs import require_inputs
 from edgecomp.runners import Array, Runner, open_runner
 from edgecomp.serving.stats import Recorder, Stats
 from edgecomp.specs.budget import read_count
+from edgecomp.words import read_words
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Answer", "Model", "load"]
+__all__ = ["Answer", "Model", "RoutedRunner", "load"]
+
+_IMAGE_RANK = 4
 
 #: An image's path or the image itself, one request's pixels as the graph takes them, or its inputs by name.
 Request = Union[str, Path, "Image.Image", Array, Mapping[str, Array]]
@@ -37,15 +40,31 @@ class Answer(msgspec.Struct, frozen=True):
         outputs: by name, with a batch of one.
         budget: tokens kept by the bucket that served it.
         reason: why that bucket.
+        need: what the router's need was, one number for each threshold; empty where no router was asked.
+        signals: what the need was made of, by name.
     """
 
     outputs: dict[str, Array]
     budget: int
     reason: str
+    need: tuple[float, ...] = ()
+    signals: dict[str, float] = {}
 
     def __getitem__(self, name: str) -> Array:
         """Return an output."""
         return self.outputs[name]
+
+
+class _Choice(msgspec.Struct, frozen=True):
+    """A bucket for a request, and why."""
+
+    tokens: int
+    reason: str
+    need: tuple[float, ...] = ()
+    signals: dict[str, float] = {}
+
+    def answer(self, outputs: dict[str, Array]) -> Answer:
+        return Answer(outputs, self.tokens, self.reason, self.need, self.signals)
 
 
 def load(bundle: str | Path, *, runner: str = "onnxruntime", threads: int = 0, resident: int | None = None) -> Model:
@@ -53,8 +72,8 @@ def load(bundle: str | Path, *, runner: str = "onnxruntime", threads: int = 0, r
 
         import edgecomp
 
-        with edgecomp.load("attention-pruning-cls") as model:
-            answer = model("photo.jpg", budget=49)
+        with edgecomp.load("attention-pruning-vit_small_patch16_224") as model:
+            answer = model("photo.jpg", "How many birds are there?")
             print(answer["kept"].shape, answer.budget, answer.reason)
             print(model.stats())
 
@@ -74,17 +93,23 @@ class Model:
     """A bundle that serves requests; safe to call from several threads. `load` makes one.
 
     A graph is loaded when a request first needs it, and requests of other threads wait meanwhile. A budget is served by
-    the smallest bucket that keeps at least so many tokens; without a budget by the largest.
+    the smallest bucket that keeps at least so many tokens. Without a budget the bundle's router is asked, and where
+    there is none the largest bucket serves. Stem and router stay in memory; `resident` bounds the buckets.
     """
 
     def __init__(self, bundle: Bundle, *, runner: str, threads: int, resident: int | None) -> None:
         if resident is not None and resident < 1:
             raise InvalidSpec(f"resident={resident}: at least one graph has to be in memory; give 1 or more")
         self._bundle, self._runner, self._threads, self._resident = bundle, runner, threads, resident
+        manifest = bundle.manifest
         self._graphs: dict[int, dict[int, Bucket]] = {}
-        for bucket in bundle.manifest.buckets:
+        for bucket in manifest.buckets:
             self._graphs.setdefault(bucket.budget.tokens_out, {})[bucket.batch] = bucket
-        self._loaded: OrderedDict[str, Runner] = OrderedDict()  # by file, used longest ago first
+        self._stems = {stem.model: stem for stem in manifest.stem}
+        self._router = manifest.router
+        self._routers = {graph.batch: graph for graph in manifest.router.graphs} if manifest.router is not None else {}
+        self._loaded: OrderedDict[str, Runner] = OrderedDict()  # buckets by file, used longest ago first
+        self._shared: dict[str, Runner] = {}  # stem and router
         self._lock = threading.Lock()
         self._recorder = Recorder()
         self._closed = False
@@ -94,50 +119,78 @@ class Model:
         """Tokens that each bucket keeps, ascending."""
         return tuple(sorted(self._graphs))
 
-    def __call__(self, request: Request, *, budget: int | str | None = None) -> Answer:
+    @property
+    def bundle(self) -> Bundle:
+        """What it serves."""
+        return self._bundle
+
+    @property
+    def runner_version(self) -> str:
+        """Name and version of what runs the graphs; "" before the first request."""
+        with self._lock:
+            return next((held.version for held in (*self._loaded.values(), *self._shared.values())), "")
+
+    def __call__(
+        self,
+        request: Request,
+        text: str | None = None,
+        *,
+        features: Mapping[str, Array] | None = None,
+        budget: int | str | None = None,
+    ) -> Answer:
         """Serve one request.
 
         Args:
             request: an image (path, Pillow image, or an array: uint8 (H, W, 3), or pixels as the graph takes them
                 without the batch), or the inputs by name, each with a batch of one.
-            budget: tokens wanted, a count or a percentage.
+            text: the question, for a router that reads words.
+            features: the other inputs of a model that takes more than an image, by name, each with a batch of one.
+            budget: tokens wanted, a count or a percentage; None: the router decides.
         """
         started = time.perf_counter()
-        tokens, reason = self._choose(budget)
-        batch = min(self._graphs[tokens])
-        bucket = self._graphs[tokens][batch]
-        inputs = self._prepare(request, bucket)
-        if batch > 1:
-            inputs = {name: np.repeat(array, batch, axis=0) for name, array in inputs.items()}
-        outputs = self._session(bucket).infer(inputs)
-        if batch > 1:
-            outputs = {name: array[:1] for name, array in outputs.items()}
-        self._recorder.count(tokens, 1, time.perf_counter() - started)
-        return Answer(outputs, tokens, reason)
+        seen = [self._prepare(request, features)]
+        (choice,) = self._choose(seen, [text], [budget])
+        batch = min(self._graphs[choice.tokens])
+        (outputs,) = self._infer(self._graphs[choice.tokens][batch], seen)
+        self._recorder.count(choice.tokens, 1, time.perf_counter() - started)
+        return choice.answer(outputs)
 
     def infer_batch(
-        self, requests: Sequence[Request], *, budget: int | str | Sequence[int | str | None] | None = None
+        self,
+        requests: Sequence[Request],
+        texts: Sequence[str | None] | None = None,
+        *,
+        features: Sequence[Mapping[str, Array] | None] | None = None,
+        budget: int | str | Sequence[int | str | None] | None = None,
     ) -> list[Answer]:
         """Serve several requests, those of one bucket together in its largest batches; answers keep the order.
 
         Args:
-            requests: as in a call.
+            requests, texts, features: as in a call, one for each.
             budget: for all of them, or one for each.
         """
-        budgets = [budget] * len(requests) if budget is None or isinstance(budget, (int, str)) else list(budget)
-        if len(budgets) != len(requests):
-            raise InvalidSpec(f"{len(budgets)} budgets for {len(requests)} requests; give one, or one for each")
-        choices = [self._choose(one) for one in budgets]
+        count = len(requests)
+        budgets = [budget] * count if budget is None or isinstance(budget, (int, str)) else list(budget)
+        asked, given = list(texts or [None] * count), list(features or [None] * count)
+        for what, found in (("budgets", budgets), ("texts", asked), ("features", given)):
+            if len(found) != count:
+                raise InvalidSpec(f"{len(found)} {what} for {count} requests; give one for each")
+        if not requests:
+            return []
+        started = time.perf_counter()
+        seen = [self._prepare(*one) for one in zip(requests, given, strict=True)]
+        choices = self._choose(seen, asked, budgets)
+        routed = (time.perf_counter() - started) / count
         answers: dict[int, Answer] = {}
-        for tokens in dict.fromkeys(tokens for tokens, _ in choices):
-            waiting = [place for place, (chosen, _) in enumerate(choices) if chosen == tokens]
-            while waiting:
-                batch = self._batch_for(tokens, len(waiting))
-                places, waiting = waiting[:batch], waiting[batch:]
-                found = self._serve_together([requests[place] for place in places], tokens, batch)
-                for place, outputs in zip(places, found, strict=True):
-                    answers[place] = Answer(outputs, tokens, choices[place][1])
-        return [answers[place] for place in range(len(requests))]
+        for tokens in dict.fromkeys(choice.tokens for choice in choices):
+            waiting = [place for place, choice in enumerate(choices) if choice.tokens == tokens]
+            for places in _in_batches(waiting, self._graphs[tokens]):
+                started = time.perf_counter()
+                bucket = self._graphs[tokens][_batch_for(len(places), self._graphs[tokens])]
+                outputs = self._infer(bucket, [seen[place] for place in places])
+                self._recorder.count(tokens, len(places), time.perf_counter() - started + routed)
+                answers.update({p: choices[p].answer(out) for p, out in zip(places, outputs, strict=True)})
+        return [answers[place] for place in range(count)]
 
     def stats(self) -> Stats:
         """Return what was counted: requests, shares and latencies of each bucket."""
@@ -155,6 +208,7 @@ class Model:
         with self._lock:
             self._closed = True
             self._loaded.clear()
+            self._shared.clear()
 
     def __enter__(self) -> Model:
         """Return itself."""
@@ -168,10 +222,23 @@ class Model:
 
     # -- the parts of a request -----------------------------------------------------------------------
 
-    def _choose(self, budget: int | str | None) -> tuple[int, str]:
-        """Return the bucket that serves a budget, and why."""
-        if budget is None:
-            return self.buckets[-1], "no budget was given: the largest"
+    def _choose(
+        self, seen: list[dict[str, Array]], texts: Sequence[str | None], budgets: Sequence[int | str | None]
+    ) -> list[_Choice]:
+        """Return the bucket that serves each request; what the router had to run is added to `seen`."""
+        reads_words = self._router is not None and self._router.reads_words
+        if not reads_words and any(text is not None for text in texts):
+            raise InvalidSpec(
+                f"a text was given, and nothing in {self._bundle.path} reads words; drop it, or export with a router "
+                "that does (difficulty, detail)"
+            )
+        asking = [place for place, budget in enumerate(budgets) if budget is None]
+        routed = self._route([seen[p] for p in asking], [texts[p] or "" for p in asking]) if asking else []
+        found = dict(zip(asking, routed, strict=True))
+        return [found[p] if budget is None else self._serving(budget) for p, budget in enumerate(budgets)]
+
+    def _serving(self, budget: int | str) -> _Choice:
+        """Return the bucket that serves a budget."""
         tokens_in = self._bundle.manifest.buckets[0].budget.tokens_in
         wanted = budget if isinstance(budget, int) else read_count(budget, tokens_in=tokens_in)
         if wanted < 1 or wanted > self.buckets[-1]:
@@ -179,36 +246,68 @@ class Model:
                 f"budget {budget} is not between 1 and {self.buckets[-1]}, the largest bucket of {self._bundle.path}; "
                 f"it has {', '.join(map(str, self.buckets))}"
             )
-        chosen = next(tokens for tokens in self.buckets if tokens >= wanted)
-        return chosen, f"the smallest that keeps {wanted}"
+        return _Choice(next(tokens for tokens in self.buckets if tokens >= wanted), f"the smallest that keeps {wanted}")
 
-    def _batch_for(self, tokens: int, waiting: int) -> int:
-        """Return the largest batch that the waiting requests fill, or the smallest there is."""
-        sizes = sorted(self._graphs[tokens])
-        return max((size for size in sizes if size <= waiting), default=sizes[0])
-
-    def _serve_together(self, requests: Sequence[Request], tokens: int, batch: int) -> list[dict[str, Array]]:
+    def _route(self, seen: list[dict[str, Array]], texts: Sequence[str]) -> list[_Choice]:
+        """Return what the router says of each request."""
+        record, buckets = self._router, self.buckets
+        if record is None:
+            return [_Choice(buckets[-1], "no budget was given: the largest")] * len(seen)
+        if record.fixed:
+            return [_Choice(record.fixed, "router fixed")] * len(seen)
         started = time.perf_counter()
-        bucket = self._graphs[tokens][batch]
-        prepared = [self._prepare(request, bucket) for request in requests]
-        prepared += prepared[-1:] * (batch - len(prepared))  # the last one again, where a batch is not full
-        inputs = {spec.name: np.concatenate([one[spec.name] for one in prepared]) for spec in bucket.inputs}
-        outputs = self._session(bucket).infer(inputs)
-        self._recorder.count(tokens, len(requests), time.perf_counter() - started)
-        return [{name: array[row : row + 1] for name, array in outputs.items()} for row in range(len(requests))]
+        thresholds = np.asarray([record.thresholds], np.float32)
+        choices: list[_Choice] = []
+        for places in _in_batches(range(len(seen)), self._routers):
+            graph = self._routers[_batch_for(len(places), self._routers)]
+            for place in places:
+                seen[place]["thresholds"] = thresholds
+                if record.reads_words:
+                    seen[place]["words"] = read_words(texts[place])
+            for outputs in self._infer(graph, [seen[place] for place in places]):
+                bucket, need = int(outputs["bucket"][0]), tuple(float(value) for value in outputs["need"][0])
+                if not 0 <= bucket < len(buckets):
+                    raise RunError(
+                        f"router {record.name} names bucket {bucket}, and there are {len(buckets)}; export again"
+                    )
+                signals = dict(zip(record.signals, map(float, outputs["signals"][0]), strict=True))
+                choices.append(_Choice(buckets[bucket], _why(record, bucket, need), need, signals))
+        self._recorder.count_route(len(seen), time.perf_counter() - started)
+        return choices
 
-    def _prepare(self, request: Request, bucket: Bucket) -> dict[str, Array]:
+    def _infer(self, graph: Graph, seen: list[dict[str, Array]]) -> list[dict[str, Array]]:
+        """Run a graph on requests, after its stem where that has not run on them; `seen` holds what it handed over."""
+        if graph.stem:
+            stem = self._stems[graph.stem]
+            if any(spec.name not in one for one in seen for spec in stem.outputs):
+                for one, outputs in zip(seen, self._infer(stem, seen), strict=True):
+                    one.update(outputs)
+        session = self._session(graph)
+        if graph.batch == 1:
+            return [session.infer({name: one[name] for name in session.input_names}) for one in seen]
+        rows = [*seen, *seen[-1:] * (graph.batch - len(seen))]  # the last one again, where a batch is not full
+        outputs = session.infer({name: np.concatenate([one[name] for one in rows]) for name in session.input_names})
+        return [{name: array[row : row + 1] for name, array in outputs.items()} for row in range(len(seen))]
+
+    def _prepare(self, request: Request, features: Mapping[str, Array] | None) -> dict[str, Array]:
         """Return the inputs of one request, with a batch of one."""
-        specs = [spec.with_batch(1) for spec in bucket.inputs]
+        specs = [spec.with_batch(1) for spec in self._bundle.manifest.buckets[0].inputs]
         if isinstance(request, Mapping):
             inputs = dict(request)
         else:
             first, *others = specs
-            if first.kind != "image" or others:
+            if first.kind != "image" or len(first.shape) != _IMAGE_RANK:
                 raise RunError(
-                    f"{bucket.model} takes {', '.join(map(str, specs))}: give a mapping with these names, not an image"
+                    f"{self._bundle.path} takes {', '.join(map(str, specs))}: give a mapping with these names, "
+                    "not an image"
+                )
+            if others and features is None:
+                raise RunError(
+                    f"{self._bundle.path} takes {', '.join(map(str, others))} beside the image; give features, a "
+                    "mapping with these names"
                 )
             inputs = {first.name: self._pixels(request, first.shape[1:], first.dtype)}
+        inputs.update(features or {})
         require_inputs(inputs, specs, "the request")
         return inputs
 
@@ -230,17 +329,71 @@ class Model:
         assert preprocess is not None, "a bundle that takes images says how they are prepared"
         return to_pixels(image, preprocess, "uint8" if dtype == "uint8" else "float32")
 
-    def _session(self, bucket: Bucket) -> Runner:
+    def _session(self, graph: Graph) -> Runner:
         """Return the graph's session, loading it where it is not in memory."""
+        is_bucket = isinstance(graph, Bucket)
         with self._lock:
             if self._closed:
                 raise RunError(f"the model of {self._bundle.path} is closed; load the bundle again")
-            session = self._loaded.get(bucket.model)
+            held = self._loaded if is_bucket else self._shared
+            session = held.get(graph.model)
             if session is None:
-                session = open_runner(self._runner, self._bundle.path / bucket.model, threads=self._threads)
-                self._loaded[bucket.model] = session
-                self._recorder.count_load()
-            self._loaded.move_to_end(bucket.model)
-            while self._resident is not None and len(self._loaded) > self._resident:
-                self._loaded.popitem(last=False)  # freed when the last request that runs in it ends
+                session = open_runner(self._runner, self._bundle.path / graph.model, threads=self._threads)
+                held[graph.model] = session
+                if is_bucket:
+                    self._recorder.count_load()
+            if is_bucket:
+                self._loaded.move_to_end(graph.model)
+                while self._resident is not None and len(self._loaded) > self._resident:
+                    self._loaded.popitem(last=False)  # freed when the last request that runs in it ends
             return session
+
+
+class RoutedRunner:
+    """A model as a runner of batch 1: each run is a request that the router sends to a bucket; `served` lists them."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.name, self.version = "routed", ""
+        first = model.bundle.manifest.buckets[0]
+        self.input_names = tuple(spec.name for spec in first.inputs)
+        self.output_names = tuple(spec.name for spec in first.outputs)
+        self.served: list[int] = []
+
+    def __enter__(self) -> RoutedRunner:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the model."""
+        self.model.close()
+
+    def infer(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Serve one request."""
+        answer = self.model(inputs)
+        self.served.append(answer.budget)
+        return answer.outputs
+
+
+def _in_batches(places: Sequence[int], graphs: Mapping[int, Graph]) -> list[Sequence[int]]:
+    """Cut places into the largest batches that they fill; the rest goes into the smallest."""
+    cut = []
+    while places:
+        batch = _batch_for(len(places), graphs)
+        cut.append(places[:batch])
+        places = places[batch:]
+    return cut
+
+
+def _batch_for(waiting: int, graphs: Mapping[int, Graph]) -> int:
+    """Return the largest batch that the waiting requests fill, or the smallest there is."""
+    return max((size for size in graphs if size <= waiting), default=min(graphs))
+
+
+def _why(record: RouterRecord, bucket: int, need: Sequence[float]) -> str:
+    """Say on which side of which thresholds a request fell."""
+    over = [f"{need[k]:.3f} reaches {record.thresholds[k]:.3f}" for k in range(len(need)) if k == bucket - 1]
+    under = [f"{need[k]:.3f} is below {record.thresholds[k]:.3f}" for k in range(len(need)) if k == bucket]
+    return f"router {record.name}: need {' and '.join((*over, *under))}"

@@ -34,18 +34,25 @@ class Stats(msgspec.Struct, frozen=True):
     Attributes:
         requests: served in all.
         buckets: by tokens kept.
+        routed: requests that the router was asked about.
+        router_seconds: quantiles of what the router took for each, with the stem where it reads that; else empty.
         resident: buckets whose graph is loaded now.
         loads: how often a graph was loaded; above the number of buckets, `resident` is too small.
     """
 
     requests: int
     buckets: dict[int, BucketStats]
+    routed: int
+    router_seconds: dict[str, float]
     resident: tuple[int, ...]
     loads: int
 
     def metrics(self) -> dict[str, float]:
         """Return the same as flat samples, in the names that a metrics exporter takes."""
         found: dict[str, float] = {"edgecomp_loads_total": self.loads, "edgecomp_resident_buckets": len(self.resident)}
+        found["edgecomp_routed_total"] = self.routed
+        for quantile, seconds in self.router_seconds.items():
+            found[f'edgecomp_router_seconds{{quantile="{quantile}"}}'] = seconds
         for tokens, bucket in self.buckets.items():
             found[f'edgecomp_requests_total{{bucket="{tokens}"}}'] = bucket.requests
             for quantile, seconds in bucket.seconds.items():
@@ -66,6 +73,14 @@ class Recorder:
             self._requests: Counter[int] = Counter()
             self._seconds: dict[int, deque[float]] = {}
             self._loads = 0
+            self._routed = 0
+            self._route_seconds: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def count_route(self, requests: int, seconds: float) -> None:
+        """Count requests that the router was asked about together, and what that took for each of them."""
+        with self._lock:
+            self._routed += requests
+            self._route_seconds.extend([seconds / requests] * requests)
 
     def count(self, tokens: int, requests: int, seconds: float) -> None:
         """Count requests that a bucket served together, and what each of them waited."""
@@ -85,13 +100,13 @@ class Recorder:
         """Return what was counted."""
         with self._lock:
             requests, seconds = dict(self._requests), {key: sorted(kept) for key, kept in self._seconds.items()}
-            loads = self._loads
+            loads, routed, route_seconds = self._loads, self._routed, sorted(self._route_seconds)
         total = sum(requests.values())
         buckets = {
             tokens: BucketStats(count, count / total, _quantiles(seconds.get(tokens, [])))
             for tokens, count in sorted(requests.items())
         }
-        return Stats(total, buckets, tuple(resident), loads)
+        return Stats(total, buckets, routed, _quantiles(route_seconds), tuple(resident), loads)
 
 
 def _quantiles(ordered: Sequence[float]) -> dict[str, float]:

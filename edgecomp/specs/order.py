@@ -23,6 +23,10 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
         budgets: counts or percentages, as text.
         align: budgets are rounded up to a multiple of it; 1: they stay as they are.
         params: the method's parameters that the user set.
+        stem: whether the part that several buckets share becomes a graph of its own.
+        router: a router's name, or none.
+        router_params, router_weights: its parameters that the user set, and its weights: `random`, or a path.
+        pad_to: rows that every bucket gives; 0: as many as it keeps.
     """
 
     recipe: Recipe
@@ -38,4 +42,9 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     output: str = ""
     input_dtype: DType = "float32"
     params: Mapping[str, Any] = {}
+    stem: bool = True
+    router: str = ""
+    router_params: Mapping[str, Any] = {}
+    router_weights: str = "random"
+    pad_to: int = 0
     seed: int = 0

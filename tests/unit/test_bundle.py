@@ -438,7 +438,7 @@ def test_read_only_file_system(tiny_disk: Callable[[int], Path]) -> None:
 def test_full_disk_while_weights_are_written(bundle: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgecomp.export.passes import WeightsFile
 
-    def fail(self: WeightsFile, data: memoryview) -> tuple[int, int]:
+    def fail(self: WeightsFile, data: memoryview, *, user: str) -> tuple[int, int]:
         raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
 
     monkeypatch.setattr(WeightsFile, "place", fail)

@@ -200,7 +200,7 @@ def test_json_of_build_and_of_an_engine(cli: Cli, bundle: Path) -> None:
 
 def test_text_of_every_verb(cli: Cli, exported: Path) -> None:
     for words, texts in (
-        (["inspect", exported], ("schema 1", "whole", "random (seed 0), untrained", "weights.data")),
+        (["inspect", exported], ("schema 2", "whole", "random (seed 0), untrained", "weights.data")),
         (["inspect", exported / "model.m9.b1.onnx"], ("ai.onnx 20", "compressed float[1, 9, 32]", "weights.data")),
         (["parity", exported], ("model.m4.b1.onnx", "cosine min", "verdict: pass")),
         (["run", exported, photograph_path()], ("16 tokens in, 9 kept", "compressed", "[1, 9, 32]")),
@@ -324,11 +324,11 @@ def test_default_folder_is_named_after_method_and_size(
 
 def test_sets_are_toml_where_they_parse_else_text() -> None:
     words = ["params.a=1", "params.b=1.5", "params.c=true", "params.d=resize", 'params.e="x"', "params.f=[1, 2]"]
-    assert parse_sets(words) == {"a": 1, "b": 1.5, "c": True, "d": "resize", "e": "x", "f": [1, 2]}
+    assert parse_sets(words, "params") == {"a": 1, "b": 1.5, "c": True, "d": "resize", "e": "x", "f": [1, 2]}
     for wrong in ("a=1", "params.=1", "params.a", "", "param.a=1"):
         with pytest.raises(InvalidSpec, match=r"params\.NAME=VALUE"):
-            parse_sets([wrong])
+            parse_sets([wrong], "params")
 
 
 def test_set_cannot_smuggle_in_more_lines() -> None:
-    assert parse_sets(["params.a=1\nb = 2"]) == {"a": "1\nb = 2"}
+    assert parse_sets(["params.a=1\nb = 2"], "params") == {"a": "1\nb = 2"}

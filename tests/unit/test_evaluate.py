@@ -24,7 +24,8 @@ from edgecomp.errors import InvalidSpec, RunError
 from edgecomp.evaluation import LabelledImages, balanced_subset, median_interval, open_data, paired_drop, score, wilson
 from edgecomp.evaluation.data import _read_idx
 from edgecomp.images import to_pixels
-from edgecomp.runners import Array, open_runner
+from edgecomp.runners import Array
+from edgecomp.runners.chain import open_graph
 from edgecomp.specs import Preprocess
 
 Cli = Callable[..., Any]
@@ -338,7 +339,7 @@ def answers(classifier: Path) -> dict[str, Array]:
     assert bundle.manifest.preprocess is not None
     found: dict[str, Array] = {}
     for graph in (*bundle.select(batch=1), bundle.manifest.plain[0]):
-        with open_runner("onnxruntime", classifier / graph.model, threads=1) as runner:
+        with open_graph("onnxruntime", bundle, graph, threads=1) as runner:
             pixels = [to_pixels(Image.fromarray(frame), bundle.manifest.preprocess, "float32") for frame in FRAMES]
             logits = [runner.infer({"image": image})["logits"] for image in pixels]
         found[graph.golden_part] = np.concatenate(logits).argmax(1)

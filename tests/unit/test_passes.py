@@ -290,7 +290,7 @@ def test_large_tensors_begin_on_a_page_and_middling_ones_on_64_bytes(tmp_path: P
     sizes = (1028, 4096, 1032, 8192, 4100)
     with WeightsFile(tmp_path / "weights.data") as weights:
         arrays = [np.full(size, index + 1, dtype=np.uint8) for index, size in enumerate(sizes)]
-        places = [weights.place(memoryview(array.tobytes())) for array in arrays]
+        places = [weights.place(memoryview(array.tobytes()), user="one") for array in arrays]
     content = (tmp_path / "weights.data").read_bytes()
     assert len(content) == weights.size
     for (offset, length), array in zip(places, arrays, strict=True):
@@ -320,7 +320,7 @@ def test_share_weights_twice_changes_nothing(tmp_path: Path) -> None:
 
 def test_weights_file_that_is_not_open_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the weights file is not open"):
-        WeightsFile(tmp_path / "weights.data").place(memoryview(b"\0" * 2048))
+        WeightsFile(tmp_path / "weights.data").place(memoryview(b"\0" * 2048), user="one")
 
 
 def _place(model: ir.Model, name: str = "") -> tuple[int | None, int | None]:

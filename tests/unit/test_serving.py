@@ -207,6 +207,7 @@ class _Nothing:
     """A runner that does nothing."""
 
     name = version = "nothing"
+    input_names = ("image",)
 
     def infer(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs

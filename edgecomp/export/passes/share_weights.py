@@ -26,6 +26,7 @@ class WeightsFile:
         self.path = path
         self.size = 0
         self._places: dict[bytes, tuple[int, int]] = {}
+        self._users: dict[bytes, set[str]] = {}
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> WeightsFile:
@@ -38,7 +39,7 @@ class WeightsFile:
         if self._file is not None:
             self._file.close()
 
-    def place(self, data: memoryview) -> tuple[int, int]:
+    def place(self, data: memoryview, *, user: str) -> tuple[int, int]:
         """Write `data` unless the same bytes are there; return offset and length."""
         key = hashlib.sha256(data).digest()
         if key not in self._places:
@@ -49,16 +50,21 @@ class WeightsFile:
             self._file.write(data)
             self._places[key] = (self.size + padding, data.nbytes)
             self.size += padding + data.nbytes
+        self._users.setdefault(key, set()).add(user)
         return self._places[key]
 
+    def own_bytes(self, user: str) -> int:
+        """Return the bytes that this user alone reads."""
+        return sum(self._places[key][1] for key, users in self._users.items() if users == {user})
 
-def share_weights(model: ir.Model, weights: WeightsFile) -> None:
-    """Replace each large initializer by a reference into `weights`."""
+
+def share_weights(model: ir.Model, weights: WeightsFile, *, user: str = "") -> None:
+    """Replace each large initializer by a reference into `weights`, where `user` is counted as one that reads it."""
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is None or isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < _INLINE_BELOW:
             continue
-        offset, length = weights.place(memoryview(tensor.tobytes()))
+        offset, length = weights.place(memoryview(tensor.tobytes()), user=user)
         value.const_value = ir.ExternalTensor(
             weights.path.name,
             offset,

@@ -1,0 +1,238 @@
+"""`edgecomp calibrate`: a router's thresholds from real images."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edgecomp.api._parity import require_threads
+from edgecomp.api._progress import Progress, silent
+from edgecomp.bundle import Calibration, RouterRecord, open_bundle, replace_manifest
+from edgecomp.errors import InvalidSpec
+from edgecomp.evaluation import Images, open_images
+from edgecomp.evaluation.thresholds import Needs, Places, assign, candidates, choose
+from edgecomp.images import to_pixels
+from edgecomp.report.calibrate import BucketUse, CalibrationReport
+from edgecomp.runners import Array
+from edgecomp.serving import Answer, Model
+from edgecomp.specs import Preprocess
+
+__all__ = ["calibrate"]
+
+
+def calibrate(
+    bundle: str | Path,
+    data: str | Path,
+    *,
+    mean_tokens: float | None = None,
+    latency_target_ms: float | None = None,
+    keep_agreement: float | None = None,
+    split: str = "",
+    limit: int | None = 256,
+    seed: int = 0,
+    runner: str = "onnxruntime",
+    threads: int = 0,
+    progress: Progress = silent,
+) -> CalibrationReport:
+    """Set a router's thresholds so that a target holds on given images, and write them into the manifest.
+
+    Every image runs through the router and through every bucket, in turn. Then one of many sets of thresholds is
+    chosen (`evaluation.thresholds.candidates`): with the most tokens for the first two targets, else with the fewest.
+
+    Args:
+        bundle: the folder; exported with --router.
+        data: a folder of images, in any folders below it, or of IDX files.
+        mean_tokens: tokens kept by a request, on average at most.
+        latency_target_ms: milliseconds of a routed request at batch 1 on this machine, on average at most.
+        keep_agreement: share from 0 to 1 of images on which the routed bucket agrees with the largest one, at least:
+            the same class where the bundle gives logits, else the mean cosine of the mean token.
+        split: of IDX files, `test` or `train`.
+        limit: so many images, chosen at random; None: all.
+        seed: of that choice.
+        runner, threads: as in `parity`.
+        progress: takes a line now and then.
+
+    Raises:
+        InvalidSpec: the bundle has no router with thresholds, or not exactly one target was given, or no thresholds
+            reach it; the text says what can be reached. RunError: the data is absent or no image can be read.
+    """
+    require_threads(threads)
+    target, limit_of = _read_target(mean_tokens, latency_target_ms, keep_agreement)
+    if limit is not None and limit < 1:
+        raise InvalidSpec(f"limit {limit} is below 1; leave it out for 256 images")
+    opened = open_bundle(Path(bundle))
+    manifest, record = opened.manifest, opened.manifest.router
+    if record is None or not record.thresholds:
+        what = "no router" if record is None else f"the router {record.name}, which has no thresholds"
+        raise InvalidSpec(f"bundle {bundle} has {what}; export it with --router, for example --router difficulty")
+    first, *others = manifest.buckets[0].inputs
+    if first.kind != "image" or others or manifest.preprocess is None:
+        raise InvalidSpec(
+            f"bundle {bundle} takes {', '.join(map(str, manifest.buckets[0].inputs))}, and calibration has images alone"
+        )
+    progress("reading the data")
+    images = open_images(data, split=split, limit=limit, seed=seed)
+    with Model(opened, runner=runner, threads=threads, resident=None) as model:
+        seen = _observe(model, images, manifest.preprocess, dtype=first.dtype, progress=progress)
+        version = model.runner_version
+    buckets = model.buckets
+
+    def mean_ms(places: Places) -> float:
+        return float(seen.ms[places].mean()) + seen.router_ms
+
+    def agreement(places: Places) -> float:
+        return float(seen.agreement[np.arange(len(places)), places].mean())
+
+    tokens = np.asarray(buckets)
+    if mean_tokens is not None:
+        if mean_tokens > buckets[-1]:
+            raise InvalidSpec(
+                f"mean tokens {mean_tokens:g} is above {buckets[-1]}, what the largest bucket keeps; no thresholds "
+                f"reach it. Give {buckets[0]} to {buckets[-1]}"
+            )
+        found = choose(seen.needs, lambda places: float(tokens[places].mean()) <= mean_tokens, most=True)
+        reach = f"the least is {buckets[0]}, the smallest bucket for all"
+    elif latency_target_ms is not None:
+        found = choose(seen.needs, lambda places: mean_ms(places) <= latency_target_ms, most=True)
+        least = min(mean_ms(assign(seen.needs, one)) for one in candidates(seen.needs))
+        reach = f"the least is {least:.3f} ms, with the router ({seen.router_ms:.3f} ms)"
+    else:
+        found = choose(seen.needs, lambda places: agreement(places) >= limit_of, most=False)
+        reach = "the largest bucket for all reaches 1"
+    if found is None:
+        raise InvalidSpec(
+            f"no thresholds reach {target} on these {len(seen.needs)} images: {reach}; nothing was written"
+        )
+    places = assign(seen.needs, found)
+    made = Calibration(
+        target=target,
+        data=Path(data).resolve().name,
+        sha256=seen.sha256,
+        images=len(seen.needs),
+        mean_tokens=float(tokens[places].mean()),
+        agreement=agreement(places),
+        agreement_of=seen.agreement_of,
+    )
+    updated = msgspec.structs.replace(record, thresholds=found, calibration=made)
+    replace_manifest(opened, msgspec.structs.replace(manifest, router=updated))
+    return CalibrationReport(
+        bundle=str(bundle),
+        router=updated,
+        before=record.thresholds,
+        buckets=_uses(record, seen, buckets, places),
+        router_ms=seen.router_ms,
+        mean_ms=mean_ms(places),
+        runner=version,
+        threads=threads,
+        notes=images.notes,
+    )
+
+
+def _read_target(
+    mean_tokens: float | None, latency_target_ms: float | None, keep_agreement: float | None
+) -> tuple[str, float]:
+    """Return the one target in words, and its number."""
+    named = {
+        "mean tokens": (mean_tokens, 1.0, float(1 << 20)),
+        "latency target in ms": (latency_target_ms, 0.0, 3.6e6),
+        "agreement": (keep_agreement, 0.0, 1.0),
+    }
+    given = [(name, *one) for name, one in named.items() if one[0] is not None]
+    if len(given) != 1:
+        raise InvalidSpec(
+            f"{len(given)} targets were given; give exactly one of --mean-tokens, --latency-target, --keep-agreement"
+        )
+    name, value, low, high = given[0]
+    assert value is not None
+    if not low <= value <= high or value == 0:
+        raise InvalidSpec(f"{name} {value:g} is not above 0 and between {low:g} and {high:g}")
+    return f"{name} {value:g}", value
+
+
+class _Seen(msgspec.Struct, frozen=True):
+    """What was observed of all images: (I, K - 1) needs, (K,) ms, (I, K) agreement with the largest bucket."""
+
+    needs: Needs
+    ms: npt.NDArray[np.float64]
+    agreement: npt.NDArray[np.float64]
+    agreement_of: str
+    router_ms: float
+    sha256: str
+
+
+def _observe(model: Model, images: Images, preprocess: Preprocess, *, dtype: str, progress: Progress) -> _Seen:
+    """Run router and buckets on all images, in turn, and time them."""
+    buckets, digest, needs = model.buckets, hashlib.sha256(), []
+    outputs: list[list[Array]] = []
+    direct: dict[int, list[float]] = {tokens: [] for tokens in buckets}
+    extra: list[float] = []
+    told = time.monotonic()
+    for count in range(len(images.indices)):
+        image = to_pixels(images.image(images.indices[count]), preprocess, "uint8" if dtype == "uint8" else "float32")
+        digest.update(np.ascontiguousarray(image).data)
+        routed_first = count % 2 == 0
+        times: dict[int, float] = {}
+        rows: list[Array] = []
+        if routed_first:
+            answer, took = _timed(model, image[0], None)
+        for tokens in buckets:
+            got, times[tokens] = _timed(model, image[0], tokens)
+            rows.append(next(iter(got.outputs.values()))[0])
+        if not routed_first:
+            answer, took = _timed(model, image[0], None)
+        needs.append(answer.need)
+        outputs.append(rows)
+        if count >= _WARM_UP or len(images.indices) <= _WARM_UP:
+            for tokens in buckets:
+                direct[tokens].append(times[tokens])
+            extra.append(took - times[answer.budget])
+        if time.monotonic() - told > 0.5:
+            told = time.monotonic()
+            progress(f"image {count + 1} of {len(images.indices)}")
+    is_logits = model.bundle.manifest.output == "logits"
+    return _Seen(
+        needs=np.asarray(needs, np.float32),
+        ms=np.asarray([1000 * float(np.median(direct[tokens])) for tokens in buckets]),
+        agreement=np.asarray([_agreement(rows, is_logits=is_logits) for rows in outputs]),
+        agreement_of="the class" if is_logits else "the mean token (cosine)",
+        router_ms=max(0.0, 1000 * float(np.median(extra))),
+        sha256=digest.hexdigest(),
+    )
+
+
+_WARM_UP = 3
+
+
+def _timed(model: Model, image: Array, budget: int | None) -> tuple[Answer, float]:
+    started = time.perf_counter()
+    answer = model(image, budget=budget)
+    return answer, time.perf_counter() - started
+
+
+def _agreement(rows: Sequence[Array], *, is_logits: bool) -> list[float]:
+    """Return how each bucket's output agrees with the last one's."""
+    if is_logits:
+        return [float(row.argmax() == rows[-1].argmax()) for row in rows]
+    means = [row.astype(np.float64).reshape(-1, row.shape[-1]).mean(0) for row in rows]
+    last = means[-1]
+    return [float(mean @ last / max(np.linalg.norm(mean) * np.linalg.norm(last), 1e-30)) for mean in means]
+
+
+def _uses(record: RouterRecord, seen: _Seen, buckets: Sequence[int], places: Places) -> tuple[BucketUse, ...]:
+    before = assign(seen.needs, record.thresholds)
+    return tuple(
+        BucketUse(
+            tokens=tokens,
+            before=int((before == place).sum()),
+            after=int((places == place).sum()),
+            ms=float(seen.ms[place]),
+            agreement=float(seen.agreement[:, place].mean()),
+        )
+        for place, tokens in enumerate(buckets)
+    )

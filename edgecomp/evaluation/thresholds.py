@@ -1,0 +1,52 @@
+"""Where the thresholds of a router lie, so that a target holds on given images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["assign", "candidates", "choose"]
+
+Needs = npt.NDArray[np.float32]
+Places = npt.NDArray[np.int64]
+_ABOVE_ONE = float(np.nextafter(np.float32(1.0), np.float32(2.0)))
+
+
+def assign(needs: Needs, thresholds: Sequence[float]) -> Places:
+    """Return the bucket of each image, as a router does: the count of k with need[k] >= thresholds[k].
+
+    Args:
+        needs: (images, K - 1).
+    """
+    places: Places = (needs >= np.asarray(thresholds, np.float32)).sum(1)
+    return places
+
+
+def candidates(needs: Needs) -> list[tuple[float, ...]]:
+    """Return thresholds from those that send every image to the smallest bucket to those for the largest.
+
+    One number moves them all: bucket k of K begins at the quantile k / K of the images' needs, and all quantiles shift
+    together. A step sends at most a few images higher, and none lower.
+    """
+    images, cuts = needs.shape
+    ordered = np.sort(needs.astype(np.float64), axis=0)
+    # What lies between two needs is between them; below all is half the least, above all half-way to 1.
+    low, high = ordered[:1] / 2, (ordered[-1:] + 1) / 2
+    edges = np.concatenate([low, (ordered[:-1] + ordered[1:]) / 2, np.where(high > ordered[-1:], high, _ABOVE_ONE)])
+    found = []
+    for step in range(2 * images + 1):
+        shares = (np.arange(cuts) + 1) / (cuts + 1) + 1 - step / images
+        below = np.rint(np.clip(shares, 0, 1) * images).astype(int)  # so many images stay below each threshold
+        found.append(tuple(float(np.float32(edges[below[k], k])) for k in range(cuts)))
+    return list(dict.fromkeys(found))
+
+
+def choose(needs: Needs, holds: Callable[[Places], bool], *, most: bool) -> tuple[float, ...] | None:
+    """Return the candidate with the most (or fewest) tokens for which `holds` says yes; none where there is none."""
+    found = candidates(needs)
+    for thresholds in reversed(found) if most else found:
+        if holds(assign(needs, thresholds)):
+            return thresholds
+    return None

@@ -1,0 +1,58 @@
+"""A graph that reads a stem's outputs, and the stem, as one model."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from edgecomp.bundle import Bundle, Graph
+from edgecomp.runners import Array, Runner, open_runner
+
+__all__ = ["ChainRunner", "open_graph"]
+
+
+class ChainRunner:
+    """A stem and what reads its outputs.
+
+    Args:
+        stem: takes the first input.
+        rest: takes what it asks for by name, of the stem's outputs and of the other inputs.
+    """
+
+    def __init__(self, stem: Runner, rest: Runner) -> None:
+        self.stem, self.rest = stem, rest
+        self.name, self.version = rest.name, rest.version
+        self.input_names = tuple(dict.fromkeys((*stem.input_names, *self._own)))
+
+    @property
+    def _own(self) -> tuple[str, ...]:
+        return tuple(name for name in self.rest.input_names if name not in self.stem.output_names)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the outputs, in the graph's order."""
+        return self.rest.output_names
+
+    def __enter__(self) -> ChainRunner:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Free both."""
+        self.stem.__exit__(kind, error, trace)
+        self.rest.__exit__(kind, error, trace)
+
+    def infer(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Run both, one after the other."""
+        seen = {**inputs, **self.stem.infer({name: inputs[name] for name in self.stem.input_names})}
+        return self.rest.infer({name: seen[name] for name in self.rest.input_names})
+
+
+def open_graph(name: str, bundle: Bundle, graph: Graph, *, threads: int, takes_turns: bool = False) -> Runner:
+    """Load a graph of a bundle, with its stem where it has one; see `open_runner`."""
+    rest = open_runner(name, bundle.path / graph.model, threads=threads, takes_turns=takes_turns)
+    if not graph.stem:
+        return rest
+    stem = open_runner(name, bundle.path / graph.stem, threads=threads, takes_turns=takes_turns)
+    return ChainRunner(stem, rest)
