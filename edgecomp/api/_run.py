@@ -62,9 +62,7 @@ def run(
     features = read_tensors(text_features) if str(text_features) else None
     if bucket.batch == 1:
         progress(f"{bundle} in {runner}")
-        request: Path | dict[str, Array] = read_tensors(path) if path.suffix.lower() in _TENSOR_FILES else path
-        if isinstance(request, Path) and features is None:
-            _require_image_alone(bucket, path)
+        request = _read_request(bucket, path, features, str(text_features))
         with Model(opened, runner=runner, threads=threads, resident=1) as model:
             answer = model(request, text, features=features, budget=bucket.budget.tokens_out if budget else None)
             version = model.runner_version
@@ -94,6 +92,24 @@ def run(
         out=str(out),
         outputs=outputs,
     )
+
+
+def _read_request(
+    bucket: Bucket, path: Path, features: dict[str, Array] | None, features_file: str
+) -> Path | dict[str, Array]:
+    """Return an image's path, or named tensors; what does not fit is said of the file that it stands in."""
+    if path.suffix.lower() in _TENSOR_FILES:
+        tensors = read_tensors(path)
+        require_inputs({**tensors, **(features or {})}, bucket.inputs, str(path))
+        return tensors
+    if features is None:
+        _require_image_alone(bucket, path)
+    else:
+        others = [spec for spec in bucket.inputs if spec.kind != "image"]
+        if not others:
+            raise InvalidSpec(f"--text-features {features_file}: {bucket.model} takes the image alone; drop it")
+        require_inputs(features, others, features_file)
+    return path
 
 
 def _require_out(opened: Bundle, out: str | Path) -> None:

@@ -84,7 +84,7 @@ def _describe_bundle(contents: BundleContents) -> str:
         *(f"  note       {note}" for note in m.notes),
         "",
         table(
-            ["model", "batch", "in", "kept", "FLOPs", "nodes", "stem", "own weights", "inputs", "outputs"],
+            ["model", "batch", "in", "kept", "FLOPs", "nodes", "inputs", "outputs", *(["stem"] if m.stem else [])],
             [
                 [
                     g.model,
@@ -93,10 +93,9 @@ def _describe_bundle(contents: BundleContents) -> str:
                     g.budget.tokens_out if isinstance(g, Bucket) else "-",
                     flops(g.flops),
                     sum(g.ops.values()),
-                    g.stem or "-",
-                    size(g.own_bytes) if isinstance(g, Bucket) else "-",
                     ", ".join(map(str, g.inputs)),
                     ", ".join(map(str, g.outputs)),
+                    *([g.stem or "-"] if m.stem else []),
                 ]
                 for g in m.graphs
             ],

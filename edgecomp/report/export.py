@@ -91,6 +91,7 @@ def _inputs(manifest: Manifest) -> str:
 
 def _bucket_table(report: ExportReport) -> str:
     manifest = report.manifest
+    several = len({bucket.budget.tokens_out for bucket in manifest.buckets}) > 1
     rows = []
     for bucket in manifest.buckets:
         ratio = bucket.flops / bucket.batch / manifest.plain_flops if manifest.plain_flops else 0.0
@@ -103,8 +104,9 @@ def _bucket_table(report: ExportReport) -> str:
                 f"{bucket.budget.compression:.1f}x",
                 flops(bucket.flops // bucket.batch),
                 f"{ratio:.2f}x" if ratio else "-",
-                size(bucket.own_bytes),
+                *([size(bucket.own_bytes)] if several else []),
             ]
         )
-    header = ["model", "batch", "tokens in", "kept", "fewer", "FLOPs a sample", "of uncompressed", "own weights"]
+    header = ["model", "batch", "tokens in", "kept", "fewer", "FLOPs a sample", "of uncompressed"]
+    header += ["own weights"] if several else []
     return "\n".join("  " + line for line in table(header, rows).splitlines())

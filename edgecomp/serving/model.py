@@ -134,9 +134,9 @@ class Model:
         self,
         request: Request,
         text: str | None = None,
+        budget: int | str | None = None,
         *,
         features: Mapping[str, Array] | None = None,
-        budget: int | str | None = None,
     ) -> Answer:
         """Serve one request.
 
@@ -144,8 +144,8 @@ class Model:
             request: an image (path, Pillow image, or an array: uint8 (H, W, 3), or pixels as the graph takes them
                 without the batch), or the inputs by name, each with a batch of one.
             text: the question, for a router that reads words.
-            features: the other inputs of a model that takes more than an image, by name, each with a batch of one.
             budget: tokens wanted, a count or a percentage; None: the router decides.
+            features: the other inputs of a model that takes more than an image, by name, each with a batch of one.
         """
         started = time.perf_counter()
         seen = [self._prepare(request, features)]

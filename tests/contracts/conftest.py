@@ -198,7 +198,8 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Smoke], Bun
         from edgecomp.bundle import open_bundle
 
         folder: Path = tmp_path_factory.mktemp("bundles") / f"{smoke.method}-{smoke.preset}"
-        api.export(smoke.method, preset=smoke.preset, budget=smoke.budgets, batch=smoke.batches, seed=SEED, out=folder)
+        options = {"budget": smoke.budgets, "batch": smoke.batches, "stem": False, "seed": SEED}
+        api.export(smoke.method, preset=smoke.preset, out=folder, **options)
         return open_bundle(folder)
 
     return export

@@ -24,7 +24,7 @@ from edgecomp.compressors.tome import ToMe, ToMeParams  # noqa: E402
 from edgecomp.errors import ExportError, InvalidSpec  # noqa: E402
 from edgecomp.export.lower import lower  # noqa: E402
 from edgecomp.export.passes import add_merge_body, inline_functions  # noqa: E402
-from edgecomp.specs import Site, TokenBudget  # noqa: E402
+from edgecomp.specs import Site, TokenBudget, load_recipe  # noqa: E402
 
 # -- schedules --------------------------------------------------------------------------------------------------
 
@@ -285,3 +285,15 @@ def merged_with_body(model: Any) -> Any:
     whole = model.clone()
     add_merge_body(whole)
     return whole
+
+
+def test_given_prefix_tokens_pass_untouched() -> None:
+    """Those in front of given tokens come out first, as they went in, whoever merges behind them."""
+    merger = ToMe.from_recipe(load_recipe("tome"), 5, preset="smoke-kth").eval()
+    tokens = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        merged, size, source_map = merger(tokens)
+    assert torch.equal(merged[:, :2], tokens[:, :2])
+    assert torch.equal(size[:, :2], torch.ones(2, 2, 1))
+    assert source_map[:, :2].tolist() == [[0, 1], [0, 1]]
+    assert bool((source_map[:, 2:] >= 2).all())

@@ -110,6 +110,16 @@ def in_cache(library: PluginLibrary, **changes: Any) -> None:
     library.path.with_suffix(".sha256").write_text(file_sha256(library.path))
 
 
+def fake_headers(folder: Path) -> Path:
+    """Write headers that tell a version and nothing else."""
+    headers = folder / "headers"
+    headers.mkdir()
+    (headers / "NvInferRuntimePlugin.h").write_text("")
+    lines = "".join(f"#define NV_TENSORRT_{part} 10\n" for part in ("MAJOR", "MINOR", "PATCH"))
+    (headers / "NvInferVersion.h").write_text(lines)
+    return headers
+
+
 def fake_nvcc(folder: Path, body: str) -> Path:
     path = folder / "nvcc"
     path.write_text(f"#!/bin/sh\n{body}\n")
@@ -287,22 +297,14 @@ def test_compute_capability_is_checked_before_compiling(tmp_path: Path, monkeypa
     monkeypatch.setattr(plugins, "local_gpu_sm", lambda: None)
     with pytest.raises(InvalidSpec, match=r"no NVIDIA GPU on this machine; name .* --sm 87"):
         build_library(PLUGIN, progress=lambda line: None)
-    headers = tmp_path / "headers"
-    headers.mkdir()
-    (headers / "NvInferRuntimePlugin.h").write_text("")
-    lines = "".join(f"#define NV_TENSORRT_{part} 10\n" for part in ("MAJOR", "MINOR", "PATCH"))
-    (headers / "NvInferVersion.h").write_text(lines)
+    headers = fake_headers(tmp_path)
     nvcc = fake_nvcc(tmp_path, 'case "$1" in --version) echo "release 11.4, V11";; *) echo sm_75; echo sm_86;; esac')
     with pytest.raises(PluginMissing, match=r"nvcc 11\.4 \(.*\) does not compile for SM120; it does for 75, 86"):
         build_library(PLUGIN, sm=[86, 120], nvcc=nvcc, tensorrt_include=headers, progress=lambda line: None)
 
 
 def test_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
-    headers = tmp_path / "headers"
-    headers.mkdir()
-    (headers / "NvInferRuntimePlugin.h").write_text("")
-    lines = "".join(f"#define NV_TENSORRT_{part} 10\n" for part in ("MAJOR", "MINOR", "PATCH"))
-    (headers / "NvInferVersion.h").write_text(lines)
+    headers = fake_headers(tmp_path)
     cases = 'case "$1" in --version) echo "release 12.6, V12";; --list-gpu-code) echo sm_86;;'
     nvcc = fake_nvcc(tmp_path, f'{cases} *) echo "plugin.cpp(3): error: no such thing" >&2; exit 2;; esac')
     with pytest.raises(BuildError, match=r"(?s)topk_merge does not compile .*exit 2.*no such thing"):
@@ -313,11 +315,7 @@ def test_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, cache:
 
 def test_compiler_that_writes_nothing_or_junk(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And one that is named by a path from here, which is not one on PATH."""
-    headers = tmp_path / "headers"
-    headers.mkdir()
-    (headers / "NvInferRuntimePlugin.h").write_text("")
-    lines = "".join(f"#define NV_TENSORRT_{part} 10\n" for part in ("MAJOR", "MINOR", "PATCH"))
-    (headers / "NvInferVersion.h").write_text(lines)
+    headers = fake_headers(tmp_path)
     cases = 'case "$1" in --version) echo "release 12.6, V12";; --list-gpu-code) echo sm_86;;'
     monkeypatch.chdir(tmp_path)
     for work in ("exit 0", 'for word in "$@"; do case "$word" in -o=*) echo junk > "${word#-o=}";; esac; done'):
