@@ -434,7 +434,9 @@ def _make_router(
         depth=compressor.site.depth,
     )
     cls = router_class(order.router)
-    router = cls(cls.parse_params(order.router_params, name=order.router), router_site).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(order.seed)
+        router = cls(cls.parse_params(order.router_params, name=order.router), router_site).eval()
     origin = None
     if order.router_weights != "random":
         router.load(read_checkpoint(Path(order.router_weights), say=notes.append))

@@ -396,4 +396,5 @@ def _why(record: RouterRecord, bucket: int, need: Sequence[float]) -> str:
     """Say on which side of which thresholds a request fell."""
     over = [f"{need[k]:.3f} reaches {record.thresholds[k]:.3f}" for k in range(len(need)) if k == bucket - 1]
     under = [f"{need[k]:.3f} is below {record.thresholds[k]:.3f}" for k in range(len(need)) if k == bucket]
-    return f"router {record.name}: need {' and '.join((*over, *under))}"
+    trained = " (untrained)" if record.weights is not None and record.weights.kind == "random" else ""
+    return f"router {record.name}{trained}: need {' and '.join((*over, *under))}"

@@ -29,7 +29,9 @@ def two_budgets(assembled):
             return tuple(sorted(smoke.budgets))
         (only,) = smoke.budgets
         rule, most = smoke.recipe.rule(smoke.preset), assembled(smoke).models[0].compressor.budget.tokens_in
-        return tuple(sorted((only, next(count for count in range(1, most + 1) if count != only and rule.allows(count)))))
+        return tuple(
+            sorted((only, next(count for count in range(1, most + 1) if count != only and rule.allows(count))))
+        )
 
     return choose
 
