@@ -29,7 +29,7 @@ class _Nothing:
 
     version = "nothing"
 
-    def __init__(self, name: str, model: Path, *, threads: int) -> None:  # noqa: ARG002 - as `open_runner` has it
+    def __init__(self, name: str, model: Path, **more: object) -> None:  # noqa: ARG002 - as `open_runner` has it
         self.name = name
         self.input_names = ("image", "words", "thresholds") if model.name.startswith("router") else ("image",)
         one = np.zeros((1, 1), np.float32)

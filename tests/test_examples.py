@@ -71,3 +71,22 @@ def test_training_runs(data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "top-1 on 64 test images" in done.stdout
     assert (tmp_path / "w.safetensors").stat().st_size == (FASHION / "weights.safetensors").stat().st_size
+
+
+def test_policy_is_trained_and_held_to_fixed(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxruntime")
+    shorter = ("--images", 64, "--epochs", 1, "--calibrate", 16, "--limit", 16, "--others")
+    done = run("policy.py", "--data", data, *shorter, "--out", tmp_path / "policy.safetensors", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "logits of 64 training images in 3 buckets" in done.stdout
+    assert "16 test images" in done.stdout
+    tables = [[line for line in part.splitlines() if line[:1] == "|"] for part in done.stdout.split("\n\n")[-2:]]
+    assert [row.split(" | ")[0] for row in tables[0][2:]] == [
+        "| plain", "| `fixed` 12", "| `fixed` 24", "| `fixed` 36", "| policy",
+    ]  # fmt: skip
+    assert [row.split(" | ")[0] for row in tables[1][2:]] == ["| `fixed`", "| policy"]
+    assert all(len({line.count("|") for line in table}) == 1 for table in tables)
+    assert float(tables[1][-1].split(" | ")[1]) <= 24
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["policy.safetensors"]
+    assert (tmp_path / "policy.safetensors").stat().st_size == (FASHION / "policy.safetensors").stat().st_size

@@ -50,9 +50,10 @@ class ChainRunner:
 
 
 def open_graph(name: str, bundle: Bundle, graph: Graph, *, threads: int, takes_turns: bool = False) -> Runner:
-    """Load a graph of a bundle, with its stem where it has one; see `open_runner`."""
-    rest = open_runner(name, bundle.path / graph.model, threads=threads, takes_turns=takes_turns)
+    """Load a graph of a bundle, with its stem where it has one; see `open_runner`. Stem and rest always take turns."""
     if not graph.stem:
-        return rest
-    stem = open_runner(name, bundle.path / graph.stem, threads=threads, takes_turns=takes_turns)
+        return open_runner(name, bundle.path / graph.model, threads=threads, takes_turns=takes_turns)
+    stem, rest = (
+        open_runner(name, bundle.path / model, threads=threads, takes_turns=True) for model in (graph.stem, graph.model)
+    )
     return ChainRunner(stem, rest)

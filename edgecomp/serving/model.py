@@ -107,6 +107,7 @@ class Model:
             self._graphs.setdefault(bucket.budget.tokens_out, {})[bucket.batch] = bucket
         self._stems = {stem.model: stem for stem in manifest.stem}
         self._router = manifest.router
+        self._takes_turns = bool(manifest.stem or manifest.router or len(self._graphs) > 1)
         self._routers = {graph.batch: graph for graph in manifest.router.graphs} if manifest.router is not None else {}
         self._loaded: OrderedDict[str, Runner] = OrderedDict()  # buckets by file, used longest ago first
         self._shared: dict[str, Runner] = {}  # stem and router
@@ -338,7 +339,9 @@ class Model:
             held = self._loaded if is_bucket else self._shared
             session = held.get(graph.model)
             if session is None:
-                session = open_runner(self._runner, self._bundle.path / graph.model, threads=self._threads)
+                session = open_runner(
+                    self._runner, self._bundle.path / graph.model, threads=self._threads, takes_turns=self._takes_turns
+                )
                 held[graph.model] = session
                 if is_bucket:
                     self._recorder.count_load()

@@ -179,14 +179,13 @@ def tiny_host() -> Any:
 
 
 def export_classifier(out: Path) -> api.ExportReport:
-    return api.export(
-        "tome", backbone=tiny_host(), budget=BUCKETS, output="logits", router="difficulty", out=out
-    )
+    options: dict[str, Any] = {"budget": BUCKETS, "output": "logits", "params": {"blocks": [1]}}
+    return api.export("dynamicvit", backbone=tiny_host(), router="difficulty", out=out, **options)
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ToMe inside a tiny ViT of 7 classes, with a router; not to be written to."""
+    """DynamicViT inside a tiny ViT of 7 classes, with a router; not to be written to."""
     return export_classifier(tmp_path_factory.mktemp("classifier") / "bundle").bundle
 
 
