@@ -63,6 +63,51 @@ def test_table_is_written_between_the_marks(data: Path, tmp_path: Path) -> None:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["page.md"]
 
 
+def write_part(part: str, data: Path, folder: Path, *words: object) -> str:
+    """Return what pruning.py puts between the marks of a part."""
+    page, begin, end = folder / "page.md", f"<!-- pruning.py writes {part} from here -->", "<!-- to here -->"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    sizes = ["--budget", 13, "--batch", 8, "--limit", 16, "--draws", 1, "--epochs", 1]
+    done = run("pruning.py", "--data", data, "--parts", part, *sizes, *words, "--write", page, folder=folder)
+    assert done.returncode == 0, done.stderr
+    before, _, rest = page.read_text().partition(begin)
+    text, _, after = rest.partition(end)
+    assert (before, after) == ("before\n", "\nafter\n")
+    assert "old" not in text
+    assert sorted(entry.name for entry in folder.iterdir()) == ["page.md"]
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    return text
+
+
+def test_pruning_inside(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxruntime")
+    text = write_part("inside", data, tmp_path, "--methods", "random", "--schedules")
+    rows = [line.split(" | ")[:3] for line in text.splitlines() if re.match(r"\| (random|pooling)", line)]
+    assert rows == [
+        ["| random", "49, 32, 32, 21, 13, 13", "13"],
+        ["| pooling", "49, 49, 12, 12, 12, 12", "12"],
+    ]
+
+
+def test_pruning_after(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxruntime")
+    text = write_part("after", data, tmp_path, "--methods", "visionzip")
+    assert "16 test images, readouts fitted on 64 training images" in text
+    rows = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [["| plain", "49"], ["| visionzip", "13"], ["| pooling", "12"]]
+
+
+def test_places_of_the_patches(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    done = run("pruning.py", "--data", data, "--parts", "places", "--limit", 16, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "16 test images" in done.stdout
+    assert len(re.findall(r"^\| row \d( \| [\d.]+){7} \|$", done.stdout, re.MULTILINE)) == 7
+    assert len(re.findall(r"seed \d: \d+", done.stdout)) == 3
+
+
 def test_training_runs(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     done = run(

@@ -13,7 +13,7 @@ __all__ = ["WEIGHTS", "load_host", "make_host"]
 
 WEIGHTS = Path(__file__).parent / "weights.safetensors"
 #: How pixels are prepared; edgecomp reads it from here into the bundle. `crop_pct` 1: nothing is resized or cut off.
-PREPROCESS = {"crop_pct": 1.0, "interpolation": "bicubic", "mean": (0.286,) * 3, "std": (0.353,) * 3}
+PREPROCESS: dict[str, Any] = {"crop_pct": 1.0, "interpolation": "bicubic", "mean": (0.286,) * 3, "std": (0.353,) * 3}
 
 
 def make_host() -> VisionTransformer:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from host import load_host
@@ -49,6 +49,7 @@ def main() -> None:
                 batch=options.batch,
                 output="logits",
                 with_plain=True,
+                stem=False,
                 out=bundle,
             )
             reports[method] = []
@@ -56,12 +57,18 @@ def main() -> None:
                 print(f"evaluating {method} at batch {batch}", flush=True)
                 found = api.evaluate(bundle, options.data, batch=batch, threads=options.threads, limit=options.limit)
                 reports[method].append(found)
-    text = "\n".join(describe(reports, {count_kept(r): r for r in options.r}))
+    r_of = {count_kept(r): r for r in options.r}
+    text = "\n".join(describe(reports, "r", lambda _, kept: str(r_of[kept])))
     print(text)
     if options.write is not None:
-        before, _, rest = options.write.read_text(encoding="utf-8").partition(_BEGIN)
-        after = rest.partition(_END)[2]
-        options.write.write_text(f"{before}{_BEGIN}\n\n{text}\n\n{_END}{after}", encoding="utf-8")
+        write_between(options.write, _BEGIN, text)
+
+
+def write_between(page: Path, begin: str, text: str) -> None:
+    """Put `text` between the mark `begin` of a page and the mark of an end that follows it."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(_END)[2]
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{_END}{after}", encoding="utf-8")
 
 
 def count_kept(r: int) -> int:
@@ -72,16 +79,17 @@ def count_kept(r: int) -> int:
     return tokens
 
 
-def describe(reports: Mapping[str, list[EvaluationReport]], r_of: Mapping[int, int]) -> list[str]:
-    """Return a Markdown table: a row for the plain model, and one for each bucket of each method."""
+def describe(reports: Mapping[str, list[EvaluationReport]], column: str, value: Callable[[str, int], str]) -> list[str]:
+    """Return a Markdown table: a row for the plain model, and one for each bucket of each method.
+
+    Args:
+        reports: of each method, one for each batch size; accuracy is that of the last.
+        column: head of the column that tells of a method and the tokens kept what `value` returns.
+    """
     first = next(iter(reports.values()))
-    machine, found = first[0].machine, first[0].evaluation
     timed = " | ".join(f"ms/image, batch {report.evaluation.batch} | over plain | " for report in first)
-    header = f"| method | r | tokens kept | top-1 % | drop, points | agreement % | FLOPs | {timed} |"
-    load = machine.load_average[0] if machine.load_average else "unknown"
-    threads = f"{first[0].threads or 'its own choice of'} thread{'' if first[0].threads == 1 else 's'}"
-    where = f"{threads} on {machine.cpu}, {machine.cores} cores, load {load}"
-    lines = [f"{found.images:,} test images, {first[0].version}, {where}.", "", header]
+    header = f"| method | {column} | tokens kept | top-1 % | drop, points | agreement % | FLOPs | {timed} |"
+    lines = [f"{conditions(reports)}.", "", header]
     lines.append("|" + "---|" * (header.count("|") - 1))
     plain = [report.evaluation.scores[0] for report in first]
     times = " | ".join(f"{row.ms_per_image.value:.3f} | | " for row in plain)
@@ -100,11 +108,29 @@ def describe(reports: Mapping[str, list[EvaluationReport]], r_of: Mapping[int, i
                 if it is not None
             )
             lines.append(
-                f"| {method} | {r_of[kept]} | {kept} | {100 * rows[-1].top1.value:.2f} | "
+                f"| {method} | {value(method, kept)} | {kept} | {100 * rows[-1].top1.value:.2f} | "
                 f"{100 * last.drop.value:.2f} {interval(last.drop, 100)} | {100 * last.agreement.value:.2f} | "
                 f"{report.flops[rows[-1].model] / report.flops[report.plain]:.2f}x | {times} |"
             )
     return lines
+
+
+def conditions(reports: Mapping[str, list[EvaluationReport]]) -> str:
+    """Return what was run where, in words."""
+    first = next(iter(reports.values()))
+    counts = [f"{report.evaluation.images:,}" for report in first]
+    images = f"{counts[-1]} test images"
+    if len(set(counts)) > 1:
+        images = ", ".join(
+            f"{count} test images at batch {report.evaluation.batch}"
+            for count, report in zip(counts, first, strict=True)
+        )
+    averages = [report.machine.load_average for runs in reports.values() for report in runs]
+    loads = sorted({average[0] for average in averages if average})
+    load = " to ".join(f"{end:.2f}" for end in dict.fromkeys((loads[0], loads[-1]))) if loads else "unknown"
+    threads = f"{first[0].threads or 'its own choice of'} thread{'' if first[0].threads == 1 else 's'}"
+    machine = first[0].machine
+    return f"{images}, {first[0].version}, {threads} on {machine.cpu}, {machine.cores} cores, load {load}"
 
 
 def interval(estimate: Estimate, scale: float) -> str:

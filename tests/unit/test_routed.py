@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -400,7 +401,7 @@ def test_what_is_counted(spread_words: Path) -> None:
 def test_one_resident_bucket_beside_stem_and_router(spread: Path, runs: Counter[str]) -> None:
     with edgecomp.load(spread, threads=1) as model:
         expected = [model(image) for image in pictures()]
-    changes = sum(one.budget != other.budget for one, other in zip(expected, expected[1:], strict=False))
+    changes = sum(one.budget != other.budget for one, other in itertools.pairwise(expected))
     with edgecomp.load(spread, threads=1, resident=1) as model:
         for image, one in zip(pictures(), expected, strict=True):
             answer = model(image)
