@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
+import math
 import os
 import re
 import secrets
@@ -22,6 +23,7 @@ import msgspec
 from edgecomp.errors import BundleError, EdgecompError, InvalidSpec
 from edgecomp.specs import Output, Placement, Preprocess, Recipe, TensorSpec, TokenBudget, read_count
 from edgecomp.specs.origin import WeightsOrigin, file_sha256
+from edgecomp.specs.router import router_names
 
 __all__ = [
     "GOLDEN",
@@ -258,6 +260,7 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
         raise BundleError(f"bundle {path} is not a folder; `edgecomp export` makes one")
     manifest = _read_manifest(path)
     _require_named(path, manifest)
+    _require_router(path, manifest)
     _require_listing(path, manifest)
     for entry in manifest.files:
         size = (path / entry.name).stat().st_size
@@ -323,6 +326,25 @@ def _require_named(path: Path, manifest: Manifest) -> None:
             )
     if len(names) != len(set(names)) or not manifest.buckets:
         raise BundleError(f"bundle {path}: the manifest names a file twice or has no bucket; export the bundle again")
+
+
+def _require_router(path: Path, manifest: Manifest) -> None:
+    """Refuse a router that does not fit the buckets."""
+    router = manifest.router
+    if router is None:
+        return
+    kept = {bucket.budget.tokens_out for bucket in manifest.buckets}
+    fits = router.fixed in kept if router.name == "fixed" else len(router.thresholds) == len(kept) - 1
+    fits = fits and router.name in router_names() and (router.name == "fixed") == (not router.graphs)
+    for graph in router.graphs:
+        outputs = {spec.name: spec.shape[-1] for spec in graph.outputs}
+        fits = fits and outputs.get("need") == len(kept) - 1 and outputs.get("signals") == len(router.signals)
+        fits = fits and router.reads_words == any(spec.name == "words" for spec in graph.inputs)
+    if not fits or not all(math.isfinite(value) for value in router.thresholds):
+        raise BundleError(
+            f"bundle {path}: the manifest's router {router.name!r} does not fit its {len(kept)} buckets (thresholds "
+            f"{list(router.thresholds)}, fixed {router.fixed}); export the bundle again"
+        )
 
 
 def _require_listing(path: Path, manifest: Manifest) -> None:

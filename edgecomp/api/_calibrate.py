@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -13,15 +14,16 @@ import numpy.typing as npt
 
 from edgecomp.api._parity import require_threads
 from edgecomp.api._progress import Progress, silent
-from edgecomp.bundle import Calibration, RouterRecord, open_bundle, replace_manifest
+from edgecomp.bundle import Calibration, Manifest, RouterRecord, golden_key, open_bundle, replace_manifest
 from edgecomp.errors import InvalidSpec
 from edgecomp.evaluation import Images, open_images
 from edgecomp.evaluation.thresholds import Needs, Places, assign, candidates, choose
 from edgecomp.images import to_pixels
+from edgecomp.parity import read_goldens
 from edgecomp.report.calibrate import BucketUse, CalibrationReport
 from edgecomp.runners import Array
 from edgecomp.serving import Answer, Model
-from edgecomp.specs import Preprocess
+from edgecomp.specs import TensorSpec
 
 __all__ = ["calibrate"]
 
@@ -33,6 +35,7 @@ def calibrate(
     mean_tokens: float | None = None,
     latency_target_ms: float | None = None,
     keep_agreement: float | None = None,
+    texts: Sequence[str] = (),
     split: str = "",
     limit: int | None = 256,
     seed: int = 0,
@@ -52,6 +55,7 @@ def calibrate(
         latency_target_ms: milliseconds of a routed request at batch 1 on this machine, on average at most.
         keep_agreement: share from 0 to 1 of images on which the routed bucket agrees with the largest one, at least:
             the same class where the bundle gives logits, else the mean cosine of the mean token.
+        texts: questions, taken in turn with the images, for a router that reads words; none: all images come without.
         split: of IDX files, `test` or `train`.
         limit: so many images, chosen at random; None: all.
         seed: of that choice.
@@ -72,14 +76,20 @@ def calibrate(
         what = "no router" if record is None else f"the router {record.name}, which has no thresholds"
         raise InvalidSpec(f"bundle {bundle} has {what}; export it with --router, for example --router difficulty")
     first, *others = manifest.buckets[0].inputs
-    if first.kind != "image" or others or manifest.preprocess is None:
+    if first.kind != "image" or manifest.preprocess is None:
         raise InvalidSpec(
-            f"bundle {bundle} takes {', '.join(map(str, manifest.buckets[0].inputs))}, and calibration has images alone"
+            f"bundle {bundle} takes {', '.join(map(str, manifest.buckets[0].inputs))}, and calibration has images; "
+            "export it with a --backbone"
         )
+    if texts and not record.reads_words:
+        raise InvalidSpec(f"{len(texts)} texts were given, and the router {record.name} reads no words; drop them")
+    goldens = read_goldens(opened.path) if others else {}
+    features = {spec.name: goldens[golden_key("input", "seeded", spec.name)][:1] for spec in others}
     progress("reading the data")
     images = open_images(data, split=split, limit=limit, seed=seed)
     with Model(opened, runner=runner, threads=threads, resident=None) as model:
-        seen = _observe(model, images, manifest.preprocess, dtype=first.dtype, progress=progress)
+        ask = partial(_timed, model, features=features or None)
+        seen = _observe(model, images, ask, texts, dtype=first.dtype, progress=progress)
         version = model.runner_version
     buckets = model.buckets
 
@@ -130,7 +140,7 @@ def calibrate(
         mean_ms=mean_ms(places),
         runner=version,
         threads=threads,
-        notes=(*images.notes, *([_AFTER] if manifest.placement == "after" else [])),
+        notes=(*images.notes, *_notes(manifest, record, texts, others)),
     )
 
 
@@ -151,8 +161,8 @@ def _read_target(
     name, value, low, high = given[0]
     assert value is not None
     if not low <= value <= high or value == 0:
-        raise InvalidSpec(f"{name} {value:g} is not above 0 and between {low:g} and {high:g}")
-    return f"{name} {value:g}", value
+        raise InvalidSpec(f"{name} {value} is not above 0 and at most {high:.0f}, and at least {low:.0f}; give another")
+    return f"{name} {value}", value
 
 
 class _Seen(msgspec.Struct, frozen=True):
@@ -166,8 +176,31 @@ class _Seen(msgspec.Struct, frozen=True):
     sha256: str
 
 
-def _observe(model: Model, images: Images, preprocess: Preprocess, *, dtype: str, progress: Progress) -> _Seen:
+def _notes(manifest: Manifest, record: RouterRecord, texts: Sequence[str], others: Sequence[TensorSpec]) -> list[str]:
+    """Return what a reader of the figures must know."""
+    notes = [_AFTER] if manifest.placement == "after" else []
+    if record.reads_words and not texts:
+        notes.append(
+            f"router {record.name} reads words, and the images came without: a question sends a request higher"
+        )
+    if others:
+        named = ", ".join(spec.name for spec in others)
+        notes.append(f"{named}: the same for all images, those of the bundle's golden inputs")
+    return notes
+
+
+def _observe(
+    model: Model,
+    images: Images,
+    ask: Callable[..., tuple[Answer, float]],
+    texts: Sequence[str],
+    *,
+    dtype: str,
+    progress: Progress,
+) -> _Seen:
     """Run router and buckets on all images, in turn, and time them."""
+    preprocess = model.bundle.manifest.preprocess
+    assert preprocess is not None
     buckets, digest, needs = model.buckets, hashlib.sha256(), []
     outputs: list[list[Array]] = []
     direct: dict[int, list[float]] = {tokens: [] for tokens in buckets}
@@ -179,13 +212,14 @@ def _observe(model: Model, images: Images, preprocess: Preprocess, *, dtype: str
         routed_first = count % 2 == 0
         times: dict[int, float] = {}
         rows: list[Array] = []
+        text = texts[count % len(texts)] if texts else None
         if routed_first:
-            answer, took = _timed(model, image[0], None)
+            answer, took = ask(image[0], text, None)
         for tokens in buckets:
-            got, times[tokens] = _timed(model, image[0], tokens)
+            got, times[tokens] = ask(image[0], None, tokens)
             rows.append(next(iter(got.outputs.values()))[0])
         if not routed_first:
-            answer, took = _timed(model, image[0], None)
+            answer, took = ask(image[0], text, None)
         needs.append(answer.need)
         outputs.append(rows)
         if count >= _WARM_UP or len(images.indices) <= _WARM_UP:
@@ -210,9 +244,11 @@ _WARM_UP = 3
 _AFTER = "all buckets run the whole encoder: what fewer tokens save is in the model that reads them, not in these times"
 
 
-def _timed(model: Model, image: Array, budget: int | None) -> tuple[Answer, float]:
+def _timed(
+    model: Model, image: Array, text: str | None, budget: int | None, *, features: dict[str, Array] | None
+) -> tuple[Answer, float]:
     started = time.perf_counter()
-    answer = model(image, budget=budget)
+    answer = model(image, text, budget, features=features)
     return answer, time.perf_counter() - started
 
 
@@ -222,7 +258,8 @@ def _agreement(rows: Sequence[Array], *, is_logits: bool) -> list[float]:
         return [float(row.argmax() == rows[-1].argmax()) for row in rows]
     means = [row.astype(np.float64).reshape(-1, row.shape[-1]).mean(0) for row in rows]
     last = means[-1]
-    return [float(mean @ last / max(np.linalg.norm(mean) * np.linalg.norm(last), 1e-30)) for mean in means]
+    cosines = [float(mean @ last / max(np.linalg.norm(mean) * np.linalg.norm(last), 1e-30)) for mean in means]
+    return [*(min(1.0, cosine) for cosine in cosines[:-1]), 1.0]  # the last agrees with itself, whatever rounding says
 
 
 def _uses(record: RouterRecord, seen: _Seen, buckets: Sequence[int], places: Places) -> tuple[BucketUse, ...]:

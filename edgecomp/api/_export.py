@@ -157,6 +157,7 @@ def export(
         raise MissingDependency("onnxruntime", needed_for="the check at the end of `edgecomp export`", extra="cpu")
     progress("building the model")
     assembly = assemble(order)
+    _require_fixed(assembly, order)
     if with_plain and assembly.plain is None:
         raise InvalidSpec(f"{order.recipe.method} on given tokens has no uncompressed model; drop --with-plain")
     with new_bundle(folder, force=force) as work:
@@ -276,6 +277,8 @@ def _require_in_range(order: Order, precision: str, opset: int, batches: Sequenc
             raise InvalidSpec(f"batch {size} is not between 1 and 4096")
     if len(set(batches)) != len(batches):
         raise InvalidSpec(f"batches {', '.join(map(str, batches))}: one of them stands there twice; give each once")
+    if order.pad_to < 0:
+        raise InvalidSpec(f"pad_to={order.pad_to} is below 0; give the rows that every bucket is to have")
     if order.image_size and not 1 <= order.image_size <= 8192:
         raise InvalidSpec(f"image size {order.image_size} is not between 1 and 8192 pixels")
     if not 0 <= order.seed < 1 << 63:
@@ -428,14 +431,27 @@ def _router_record(assembly: Assembly, order: Order, graphs: tuple[RouterGraph, 
         )
     if order.router != "fixed":
         return None
+    budget = order.router_params.get("budget", assembly.models[-1].compressor.budget.tokens_out)
+    return RouterRecord("fixed", {"budget": budget}, False, (), (), None, (), fixed=budget)
+
+
+def _require_fixed(assembly: Assembly, order: Order) -> None:
+    """Refuse what the router `fixed` cannot be asked for, before anything is exported."""
+    if order.router != "fixed":
+        return
     kept = [model.compressor.budget.tokens_out for model in assembly.models]
+    if len(kept) == 1:
+        raise InvalidSpec(
+            f"router fixed: there is one bucket, {kept[0]}, and nothing to choose; give several --budget, or drop it"
+        )
+    if order.router_weights != "random":
+        raise InvalidSpec(f"router fixed has no weights; drop --router-weights {order.router_weights}")
     budget = order.router_params.get("budget", kept[-1])
     if budget not in kept or set(order.router_params) - {"budget"}:
         raise InvalidSpec(
             f"router fixed takes the one parameter budget, one of {', '.join(map(str, kept))}, and was given "
             f"{dict(order.router_params)}; for example --set router.budget={kept[0]}"
         )
-    return RouterRecord("fixed", {"budget": budget}, False, (), (), None, (), fixed=budget)
 
 
 def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> ParityReport:

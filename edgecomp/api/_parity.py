@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import Bucket, Bundle, Manifest, PlainGraph, RouterGraph, golden_key, open_bundle
@@ -14,10 +15,12 @@ from edgecomp.errors import InvalidSpec
 from edgecomp.parity import CASES, OutputParity, ParityReport, cases_of, check_bucket, judge, read_goldens
 from edgecomp.runners import Array
 from edgecomp.runners.chain import open_graph
-from edgecomp.serving import Model
+from edgecomp.serving import Answer, Model
 from edgecomp.specs import Tolerance
 
 __all__ = ["parity", "require_threads"]
+
+_ROUNDING = 1e-4
 
 
 def parity(
@@ -87,12 +90,30 @@ def _check_routed(
                 continue  # on the sides of thresholds there is an image alone
             request = {name: goldens[key][:1] for name, key in keys.items()}
             routed = model(request)
+            rows += _check_choice(opened, goldens, case, routed, exact)
             alone = model(request, budget=routed.budget)
             rows += [
                 judge(f"routed to {routed.budget}", case, name, array, alone[name], exact)
                 for name, array in routed.outputs.items()
             ]
     return rows
+
+
+def _check_choice(
+    opened: Bundle, goldens: Mapping[str, Array], case: str, routed: Answer, tolerance: Tolerance
+) -> list[OutputParity]:
+    """Hold the bucket of a request without words to what the original's need says, with the thresholds of now."""
+    record = opened.manifest.router
+    key = golden_key("output", case, "need", part="router")
+    words = goldens.get(golden_key("input", case, "words"))
+    if record is None or key not in goldens or (words is not None and words[0].any()):
+        return []
+    kept = sorted({bucket.budget.tokens_out for bucket in opened.manifest.buckets})
+    need, cuts = goldens[key][0], np.asarray(record.thresholds, np.float32)
+    beside = np.abs(need - cuts) < _ROUNDING  # there either side is right
+    wanted = (need >= cuts) | (beside & (np.asarray(routed.need) >= cuts))
+    got, expected = np.asarray([kept.index(routed.budget)]), np.asarray([int(wanted.sum())])
+    return [judge(f"router {record.name}", case, "bucket", got, expected, tolerance)]
 
 
 def require_threads(threads: int) -> None:

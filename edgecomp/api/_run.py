@@ -46,7 +46,7 @@ def run(
         text: the question, for a router that reads words.
         text_features: a .safetensors or .npz file with the inputs beside the image, by name, of a model that has some.
         out: where to write the outputs, .safetensors or .npz; "": nowhere.
-        budget: tokens wanted; served by the bucket that keeps so many.
+        budget: tokens wanted; the smallest bucket that keeps so many serves, at a batch above 1 the one of that count.
         batch: which of the bundle's batches; None: the smallest. A batch above 1 is not routed.
         runner, threads: as in `parity`.
         progress: takes one line for each step.
@@ -56,7 +56,9 @@ def run(
     """
     require_threads(threads)
     opened = open_bundle(Path(bundle))
-    bucket = max(opened.select(budget=budget, batch=batch), key=lambda b: (b.budget.tokens_out, -b.batch))
+    smallest = min(bucket.batch for bucket in opened.select(batch=batch))
+    exact = budget if smallest > 1 else None  # one image is served as `edgecomp.load` does: by the bucket that suffices
+    bucket = max(opened.select(budget=exact, batch=batch), key=lambda b: (b.budget.tokens_out, -b.batch))
     path = Path(input_file) if str(input_file) else photograph_path()
     _require_out(opened, out)
     features = read_tensors(text_features) if str(text_features) else None
@@ -64,7 +66,7 @@ def run(
         progress(f"{bundle} in {runner}")
         request = _read_request(bucket, path, features, str(text_features))
         with Model(opened, runner=runner, threads=threads, resident=1) as model:
-            answer = model(request, text, features=features, budget=bucket.budget.tokens_out if budget else None)
+            answer = model(request, text, features=features, budget=budget)
             version = model.runner_version
         (bucket,) = opened.select(budget=answer.budget, batch=1)
         outputs, reason, signals = answer.outputs, answer.reason, answer.signals

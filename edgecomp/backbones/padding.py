@@ -25,15 +25,18 @@ class RowPadding:
     Args:
         specs: the outputs as the method gives them.
         kept: rows that the budget names.
+        tokens_in: tokens that go in.
         pad_to: rows that there are to be; prefix tokens come on top, as they do for a budget.
     """
 
-    def __init__(self, specs: Sequence[TensorSpec], *, kept: int, pad_to: int) -> None:
+    def __init__(self, specs: Sequence[TensorSpec], *, kept: int, tokens_in: int, pad_to: int) -> None:
         first = specs[0]
         if first.kind != "tokens" or len(first.shape) != 3:
             raise InvalidSpec(
                 f"pad_to={pad_to}: rows of tokens [B, M, D] are filled up, and here {first} comes first; drop --pad-to"
             )
+        if pad_to > tokens_in:
+            raise InvalidSpec(f"pad_to={pad_to} is above the {tokens_in} tokens that go in; give at most as many")
         if pad_to < kept:
             raise InvalidSpec(f"pad_to={pad_to} is below the {kept} rows of a bucket; give at least the largest budget")
         self.rows = first.shape[1]

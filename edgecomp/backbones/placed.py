@@ -71,8 +71,11 @@ class PlacedModel(nn.Module):
         pad_to: int = 0,
     ) -> None:
         super().__init__()
-        kept = compressor.budget.tokens_out
-        self.padding = RowPadding(compressor.output_specs(), kept=kept, pad_to=pad_to) if pad_to else None
+        self.padding: RowPadding | None = None
+        if pad_to:
+            kept, tokens_in = compressor.budget.tokens_out, compressor.budget.tokens_in
+            specs = compressor.output_specs()
+            self.padding = RowPadding(specs, kept=kept, tokens_in=tokens_in, pad_to=pad_to)
         self.backbone = backbone
         self.compressor = compressor
         self.input_dtype: DType = input_dtype

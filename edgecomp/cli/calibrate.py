@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from edgecomp import api
 from edgecomp.cli.talk import JSON, emit, progress
+from edgecomp.errors import InvalidSpec
 
 __all__ = ["command"]
 
@@ -22,6 +24,7 @@ def command(
     keep_agreement: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Agreement with the largest bucket, at least; 0 to 1.")
     ] = None,
+    texts: Annotated[str, typer.Option(help="A file of questions, one a line, for a router that reads words.")] = "",
     split: Annotated[str, typer.Option(help="Of IDX files: `test` or `train`; default: test.")] = "",
     limit: Annotated[int, typer.Option(help="So many images, at random.")] = 256,
     seed: Annotated[int, typer.Option(help="Of that choice.")] = 0,
@@ -37,6 +40,7 @@ def command(
             mean_tokens=mean_tokens,
             latency_target_ms=latency_target,
             keep_agreement=keep_agreement,
+            texts=_read_lines(texts),
             split=split,
             limit=limit,
             seed=seed,
@@ -51,3 +55,18 @@ def command(
         return describe_calibration(report)
 
     emit(report, as_json=json, text=text)
+
+
+def _read_lines(file: str) -> list[str]:
+    """Return the lines of a text file; none where no file is named."""
+    if not file:
+        return []
+    try:
+        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSpec(
+            f"--texts {file} cannot be read ({error}); give a UTF-8 file with one question a line"
+        ) from None
+    if not lines:
+        raise InvalidSpec(f"--texts {file} holds no question; write one a line, or drop it")
+    return lines

@@ -11,6 +11,7 @@ __all__ = ["assign", "candidates", "choose"]
 
 Needs = npt.NDArray[np.float32]
 Places = npt.NDArray[np.int64]
+_MOST_STEPS = 2000
 _ABOVE_ONE = float(np.nextafter(np.float32(1.0), np.float32(2.0)))
 
 
@@ -36,8 +37,9 @@ def candidates(needs: Needs) -> list[tuple[float, ...]]:
     low, high = ordered[:1] / 2, (ordered[-1:] + 1) / 2
     edges = np.concatenate([low, (ordered[:-1] + ordered[1:]) / 2, np.where(high > ordered[-1:], high, _ABOVE_ONE)])
     found = []
-    for step in range(2 * images + 1):
-        shares = (np.arange(cuts) + 1) / (cuts + 1) + 1 - step / images
+    steps = min(2 * images, _MOST_STEPS)
+    for step in range(steps + 1):
+        shares = (np.arange(cuts) + 1) / (cuts + 1) + 1 - 2 * step / steps
         below = np.rint(np.clip(shares, 0, 1) * images).astype(int)  # so many images stay below each threshold
         found.append(tuple(float(np.float32(edges[below[k], k])) for k in range(cuts)))
     return list(dict.fromkeys(found))

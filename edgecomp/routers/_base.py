@@ -69,7 +69,7 @@ class Router(nn.Module, ABC):
 
     def __init__(self, params: Any, site: RouterSite) -> None:
         super().__init__()
-        name = type(self).__name__
+        name = self.label
         if len(site.buckets) < 2:
             raise InvalidSpec(
                 f"router {name}: there is one bucket, {site.buckets[0]}, and nothing to choose; give several --budget, "
@@ -87,6 +87,11 @@ class Router(nn.Module, ABC):
             for key in ("mean", "std"):
                 value = torch.tensor(getattr(site.preprocess, key), dtype=torch.get_default_dtype())[:, None, None]
                 self.register_buffer(key, value, persistent=False)
+
+    @property
+    def label(self) -> str:
+        """The name by which it is chosen: its file's."""
+        return type(self).__module__.rpartition(".")[2]
 
     @abstractmethod
     def judge(self, *seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +118,7 @@ class Router(nn.Module, ABC):
 
     def load(self, state: Mapping[str, Tensor]) -> None:  # noqa: ARG002 - most have none
         """Load its weights; most have none."""
-        raise InvalidSpec(f"router {type(self).__name__} has no weights; drop --router-weights")
+        raise InvalidSpec(f"router {self.label} has no weights; drop --router-weights")
 
     # -- what every router has ------------------------------------------------------------------------
 
@@ -161,7 +166,7 @@ class Router(nn.Module, ABC):
             if spec.name == "tokens" and len(spec.shape) == 3:
                 return spec.shape[1] - self.site.num_prefix_tokens, spec.shape[2]
         raise InvalidSpec(
-            f"router {type(self).__name__} reads tokens (B, N, D), and the stem hands over "
+            f"router {self.label} reads tokens (B, N, D), and the stem hands over "
             f"{', '.join(map(str, self.site.stem))}; choose another --router, or another method"
         )
 

@@ -72,7 +72,7 @@ class ComplexityRouter(Router):
         self.side = math.isqrt(max(tokens, 0))
         if self.side**2 != tokens or self.side < _WINDOW:
             raise InvalidSpec(
-                f"router {type(self).__name__} needs a square grid of {_WINDOW} x {_WINDOW} tokens or more, and the "
+                f"router {self.label} needs a square grid of {_WINDOW} x {_WINDOW} tokens or more, and the "
                 f"stem hands over {tokens} patch tokens (of {tokens + site.num_prefix_tokens}); choose another "
                 "--router, or an --image-size that gives a square"
             )

@@ -66,7 +66,7 @@ class CoverageRouter(Router):
             if _RANKS.get(spec.name) == len(spec.shape):
                 return spec
         raise InvalidSpec(
-            f"router {type(self).__name__} reads one of {', '.join(_RANKS)}, and the stem hands over "
+            f"router {self.label} reads one of {', '.join(_RANKS)}, and the stem hands over "
             f"{', '.join(map(str, self.site.stem))}; choose another --router, or a method that reads attention"
         )
 

@@ -19,6 +19,7 @@ from edgecomp.routers._base import Router, RouterSite, even_thresholds
 __all__ = ["DifficultyParams", "DifficultyRouter"]
 
 _NOTES = (0.3, 0.6, 0.85)  # of four buckets: 64, 144, 256 and 400 of 576
+_LEVELS = (64, 144, 256, 400)  # tokens kept of 576, the notes' buckets
 _SMALLEST = 16  # objects are counted in 16 x 16 cells, each a pixel at least
 
 
@@ -49,15 +50,16 @@ class DifficultyRouter(Router):
         assert site.preprocess is not None
         if site.preprocess.size < _SMALLEST:
             raise InvalidSpec(
-                f"router {type(self).__name__} counts objects in {_SMALLEST} x {_SMALLEST} cells, and the image has "
+                f"router {self.label} counts objects in {_SMALLEST} x {_SMALLEST} cells, and the image has "
                 f"{site.preprocess.size} pixels a side; choose --router detail, or a larger --image-size"
             )
 
     @property
     def default_thresholds(self) -> tuple[float, ...]:
-        """The notes' with four buckets; equal parts otherwise."""
-        buckets = len(self.site.buckets)
-        return _NOTES if buckets == len(_NOTES) + 1 else even_thresholds(buckets)
+        """The notes' where the buckets keep the notes' shares, 64, 144, 256 and 400 of 576; equal parts otherwise."""
+        buckets, tokens = self.site.buckets, self.site.tokens_in
+        levels = tuple(round(level * tokens / 576) for level in _LEVELS)
+        return _NOTES if buckets == levels else even_thresholds(len(buckets))
 
     def judge(self, *seen: Tensor) -> tuple[Tensor, Tensor]:
         """Return the difficulty, and what it was made of."""

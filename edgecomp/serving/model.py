@@ -5,19 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import msgspec
 import numpy as np
 
 from edgecomp.bundle import Bucket, Bundle, Graph, RouterRecord, open_bundle
-from edgecomp.errors import InvalidSpec, RunError
+from edgecomp.errors import InvalidSpec, RunError, UnknownName
 from edgecomp.images import read_image, to_pixels
 from edgecomp.inputs import require_inputs
-from edgecomp.runners import Array, Runner, open_runner
+from edgecomp.runners import Array, Runner, open_runner, runner_names
 from edgecomp.serving.stats import Recorder, Stats
 from edgecomp.specs.budget import read_count
 from edgecomp.words import read_words
@@ -98,8 +99,14 @@ class Model:
     """
 
     def __init__(self, bundle: Bundle, *, runner: str, threads: int, resident: int | None) -> None:
-        if resident is not None and resident < 1:
-            raise InvalidSpec(f"resident={resident}: at least one graph has to be in memory; give 1 or more")
+        if resident is not None and (not isinstance(resident, int) or isinstance(resident, bool) or resident < 1):
+            raise InvalidSpec(
+                f"resident={resident!r}: at least one graph has to be in memory; give a whole number from 1"
+            )
+        if not isinstance(threads, int) or isinstance(threads, bool) or threads < 0:
+            raise InvalidSpec(f"threads={threads!r} is not a whole number from 0 (the runtime's choice)")
+        if runner not in runner_names():
+            raise UnknownName("runner", str(runner), runner_names())
         self._bundle, self._runner, self._threads, self._resident = bundle, runner, threads, resident
         manifest = bundle.manifest
         self._graphs: dict[int, dict[int, Bucket]] = {}
@@ -113,7 +120,7 @@ class Model:
         self._shared: dict[str, Runner] = {}  # stem and router
         self._lock = threading.Lock()
         self._recorder = Recorder()
-        self._closed = False
+        self._closed, self._under_way = False, 0
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -148,13 +155,14 @@ class Model:
             budget: tokens wanted, a count or a percentage; None: the router decides.
             features: the other inputs of a model that takes more than an image, by name, each with a batch of one.
         """
-        started = time.perf_counter()
-        seen = [self._prepare(request, features)]
-        (choice,) = self._choose(seen, [text], [budget])
-        batch = min(self._graphs[choice.tokens])
-        (outputs,) = self._infer(self._graphs[choice.tokens][batch], seen)
-        self._recorder.count(choice.tokens, 1, time.perf_counter() - started)
-        return choice.answer(outputs)
+        with self._request():
+            started = time.perf_counter()
+            seen = [self._prepare(request, features)]
+            (choice,) = self._choose(seen, [text], [budget])
+            batch = min(self._graphs[choice.tokens])
+            (outputs,) = self._infer(self._graphs[choice.tokens][batch], seen)
+            self._recorder.count(choice.tokens, 1, time.perf_counter() - started)
+            return choice.answer(outputs)
 
     def infer_batch(
         self,
@@ -171,16 +179,21 @@ class Model:
             budget: for all of them, or one for each.
         """
         count = len(requests)
-        budgets = [budget] * count if budget is None or isinstance(budget, (int, str)) else list(budget)
-        asked, given = list(texts or [None] * count), list(features or [None] * count)
-        for what, found in (("budgets", budgets), ("texts", asked), ("features", given)):
-            if len(found) != count:
-                raise InvalidSpec(f"{len(found)} {what} for {count} requests; give one for each")
-        if not requests:
+        one_budget = budget is None or isinstance(budget, (int, str, np.integer))
+        budgets = _one_each("budgets", [budget] * count if one_budget else budget, count)
+        asked, given = _one_each("texts", texts, count), _one_each("features", features, count)
+        if not count:
             return []
+        with self._request():
+            return self._serve_all(requests, asked, given, budgets)
+
+    def _serve_all(
+        self, requests: Sequence[Request], texts: list[Any], given: list[Any], budgets: list[Any]
+    ) -> list[Answer]:
+        count = len(requests)
         started = time.perf_counter()
         seen = [self._prepare(*one) for one in zip(requests, given, strict=True)]
-        choices = self._choose(seen, asked, budgets)
+        choices = self._choose(seen, texts, budgets)
         routed = (time.perf_counter() - started) / count
         answers: dict[int, Answer] = {}
         for tokens in dict.fromkeys(choice.tokens for choice in choices):
@@ -205,11 +218,10 @@ class Model:
         self._recorder.reset()
 
     def close(self) -> None:
-        """Free the graphs; a request that is under way still ends. Closing twice is no error."""
+        """Take no more requests, and free the graphs when those under way have ended. Closing twice is no error."""
         with self._lock:
             self._closed = True
-            self._loaded.clear()
-            self._shared.clear()
+            self._free()
 
     def __enter__(self) -> Model:
         """Return itself."""
@@ -221,6 +233,26 @@ class Model:
         """Close."""
         self.close()
 
+    @contextmanager
+    def _request(self) -> Iterator[None]:
+        """Count a request that is under way; after `close` there are no more."""
+        with self._lock:
+            if self._closed:
+                raise RunError(f"the model of {self._bundle.path} is closed; load the bundle again")
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
+                self._free()
+
+    def _free(self) -> None:
+        """Let go of the graphs of a closed model that serves nothing any more; the lock is held."""
+        if self._closed and not self._under_way:
+            self._loaded.clear()
+            self._shared.clear()
+
     # -- the parts of a request -----------------------------------------------------------------------
 
     def _choose(
@@ -228,6 +260,11 @@ class Model:
     ) -> list[_Choice]:
         """Return the bucket that serves each request; what the router had to run is added to `seen`."""
         reads_words = self._router is not None and self._router.reads_words
+        for text in texts:
+            if text is not None and not isinstance(text, str):
+                raise InvalidSpec(
+                    f"text {text!r} is of type {type(text).__name__}; give the question as a str, or None"
+                )
         if not reads_words and any(text is not None for text in texts):
             raise InvalidSpec(
                 f"a text was given, and nothing in {self._bundle.path} reads words; drop it, or export with a router "
@@ -240,8 +277,13 @@ class Model:
 
     def _serving(self, budget: int | str) -> _Choice:
         """Return the bucket that serves a budget."""
+        if isinstance(budget, bool) or not isinstance(budget, (int, str, np.integer)):
+            raise InvalidSpec(
+                f"budget {budget!r} is of type {type(budget).__name__}; give a count such as {self.buckets[0]}, or a "
+                "percentage as text"
+            )
         tokens_in = self._bundle.manifest.buckets[0].budget.tokens_in
-        wanted = budget if isinstance(budget, int) else read_count(budget, tokens_in=tokens_in)
+        wanted = read_count(budget, tokens_in=tokens_in) if isinstance(budget, str) else int(budget)
         if wanted < 1 or wanted > self.buckets[-1]:
             raise InvalidSpec(
                 f"budget {budget} is not between 1 and {self.buckets[-1]}, the largest bucket of {self._bundle.path}; "
@@ -309,6 +351,9 @@ class Model:
                 )
             inputs = {first.name: self._pixels(request, first.shape[1:], first.dtype)}
         inputs.update(features or {})
+        for name, value in inputs.items():
+            if not isinstance(value, np.ndarray):
+                raise RunError(f"input {name!r} is of type {type(value).__name__}; give a numpy array")
         require_inputs(inputs, specs, "the request")
         return inputs
 
@@ -326,6 +371,11 @@ class Model:
             image = Image.fromarray(image)
         elif isinstance(image, (str, Path)):
             image = read_image(image)
+        elif not hasattr(image, "convert"):
+            raise RunError(
+                f"an image of type {type(image).__name__} was given; give a path, a Pillow image, a numpy array, or a "
+                "mapping of named inputs"
+            )
         preprocess = self._bundle.manifest.preprocess
         assert preprocess is not None, "a bundle that takes images says how they are prepared"
         return to_pixels(image, preprocess, "uint8" if dtype == "uint8" else "float32")
@@ -334,8 +384,6 @@ class Model:
         """Return the graph's session, loading it where it is not in memory."""
         is_bucket = isinstance(graph, Bucket)
         with self._lock:
-            if self._closed:
-                raise RunError(f"the model of {self._bundle.path} is closed; load the bundle again")
             held = self._loaded if is_bucket else self._shared
             session = held.get(graph.model)
             if session is None:
@@ -380,6 +428,23 @@ class RoutedRunner:
         return answer.outputs
 
 
+def _one_each(what: str, values: Any, count: int) -> list[Any]:
+    """Return one value for each request, or None for each where there are none."""
+    if values is None:
+        return [None] * count
+    if isinstance(values, (str, bytes, Mapping)):
+        raise InvalidSpec(
+            f"{what} are a single {type(values).__name__} for {count} requests; give a list, one for each"
+        )
+    try:
+        found = list(values)
+    except TypeError:
+        raise InvalidSpec(f"{what} {values!r} are no list; give one for each request") from None
+    if len(found) != count:
+        raise InvalidSpec(f"{len(found)} {what} for {count} requests; give one for each")
+    return found
+
+
 def _in_batches(places: Sequence[int], graphs: Mapping[int, Graph]) -> list[Sequence[int]]:
     """Cut places into the largest batches that they fill; the rest goes into the smallest."""
     cut = []
@@ -397,6 +462,9 @@ def _batch_for(waiting: int, graphs: Mapping[int, Graph]) -> int:
 
 def _why(record: RouterRecord, bucket: int, need: Sequence[float]) -> str:
     """Say on which side of which thresholds a request fell."""
+    reached = [value >= cut for value, cut in zip(need, record.thresholds, strict=True)]
+    if reached != [True] * bucket + [False] * (len(need) - bucket):  # it may, where each bucket has a need of its own
+        return f"router {record.name}: {bucket} of {len(need)} thresholds are reached"
     over = [f"{need[k]:.3f} reaches {record.thresholds[k]:.3f}" for k in range(len(need)) if k == bucket - 1]
     under = [f"{need[k]:.3f} is below {record.thresholds[k]:.3f}" for k in range(len(need)) if k == bucket]
     trained = " (untrained)" if record.weights is not None and record.weights.kind == "random" else ""

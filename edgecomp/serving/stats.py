@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -113,5 +114,4 @@ def _quantiles(ordered: Sequence[float]) -> dict[str, float]:
     """Return quantiles by the nearest rank."""
     if not ordered:
         return {}
-    last = len(ordered) - 1
-    return {str(q): ordered[min(last, int(q * len(ordered)))] for q in _QUANTILES}
+    return {str(q): ordered[max(0, math.ceil(q * len(ordered)) - 1)] for q in _QUANTILES}

@@ -16,7 +16,7 @@ import sys
 from edgecomp import api
 method, preset, budgets, batches, out = sys.argv[1:]
 batch = tuple(map(int, batches.split(",")))
-api.export(method, preset=preset, budget=budgets.split(","), batch=batch, seed=0, out=out)
+api.export(method, preset=preset, budget=budgets.split(","), batch=batch, stem=False, seed=0, out=out)
 """
 
 
@@ -39,7 +39,7 @@ def test_exporting_over_the_same_request_does_nothing(smokes, bundle_of):
     smoke = smokes[0]
     bundle = bundle_of(smoke)
     before = (bundle.path / MANIFEST).stat().st_mtime_ns
-    words = {"preset": smoke.preset, "budget": smoke.budgets, "batch": smoke.batches}
+    words = {"preset": smoke.preset, "budget": smoke.budgets, "batch": smoke.batches, "stem": False}
     report = api.export(smoke.method, **words, seed=0, out=bundle.path)
     assert report.reused
     assert report.manifest == bundle.manifest

@@ -576,7 +576,9 @@ def test_evaluate_shows_what_routing_gives(scored: tuple[Path, Path, list[Any]],
     (row,) = [row for row in report.evaluation.scores if row.model == "routed"]
     assert row.right == sum(one == other for one, other in zip(given, right, strict=True))
     assert report.kept["routed"] == pytest.approx(np.mean(served))
-    assert report.flops["routed"] == sum(flops[budget] for budget in served) // len(served)
+    assert manifest.router is not None
+    (router,) = [graph for graph in manifest.router.graphs if graph.batch == 1]  # it reads the image: no stem is in it
+    assert (router.stem, report.flops["routed"]) == ("", sum(map(flops.get, served)) // len(served) + router.flops)
     (note,) = [note for note in report.notes if note.startswith("routed by")]
     shares = ", ".join(f"{b}: {served.count(b) / len(served):.1%}" for b in BUCKETS)
     assert note == f"routed by difficulty to {shares} (tokens kept: share)"
