@@ -122,7 +122,7 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         target: what was asked for, for example `mean tokens 98`.
         data: name of the folder, never its path.
-        sha256: over the images, prepared and in their order.
+        sha256: over the images, prepared and in their order, each with its question where there was one.
         images: how many.
         mean_tokens: kept on these images.
         agreement: with the largest bucket on these images, 0 to 1; `agreement_of` says of what.
@@ -295,10 +295,10 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(
             f"bundle {path} has schema {schema!r} and this edgecomp reads up to {SCHEMA}; upgrade edgecomp"
         )
-    if schema == 1:  # before there were stems and routers
-        raw = {**raw, "stem": [], "router": None}
     if digest_of(raw) != raw.get("digest"):
         raise BundleError(f"bundle {path}: {MANIFEST} does not match its own digest; it was altered, export it again")
+    if schema == 1:  # before there were stems and routers
+        raw = {**raw, "stem": [], "router": None}
     try:
         return msgspec.convert(raw, Manifest)
     except msgspec.ValidationError as error:

@@ -79,6 +79,7 @@ def write_part(part: str, data: Path, folder: Path, *words: object) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_pruning_inside(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("onnxruntime")
@@ -90,6 +91,7 @@ def test_pruning_inside(data: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_pruning_after(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("onnxruntime")
@@ -118,6 +120,7 @@ def test_training_runs(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "w.safetensors").stat().st_size == (FASHION / "weights.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_policy_is_trained_and_held_to_fixed(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("onnxruntime")

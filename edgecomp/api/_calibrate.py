@@ -117,7 +117,8 @@ def calibrate(
         reach = "the largest bucket for all reaches 1"
     if found is None:
         raise InvalidSpec(
-            f"no thresholds reach {target} on these {len(seen.needs)} images: {reach}; nothing was written"
+            f"none of the thresholds tried reach {target} on these {len(seen.needs)} images: {reach}; nothing was "
+            "written"
         )
     places = assign(seen.needs, found)
     made = Calibration(
@@ -162,7 +163,7 @@ def _read_target(
     assert value is not None
     if not low <= value <= high or value == 0:
         raise InvalidSpec(f"{name} {value} is not above 0 and at most {high:.0f}, and at least {low:.0f}; give another")
-    return f"{name} {value}", value
+    return f"{name} {value:.10g}", value
 
 
 class _Seen(msgspec.Struct, frozen=True):
@@ -213,6 +214,7 @@ def _observe(
         times: dict[int, float] = {}
         rows: list[Array] = []
         text = texts[count % len(texts)] if texts else None
+        digest.update((text or "").encode())
         if routed_first:
             answer, took = ask(image[0], text, None)
         for tokens in buckets:

@@ -428,7 +428,8 @@ def _make_router(
         image=image if image.kind == "image" and len(image.shape) == 4 else None,
         preprocess=largest.preprocess,
         patch_size=host.patch_size if host is not None else 0,
-        stem=largest.seam_specs() if seam is not None else (),
+        # With no block in front of the seam nothing has been summed up: there is no score to read.
+        stem=tuple(spec for spec in largest.seam_specs() if seam or spec.name != "score") if seam is not None else (),
         num_prefix_tokens=compressor.site.num_prefix_tokens,
         cuts=cuts,
         depth=compressor.site.depth,

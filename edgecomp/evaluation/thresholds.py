@@ -40,7 +40,7 @@ def candidates(needs: Needs) -> list[tuple[float, ...]]:
     steps = min(2 * images, _MOST_STEPS)
     for step in range(steps + 1):
         shares = (np.arange(cuts) + 1) / (cuts + 1) + 1 - 2 * step / steps
-        below = np.rint(np.clip(shares, 0, 1) * images).astype(int)  # so many images stay below each threshold
+        below = np.floor(np.clip(shares, 0, 1) * images + 0.5).astype(int)  # so many images stay below each threshold
         found.append(tuple(float(np.float32(edges[below[k], k])) for k in range(cuts)))
     return list(dict.fromkeys(found))
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SUMMARY: pytest.StashKey[list[str]] = pytest.StashKey()
 SEED = 0
+_QUICK = ("attention-pruning", "evit", "tome")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "smoke" in metafunc.fixturenames:
         smokes = [Smoke(name, preset) for name in method_names() for preset in load_recipe(name).smoke_presets]
         metafunc.parametrize("smoke", smokes, ids=str)
+    if "hosted_method" in metafunc.fixturenames:  # one of each kind; `-m slow` has the others
+        names = [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in method_names()]
+        metafunc.parametrize("hosted_method", names, ids=str)
     if "method" in metafunc.fixturenames:
         metafunc.parametrize("method", method_names(), ids=lambda name: f"{name}-{load_recipe(name).level}")
 

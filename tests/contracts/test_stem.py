@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from conftest import SEED
+from conftest import SEED, Smoke
 
 from edgecomp import api
 from edgecomp.backbones.inside import InsideModel
@@ -17,6 +17,7 @@ from edgecomp.bundle import golden_key, open_bundle
 from edgecomp.parity import CASES, read_goldens
 from edgecomp.runners import open_runner
 from edgecomp.runners.chain import open_graph
+from edgecomp.specs import load_recipe
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +96,9 @@ def parts_of(tmp_path_factory):
 
 
 @pytest.fixture
-def both(smokes, assembled, parts_of, bundle_of):
+def both(hosted_method, assembled, parts_of, bundle_of):
     """Return a method's first preset with a host and several budgets: a bundle with a stem, and one of whole graphs."""
+    smokes = [Smoke(hosted_method, preset) for preset in load_recipe(hosted_method).smoke_presets]
     hosted = [smoke for smoke in smokes if _has_host(assembled(smoke))]
     found = [smoke for smoke in hosted if len(smoke.budgets) > 1]
     if not found:

@@ -26,11 +26,12 @@ import edgecomp
 from edgecomp import api
 from edgecomp import bundle as bundles
 from edgecomp.api import _calibrate
-from edgecomp.bundle import MANIFEST, open_bundle
+from edgecomp.bundle import MANIFEST, golden_key, open_bundle
 from edgecomp.errors import EdgecompError, InvalidSpec
 from edgecomp.evaluation import open_images
 from edgecomp.evaluation.thresholds import assign, candidates, choose
 from edgecomp.images import to_pixels
+from edgecomp.parity import read_goldens
 
 Cli = Callable[..., Any]
 Edit = Callable[[Path, Callable[[dict[str, Any]], object]], None]
@@ -191,9 +192,9 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """FasterVLM behind the same host, of tokens, with a router of the stem; not to be written to."""
+    """A pruner behind the same host, of an image and a query, with a router of the stem; not to be written to."""
     out = tmp_path_factory.mktemp("pruned") / "bundle"
-    return api.export("fastervlm", backbone=tiny_host(), budget=[4, 8], router="coverage", out=out).bundle
+    return api.export("query-aware", backbone=tiny_host(), budget=[4, 8], router="complexity", out=out).bundle
 
 
 @pytest.fixture
@@ -263,7 +264,7 @@ def test_mean_tokens(target: float, bundle: Path, pngs: Path, told: Told) -> Non
     assert np.mean(budgets) <= target
     assert made.mean_tokens == pytest.approx(np.mean(budgets))
     assert made.agreement == pytest.approx(told.agreement(budgets))
-    assert (made.target, made.images, made.agreement_of) == (f"mean tokens {target:g}", IMAGES, "the class")
+    assert (made.target, made.images, made.agreement_of) == (f"mean tokens {target}", IMAGES, "the class")
     fitting = [np.mean([BUCKETS[place] for place in routed(told.needs, one)]) for one in candidates(told.needs)]
     assert np.mean(budgets) == pytest.approx(max(mean for mean in fitting if mean <= target))
     assert [use.tokens for use in report.buckets] == list(BUCKETS)
@@ -293,8 +294,8 @@ ROUTER_SECONDS = 0.001
 def given_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every bucket take its time in TIMES, and asking the router a millisecond more."""
 
-    def timed(model: Any, image: Any, budget: int | None) -> tuple[Any, float]:
-        answer = model(image, budget=budget)
+    def timed(model: Any, image: Any, text: str | None, budget: int | None, **more: Any) -> tuple[Any, float]:
+        answer = model(image, text, budget=budget, **more)
         return answer, TIMES[answer.budget] + (ROUTER_SECONDS if budget is None else 0.0)
 
     monkeypatch.setattr(_calibrate, "_timed", timed)
@@ -323,30 +324,53 @@ def test_real_times(bundle: Path, pngs: Path) -> None:
     assert all(use.ms > 0 for use in report.buckets)
     assert report.mean_ms == pytest.approx(report.buckets[-1].ms + report.router_ms)
     before = contents(bundle)
-    with pytest.raises(InvalidSpec, match=r"no thresholds reach latency target in ms 1e-06 on these 12 images: the le"):
+    with pytest.raises(
+        InvalidSpec, match=r"none of the thresholds tried reach latency target in ms 1e-06 on these 12 images: the le"
+    ):
         api.calibrate(bundle, pngs, latency_target_ms=1e-6, threads=1)
     assert contents(bundle) == before
 
 
 def test_agreement_of_tokens_is_a_cosine(pruned: Path, pngs: Path, tmp_path: Path) -> None:
-    """Where no class comes out: of the mean token; one need for each threshold, here of the stem's attention."""
+    """Where no class comes out: of the mean token. What goes in beside the image is that of the goldens."""
     bundle = shutil.copytree(pruned, tmp_path / "bundle")
     report = api.calibrate(bundle, pngs, keep_agreement=1.0, threads=1)
     made = report.router.calibration
     assert made is not None
-    assert made.agreement_of == "the mean token (cosine)"
-    assert made.agreement == pytest.approx(1.0)
-    images = open_images(pngs)
+    assert (made.agreement_of, made.agreement) == ("the mean token (cosine)", 1.0)
+    images, features = open_images(pngs), {"query": read_goldens(bundle)[golden_key("input", "seeded", "query")][:1]}
     with edgecomp.load(bundle, threads=1) as model:
         preprocess = model.bundle.manifest.preprocess
         assert preprocess is not None
         cosines = []
         for index in images.indices:
             pixels = to_pixels(images.image(index), preprocess, "float32")[0]
-            few, many = (model(pixels, budget=budget)["kept"][0].astype(np.float64).mean(0) for budget in (4, 8))
+            kept = [model(pixels, budget=budget, features=features)["kept"][0] for budget in (4, 8)]
+            few, many = (array.astype(np.float64).mean(0) for array in kept)
             cosines.append(few @ many / np.sqrt(few @ few) / np.sqrt(many @ many))
+            assert model(pixels, features=features).budget == 8
     assert report.buckets[0].agreement == pytest.approx(np.mean(cosines))
     assert np.mean(cosines) < 0.999
+    assert "query: the same for all images, those of the bundle's golden inputs" in report.notes
+    assert any(note.startswith("all buckets run the whole encoder") for note in report.notes)
+
+
+def test_questions_go_with_the_images_in_turn(bundle: Path, pngs: Path, told: Told) -> None:
+    """They send a request higher, which thresholds for images alone would not reckon with."""
+    asked = ["How many are not here, and why?", "", "Why?"]
+    with edgecomp.load(bundle, threads=1) as model:
+        needs = [model(one, asked[place % 3]).need for place, one in enumerate(told.pixels)]
+    report = api.calibrate(bundle, pngs, mean_tokens=8, texts=asked, threads=1)
+    alone = api.calibrate(bundle, pngs, mean_tokens=8, threads=1)
+    assert report.router.thresholds != alone.router.thresholds
+    budgets = [BUCKETS[place] for place in routed(np.array(needs, np.float32), report.router.thresholds)]
+    assert [use.after for use in report.buckets] == [budgets.count(budget) for budget in BUCKETS]
+    assert report.router.calibration is not None
+    assert report.router.calibration.mean_tokens == pytest.approx(np.mean(budgets))
+    assert np.mean(budgets) <= 8
+    said = "router difficulty reads words, and the images came without: a question sends a request higher"
+    assert said not in report.notes
+    assert said in alone.notes
 
 
 # -- data -----------------------------------------------------------------------------------------------------
@@ -394,7 +418,7 @@ def test_what_cannot_be_read_is_named_and_counted(bundle: Path, tmp_path: Path, 
     report = api.calibrate(bundle, data, mean_tokens=7, threads=1)
     assert report.router.calibration is not None
     assert report.router.calibration.images == IMAGES
-    broken, other = report.notes
+    broken, other, *_ = report.notes
     assert broken.startswith("5 images cannot be read and were left out: ")
     assert sum(name in broken for name in ("x.png", "y.jpg", "z.bmp", "q.webp", "cut.png")) == 3
     assert broken.endswith(", ...")
@@ -536,17 +560,23 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (GOOD, ("0 targets were given", "exactly one of --mean-tokens, --latency-target, --keep-agreement")),
     (f"{GOOD} --mean-tokens 8 --keep-agreement 0.5", ("2 targets were given",)),
     (f"{GOOD} --mean-tokens 8 --keep-agreement 0.5 --latency-target 1", ("3 targets were given",)),
-    (f"{GOOD} --mean-tokens 0", ("mean tokens 0 is not above 0 and between 1 and",)),
-    (f"{GOOD} --mean-tokens -4", ("mean tokens -4 is not above 0",)),
+    (f"{GOOD} --mean-tokens 0", ("mean tokens 0.0 is not above 0 and at most 1048576",)),
+    (f"{GOOD} --mean-tokens -4", ("mean tokens -4.0 is not above 0",)),
     (f"{GOOD} --mean-tokens nan", ("mean tokens nan",)),
     (f"{GOOD} --mean-tokens many", ("many",)),
     (f"{GOOD} --mean-tokens 13", ("mean tokens 13 is above 12, what the largest bucket keeps", "Give 4 to 12")),
-    (f"{GOOD} --mean-tokens 3", ("no thresholds reach mean tokens 3 on these 12 images", "the least is 4")),
-    (f"{GOOD} --latency-target 0", ("latency target in ms 0 is not above 0",)),
+    (
+        f"{GOOD} --mean-tokens 3",
+        ("none of the thresholds tried reach mean tokens 3 on these 12 images", "the least is 4"),
+    ),
+    (f"{GOOD} --latency-target 0", ("latency target in ms 0.0 is not above 0",)),
     (f"{GOOD} --latency-target inf", ("latency target in ms inf",)),
-    (f"{GOOD} --latency-target 0.000001", ("no thresholds reach latency target in ms 1e-06", "nothing was written")),
-    (f"{GOOD} --keep-agreement 1.01", ("agreement 1.01 is not above 0 and between 0 and 1",)),
-    (f"{GOOD} --keep-agreement 0", ("agreement 0 is not above 0",)),
+    (
+        f"{GOOD} --latency-target 0.000001",
+        ("none of the thresholds tried reach latency target in ms 1e-06", "nothing was written"),
+    ),
+    (f"{GOOD} --keep-agreement 1.01", ("agreement 1.01 is not above 0 and at most 1",)),
+    (f"{GOOD} --keep-agreement 0", ("agreement 0.0 is not above 0",)),
     (f"{GOOD} --keep-agreement nan", ("agreement nan",)),
     (f"{GOOD} --mean-tokens 8 --limit 0", ("limit 0 is below 1",)),
     (f"{GOOD} --mean-tokens 8 --threads -1", ("threads=-1 is not between 0",)),
@@ -560,6 +590,13 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (
         "{bundle} --data {bad}/broken --mean-tokens 8",
         ("none of its 2 images can be read", "a.png (", "b.jpg (", "is not a JPEG, PNG, WebP or BMP"),
+    ),
+    (f"{GOOD} --mean-tokens 8 --texts nowhere.txt", ("--texts nowhere.txt cannot be read", "No such file")),
+    (f"{GOOD} --mean-tokens 8 --texts {{bad}}/blank.txt", ("blank.txt holds no question",)),
+    (f"{GOOD} --mean-tokens 8 --texts {{bad}}/latin.txt", ("latin.txt cannot be read", "UTF-8")),
+    (
+        "{silent} --data {pngs} --mean-tokens 6 --texts {bad}/one.txt",
+        ("1 texts were given, and the router complexity reads no words",),
     ),
     ("{plain} --data {pngs} --mean-tokens 4", ("has no router", "export it with --router")),
     ("{tokens} --data {pngs} --mean-tokens 4", ("has no router",)),
@@ -575,6 +612,8 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for file in files:
             (folder / name / file).write_bytes(b"neither")
     write_idx(folder / "idx")
+    for file, content in (("blank.txt", b" \n\n"), ("latin.txt", b"caf\xe9?\n"), ("one.txt", b"Why?\n")):
+        (folder / file).write_bytes(content)
     return folder
 
 
@@ -586,7 +625,7 @@ def make_fixed(raw: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("command", "texts"), TABLE, ids=[command for command, _ in TABLE])
 def test_refused(
-    command: str, texts: tuple[str, ...], cli: Cli, bundle: Path, pngs: Path, bad: Path, exported: Path,
+    command: str, texts: tuple[str, ...], cli: Cli, bundle: Path, pngs: Path, bad: Path, pruned: Path, exported: Path,
     exported_tokens: Path, edit_manifest: Edit, tmp_path: Path,
 ) -> None:  # fmt: skip
     fixed = tmp_path / "fixed"
@@ -596,6 +635,7 @@ def test_refused(
         edit_manifest(fixed, make_fixed)
     before = contents(bundle)
     words = {"bundle": bundle, "pngs": pngs, "bad": bad, "plain": exported, "tokens": exported_tokens, "fixed": fixed}
+    words["silent"] = pruned
     said = cli("calibrate", *shlex.split(command.format(**words)))
     assert (said.code, said.out) == (2, ""), said.err
     assert said.err.startswith("error: ")
@@ -605,16 +645,11 @@ def test_refused(
     assert contents(bundle) == before
 
 
-def test_a_model_that_takes_more_than_an_image(bundle: Path, pngs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no text in a folder of images."""
+def test_a_model_that_takes_no_image(bundle: Path, pngs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_bundle(bundle)
-    query = msgspec.structs.replace(opened.manifest.buckets[0].inputs[0], name="query", shape=(1, 16), kind="features")
-    buckets = tuple(
-        msgspec.structs.replace(bucket, inputs=(*bucket.inputs, query)) for bucket in opened.manifest.buckets
-    )
-    asking = msgspec.structs.replace(opened, manifest=msgspec.structs.replace(opened.manifest, buckets=buckets))
-    monkeypatch.setattr(_calibrate, "open_bundle", lambda path: asking)
-    with pytest.raises(InvalidSpec, match=r"takes image .*, query float32\[1, 16\], and calibration has images alone"):
+    blind = msgspec.structs.replace(opened, manifest=msgspec.structs.replace(opened.manifest, preprocess=None))
+    monkeypatch.setattr(_calibrate, "open_bundle", lambda path: blind)
+    with pytest.raises(InvalidSpec, match=r"takes image float32.*calibration has images; export it with a --backbone"):
         api.calibrate(bundle, pngs, mean_tokens=8)
 
 

@@ -24,7 +24,7 @@ onnx = pytest.importorskip("onnx", reason="a router's graph is changed")
 import edgecomp  # noqa: E402 - torch first, or skip
 from edgecomp import api  # noqa: E402
 from edgecomp.bundle import GOLDEN, golden_key, open_bundle  # noqa: E402
-from edgecomp.errors import InvalidSpec, RunError  # noqa: E402
+from edgecomp.errors import BundleError, InvalidSpec, RunError  # noqa: E402
 from edgecomp.images import to_pixels  # noqa: E402
 from edgecomp.report.profile import ProfileReport, RoutedTime, describe_profile  # noqa: E402
 from edgecomp.resources import photograph_path  # noqa: E402
@@ -254,9 +254,10 @@ def test_what_the_reason_says_is_true(by_stem: Path, tmp_path: Path, edit_manife
         edit_manifest(bundle, lambda raw, cuts=cuts: raw["router"].update(thresholds=cuts))
         with edgecomp.load(bundle, threads=1) as model:
             answer = model(image)
-        assert answer.budget == BUCKETS[sum(need >= cut for need, cut in zip((first, second), cuts, strict=True))]
+        reached = sum(need >= cut for need, cut in zip((first, second), cuts, strict=True))
+        assert answer.budget == BUCKETS[reached]
         found = said.findall(answer.reason)
-        assert found
+        assert found or f"{reached} of 2 thresholds are reached" in answer.reason
         for need, verb, cut in found:
             assert (float(need) >= float(cut)) is (verb == "reaches"), answer.reason
 
@@ -301,6 +302,10 @@ def test_a_budget_overrides_the_router(by_words: Path, runs: Counter[str]) -> No
         ("complexity", {"features": {}}, "inputs missing: query"),
         ("complexity", {"features": {"query": np.zeros((2, 24), np.float32)}}, r"shape \[2, 24\]"),
         ("complexity", {"features": {"query": np.full((1, 24), np.nan, np.float32)}}, "holds 24 NaN"),
+        ("difficulty", {"text": 5}, "text 5 is of type int; give the question as a str"),
+        ("difficulty", {"text": b"why?"}, "is of type bytes"),
+        ("difficulty", {"budget": 4.0}, r"budget 4\.0 is of type float; give a count such as 4"),
+        ("difficulty", {"budget": True}, "budget True is of type bool"),
         ("difficulty", {"budget": 0}, "budget 0 is not between 1 and 12"),
         ("difficulty", {"budget": 13}, "budget 13 is not between 1 and 12"),
     ],
@@ -371,6 +376,8 @@ def test_batches_that_do_not_fit(by_words: Path) -> None:
             model.infer_batch(images, features=[None])
         with pytest.raises(InvalidSpec, match="4 budgets for 3 requests"):
             model.infer_batch(images, budget=[4, 4, 4, 4])
+        with pytest.raises(InvalidSpec, match="texts are a single str for 3 requests"):
+            model.infer_batch(images, "why")
         assert model.infer_batch([], []) == []
         assert model.stats().requests == 0
 
@@ -462,6 +469,26 @@ def test_after_closing(by_words: Path, by_stem: Path) -> None:
         assert model.stats().requests == 1
 
 
+def test_closing_lets_a_request_end(by_words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is closed while the router runs: stem and bucket still run, then all is let go."""
+    model = edgecomp.load(by_words, threads=1)
+
+    def opened(name: str, path: Path, **options: Any) -> Any:
+        runner = open_runner(name, path, **options)
+        if path.name.startswith("router"):
+            infer = runner.infer
+            runner.infer = lambda inputs: (model.close(), infer(inputs))[1]  # type: ignore[method-assign]
+        return runner
+
+    monkeypatch.setattr("edgecomp.serving.model.open_runner", opened)
+    answer = model(pictures()[0])
+    assert answer.outputs["logits"].shape == (1, 7)
+    assert model.stats().requests == 1
+    assert (dict(model._loaded), model._shared) == ({}, {})
+    with pytest.raises(RunError, match="is closed; load the bundle again"):
+        model(pictures()[0])
+
+
 @pytest.mark.parametrize("bucket", [-1, 3, 1 << 40])
 def test_a_router_that_answers_outside_the_buckets(
     bucket: int, by_words: Path, monkeypatch: pytest.MonkeyPatch
@@ -501,6 +528,9 @@ def test_run_asks_the_router(by_words: Path, cli: Cli, tmp_path: Path) -> None:
             assert np.array_equal(report.outputs["logits"], answer["logits"])
     asked = api.run(by_words, file, text=LONG, budget=8, threads=1)
     assert (asked.tokens_out, asked.reason, asked.signals) == (8, "the smallest that keeps 8", {})
+    assert api.run(by_words, file, budget=5, threads=1).tokens_out == 8
+    with pytest.raises(InvalidSpec, match="budget 0 is not between 1 and 12"):
+        api.run(by_words, file, budget=0)
     said = cli("run", by_words, file, "--text", LONG, "--threads", 1)
     assert said.code == 0
     assert "chosen     router difficulty: need" in said.out
@@ -653,6 +683,9 @@ def test_parity_covers_router_and_what_is_routed(router: str, of_router: Callabl
     routed = {row[1:] for row in rows if row[0].startswith("routed to ")}
     outputs = [spec.name for spec in manifest.buckets[0].outputs]
     assert routed == {(case, name) for case in (cases if alone else {"seeded", "photo"}) for name in outputs}
+    chosen = {row[1:] for row in rows if row[0] == f"router {router}"}
+    asked = cases - {"seeded"} if manifest.router.reads_words else cases  # the seeded case has words
+    assert chosen == {(case, "bucket") for case in (asked if alone else {"seeded", "photo"})}
     assert api.parity(bundle, threads=1, budget=4)
     assert {row.model for row in api.parity(bundle, threads=1, budget=4, batch=1).outputs} == {"model.m4.b1.onnx"}
 
@@ -710,7 +743,9 @@ def test_a_router_that_decides_otherwise_fails(forged: Path, edit_manifest: Edit
     report = api.parity(forged, threads=1)
     assert not report
     failed = {(row.model, row.case, row.output) for row in report.outputs if row.failures}
-    assert failed == {("router.onnx", case, "bucket") for case in ("seeded", "photo", "under-1", "over-1")}
+    cases = ("seeded", "photo", "under-1", "over-1")
+    asked = {("router detail", case, "bucket") for case in cases[1:]}  # as it is served; the first case has words
+    assert failed == {("router.onnx", case, "bucket") for case in cases} | asked
     said = cli("parity", forged, "--threads", 1)
     assert said.code == 1
     assert "router.onnx, over-1, bucket: 1 of 1 indices differ, most at [0]: got 0, expected 1" in said.out
@@ -748,8 +783,8 @@ def test_a_corrupted_threshold_of_the_goldens_fails(forged: Path, edit_manifest:
 def test_thresholds_that_do_not_fit_the_buckets(forged: Path, edit_manifest: Edit, thresholds: list[float]) -> None:
     """Two buckets have one threshold: a manifest that says otherwise is an error, not a wrong bucket."""
     edit_manifest(forged, lambda raw: raw["router"].update(thresholds=thresholds))
-    with pytest.raises(edgecomp.errors.EdgecompError), edgecomp.load(forged, threads=1) as model:
-        model(pictures()[0])
+    with pytest.raises(BundleError, match=r"the manifest's router 'detail' does not fit its 2 buckets \(thresholds \["):
+        open_bundle(forged)
 
 
 def test_an_altered_threshold_is_seen(forged: Path, cli: Cli) -> None:
@@ -788,6 +823,7 @@ TWO = f"{BASE} --budget 4 --budget 8"
 REFUSED: list[tuple[str, tuple[str, ...]]] = [
     (f"{TWO} --router dificulty", ("no router 'dificulty'; did you mean 'difficulty'?", "coverage", "fixed")),
     (f"{BASE} --budget 4 --router difficulty", ("there is one bucket, 4, and nothing to choose", "drop --router")),
+    (f"{BASE} --budget 4 --router fixed", ("router fixed: there is one bucket, 4, and nothing to choose",)),
     (f"{BASE} --budget 4 --router coverage", ("there is one bucket, 4, and nothing to choose",)),
     *(
         (f"{TWO} --router {name} --no-stem", ("reads what the stem hands over, and there is none; drop --no-stem",))
@@ -803,7 +839,8 @@ REFUSED: list[tuple[str, tuple[str, ...]]] = [
     (f"{TWO} --router difficulty --router-weights {{weights}}", ("has no weights; drop --router-weights",)),
     (f"{TWO} --router policy --router-weights {{weights}}", ("policy router", "fc1.weight", "not known: x")),
     (f"{TWO} --router fixed --set router.budget=5", ("router fixed takes the one parameter budget, one of 4, 8",)),
-    (f"{TWO} --router fixed --router-weights {{weights}}", ("weights",)),
+    (f"{TWO} --router fixed --router-weights {{weights}}", ("router fixed has no weights; drop --router-weights",)),
+    (f"{TWO} --router fixed --set router.tokens=4", ("router fixed takes the one parameter budget", "'tokens': 4")),
     (
         "export --method fastervlm --preset smoke --router coverage",
         ("reads what the stem hands over, and there is none",),

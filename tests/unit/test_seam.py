@@ -198,7 +198,7 @@ def test_padding_rows_is_numpy_pad(batch: int, extra: int, masked: bool) -> None
     """Zeros for tokens and what goes with each, -1 for indices; 4 kept and one prefix token make 5 rows."""
     specs = PER_ROW + (OWN_MASK if masked else ())
     given = rows_of(specs, batch)
-    padding = RowPadding(specs, kept=4, pad_to=4 + extra)
+    padding = RowPadding(specs, kept=4, tokens_in=16, pad_to=4 + extra)
     found = [tensor.numpy() for tensor in padding(tuple(map(torch.from_numpy, given)))]
     expected = {
         "kept": np.pad(given[0], ((0, 0), (0, extra), (0, 0))),
@@ -240,7 +240,8 @@ REFUSED: list[tuple[str, tuple[str, ...]]] = [
     ),
     ("--method tome --preset smoke --output logits --pad-to 9", ("pad_to=9: logits have no rows", "--output logits")),
     ("--method tome --preset smoke --budget 3 --budget 7 --pad-to 6", ("pad_to=6 is below the 7 rows of a bucket",)),
-    ("--method tome --preset smoke --pad-to -1", ("pad_to=-1 is below the 3 rows",)),
+    ("--method tome --preset smoke --pad-to -1", ("pad_to=-1 is below 0",)),
+    ("--method tome --preset smoke --pad-to 17", ("pad_to=17 is above the 16 tokens that go in",)),
     ("--method tome --preset smoke --pad-to 0", ("--pad-to 0 is out of range",)),
 ]
 
