@@ -200,10 +200,14 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     digest: str = ""
 
     @property
+    def routers(self) -> tuple[RouterGraph, ...]:
+        """The router's graphs; none without a router, and of `fixed`."""
+        return self.router.graphs if self.router is not None else ()
+
+    @property
     def graphs(self) -> tuple[Graph, ...]:
         """All graphs: stems, router, buckets, plain."""
-        routers = self.router.graphs if self.router is not None else ()
-        return (*self.stem, *routers, *self.buckets, *self.plain)
+        return (*self.stem, *self.routers, *self.buckets, *self.plain)
 
 
 class _Listing(msgspec.Struct, frozen=True):

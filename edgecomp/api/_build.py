@@ -56,8 +56,8 @@ def build(
     buckets = opened.select(budget=budget, batch=batch)
     models = [*dict.fromkeys(bucket.stem for bucket in buckets if bucket.stem), *(bucket.model for bucket in buckets)]
     if budget is None:
-        routers = opened.manifest.router.graphs if opened.manifest.router is not None else ()
-        models += [graph.model for graph in (*routers, *opened.manifest.plain) if batch in (None, graph.batch)]
+        others = (*opened.manifest.routers, *opened.manifest.plain)
+        models += [graph.model for graph in others if batch in (None, graph.batch)]
     if not _PLAIN_NAME.fullmatch(chosen.name):
         raise InvalidSpec(f"target name {chosen.name!r} in {target} is no plain name; engines/<name>/ must stay below")
     folder = opened.path / "engines" / chosen.name

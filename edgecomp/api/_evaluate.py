@@ -139,9 +139,8 @@ def evaluate(
 
 def _router_flops(manifest: Manifest) -> int:
     """Return what the router's own graph costs at batch 1."""
-    graphs = manifest.router.graphs if manifest.router is not None else ()
-    own = (g.flops - sum(stem.flops for stem in manifest.stem if stem.model == g.stem) for g in graphs if g.batch == 1)
-    return next(own, 0)
+    stems = {stem.model: stem.flops for stem in manifest.stem}
+    return next((graph.flops - stems.get(graph.stem, 0) for graph in manifest.routers if graph.batch == 1), 0)
 
 
 def _require_in_range(limit: int | None, seed: int, max_drop: float | None) -> None:

@@ -459,8 +459,7 @@ def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> 
     goldens, tolerance = read_goldens(work), manifest.recipe.tolerances[manifest.precision]
     rows: list[OutputParity] = []
     version = ""
-    routers = manifest.router.graphs if manifest.router is not None else ()
-    graphs: list[Bucket | PlainGraph | RouterGraph] = [*manifest.buckets, *routers, *manifest.plain]
+    graphs: list[Bucket | PlainGraph | RouterGraph] = [*manifest.buckets, *manifest.routers, *manifest.plain]
     for graph in graphs:
         progress(f"checking {graph.model} in ONNX Runtime")
         with open_graph("onnxruntime", Bundle(work, manifest), graph, threads=0) as runner:

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from edgecomp.api._progress import Progress, silent
-from edgecomp.bundle import Bucket, Bundle, Manifest, PlainGraph, RouterGraph, golden_key, open_bundle
+from edgecomp.bundle import Bucket, Bundle, PlainGraph, RouterGraph, golden_key, open_bundle
 from edgecomp.errors import InvalidSpec
 from edgecomp.parity import CASES, OutputParity, ParityReport, cases_of, check_bucket, judge, read_goldens
 from edgecomp.runners import Array
@@ -55,7 +55,7 @@ def parity(
     manifest = opened.manifest
     graphs: list[Bucket | PlainGraph | RouterGraph] = list(opened.select(budget=budget, batch=batch))
     if budget is None:
-        graphs += [graph for graph in _routers(manifest) if batch in (None, graph.batch)]
+        graphs += [graph for graph in manifest.routers if batch in (None, graph.batch)]
         graphs += [graph for graph in manifest.plain if batch in (None, graph.batch)]
     goldens, tolerance = read_goldens(opened.path), manifest.recipe.tolerances[manifest.precision]
     rows: list[OutputParity] = []
@@ -71,24 +71,21 @@ def parity(
     return ParityReport(str(bundle), runner, version, threads, manifest.precision, tolerance, tuple(rows))
 
 
-def _routers(manifest: Manifest) -> tuple[RouterGraph, ...]:
-    return manifest.router.graphs if manifest.router is not None else ()
-
-
 def _check_routed(
     opened: Bundle, goldens: Mapping[str, Array], tolerance: Tolerance, *, runner: str, threads: int
 ) -> list[OutputParity]:
     """Hold what a routed request gets to what its bucket gives when it is asked for: every bit must be the same."""
     exact = msgspec.structs.replace(tolerance, max_rel=0.0)
     graph = opened.manifest.buckets[0]
-    cases = cases_of(_routers(opened.manifest)[0]) if _routers(opened.manifest) else CASES
+    routers = opened.manifest.routers
+    cases = cases_of(routers[0]) if routers else CASES
     rows = []
     with Model(opened, runner=runner, threads=threads, resident=None) as model:
         for case in cases:
-            keys = {spec.name: golden_key("input", case, spec.name) for spec in graph.inputs}
-            if not all(key in goldens for key in keys.values()):
-                continue  # on the sides of thresholds there is an image alone
-            request = {name: goldens[key][:1] for name, key in keys.items()}
+            request = {}
+            for name in (spec.name for spec in graph.inputs):  # on the sides of thresholds there is an image alone
+                keys = (golden_key("input", one, name) for one in (case, "seeded"))
+                request[name] = next(goldens[key][:1] for key in keys if key in goldens)
             routed = model(request)
             rows += _check_choice(opened, goldens, case, routed, exact)
             alone = model(request, budget=routed.budget)

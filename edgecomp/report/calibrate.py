@@ -33,7 +33,7 @@ class CalibrationReport(msgspec.Struct, frozen=True):
         router: as it stands in the manifest now.
         before: the old thresholds.
         buckets: ascending.
-        router_ms: what asking the router adds to a request.
+        router_ms: what asking the router adds to a request, the median; 0 where it is lost in the noise.
         mean_ms: expected of a routed request on these images: the mean over them of bucket and router.
         notes: what a reader must know.
     """

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import msgspec
 import numpy as np
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Model", "RoutedRunner", "load"]
 
 _IMAGE_RANK = 4
+AnyGraph = TypeVar("AnyGraph", bound=Graph)
 
 #: An image's path or the image itself, one request's pixels as the graph takes them, or its inputs by name.
 Request = Union[str, Path, "Image.Image", Array, Mapping[str, Array]]
@@ -198,9 +199,8 @@ class Model:
         answers: dict[int, Answer] = {}
         for tokens in dict.fromkeys(choice.tokens for choice in choices):
             waiting = [place for place, choice in enumerate(choices) if choice.tokens == tokens]
-            for places in _in_batches(waiting, self._graphs[tokens]):
+            for bucket, places in _in_batches(waiting, self._graphs[tokens]):
                 started = time.perf_counter()
-                bucket = self._graphs[tokens][_batch_for(len(places), self._graphs[tokens])]
                 outputs = self._infer(bucket, [seen[place] for place in places])
                 self._recorder.count(tokens, len(places), time.perf_counter() - started + routed)
                 answers.update({p: choices[p].answer(out) for p, out in zip(places, outputs, strict=True)})
@@ -301,8 +301,7 @@ class Model:
         started = time.perf_counter()
         thresholds = np.asarray([record.thresholds], np.float32)
         choices: list[_Choice] = []
-        for places in _in_batches(range(len(seen)), self._routers):
-            graph = self._routers[_batch_for(len(places), self._routers)]
+        for graph, places in _in_batches(range(len(seen)), self._routers):
             for place in places:
                 seen[place]["thresholds"] = thresholds
                 if record.reads_words:
@@ -445,19 +444,12 @@ def _one_each(what: str, values: Any, count: int) -> list[Any]:
     return found
 
 
-def _in_batches(places: Sequence[int], graphs: Mapping[int, Graph]) -> list[Sequence[int]]:
-    """Cut places into the largest batches that they fill; the rest goes into the smallest."""
-    cut = []
+def _in_batches(places: Sequence[int], graphs: Mapping[int, AnyGraph]) -> Iterator[tuple[AnyGraph, Sequence[int]]]:
+    """Cut places into the largest batches that they fill, the rest into the smallest; each with its graph."""
     while places:
-        batch = _batch_for(len(places), graphs)
-        cut.append(places[:batch])
+        batch = max((size for size in graphs if size <= len(places)), default=min(graphs))
+        yield graphs[batch], places[:batch]
         places = places[batch:]
-    return cut
-
-
-def _batch_for(waiting: int, graphs: Mapping[int, Graph]) -> int:
-    """Return the largest batch that the waiting requests fill, or the smallest there is."""
-    return max((size for size in graphs if size <= waiting), default=min(graphs))
 
 
 def _why(record: RouterRecord, bucket: int, need: Sequence[float]) -> str:

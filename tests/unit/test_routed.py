@@ -679,13 +679,12 @@ def test_parity_covers_router_and_what_is_routed(router: str, of_router: Callabl
         assert {row[1:] for row in rows if row[0] == graph.model} == {
             (case, output) for case in cases for output in ("bucket", "need", "signals")
         }
-    alone = len(manifest.buckets[0].inputs) == 1  # on the sides of thresholds there is an image alone
     routed = {row[1:] for row in rows if row[0].startswith("routed to ")}
     outputs = [spec.name for spec in manifest.buckets[0].outputs]
-    assert routed == {(case, name) for case in (cases if alone else {"seeded", "photo"}) for name in outputs}
+    assert routed == {(case, name) for case in cases for name in outputs}
     chosen = {row[1:] for row in rows if row[0] == f"router {router}"}
     asked = cases - {"seeded"} if manifest.router.reads_words else cases  # the seeded case has words
-    assert chosen == {(case, "bucket") for case in (asked if alone else {"seeded", "photo"})}
+    assert chosen == {(case, "bucket") for case in asked}
     assert api.parity(bundle, threads=1, budget=4)
     assert {row.model for row in api.parity(bundle, threads=1, budget=4, batch=1).outputs} == {"model.m4.b1.onnx"}
 
