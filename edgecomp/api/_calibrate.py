@@ -12,18 +12,18 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgecomp.api._parity import require_threads
 from edgecomp.api._progress import Progress, silent
-from edgecomp.bundle import Calibration, Manifest, RouterRecord, golden_key, open_bundle, replace_manifest
+from edgecomp.bundle import golden_key, open_bundle, replace_manifest
 from edgecomp.errors import InvalidSpec
 from edgecomp.evaluation import Images, open_images
 from edgecomp.evaluation.thresholds import Needs, Places, assign, candidates, choose
 from edgecomp.images import to_pixels
 from edgecomp.parity import read_goldens
 from edgecomp.report.calibrate import BucketUse, CalibrationReport
-from edgecomp.runners import Array
+from edgecomp.runners import Array, require_threads
 from edgecomp.serving import Answer, Model
 from edgecomp.specs import TensorSpec
+from edgecomp.specs.manifest import Calibration, Manifest, RouterRecord
 
 __all__ = ["calibrate"]
 
