@@ -26,7 +26,9 @@ from edgecomp.specs.order import Order
 def main() -> None:
     """Measure and print."""
     options = parse(
-        __doc__ or "", seeds=(int, 3, "seeds of random weights"), method=(str, "", "which, with commas; all if left out")
+        __doc__ or "",
+        seeds=(int, 3, "seeds of random weights"),
+        method=(str, "", "which, with commas; all if left out"),
     )
     rows: list[list[object]] = []
     for method in options.method.split(",") if options.method else method_names():
