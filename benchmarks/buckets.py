@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,16 @@ import numpy as np
 from common import interleave, parse, publish, ratio
 
 from edgecomp import api
-from edgecomp.bundle import Bundle, Graph, open_bundle
+from edgecomp.bundle import Bundle, open_bundle
 from edgecomp.runners import Runner, open_runner
 from edgecomp.runners.chain import open_graph
+from edgecomp.serving.memory import MemoryUse, measure_memory
+from edgecomp.specs.manifest import Graph
 from edgecomp.words import read_words
 
 _HOST = "vit_small_patch16_224"
 _FOUR = (49, 74, 98, 147)
 _METHODS = ("attention-pruning", "evit", "tocom", "visionzip")
-_LOAD = """
-import resource, sys, numpy, edgecomp
-model = edgecomp.load(sys.argv[1], threads=1)
-image = numpy.zeros((3, 224, 224), numpy.float32)
-for tokens in (model.buckets if sys.argv[2] == "all" else model.buckets[-1:]):
-    model(image, budget=tokens)
-held = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
-print(held / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-"""
 
 
 def main() -> None:
@@ -94,25 +88,36 @@ def _bytes(bundle: Bundle) -> int:
 
 def _memory(folder: Path, options: argparse.Namespace) -> Table:
     rows: list[list[object]] = []
+    request = {"image": np.zeros((1, 3, 224, 224), np.float32)}
     for method in ("attention-pruning", "evit"):
         for stem in (True, False):
             out = folder / f"{method}-{stem}"
             api.export(method, backbone=_HOST, budget=_FOUR, stem=stem, out=out)
-            found: dict[str, list[tuple[float, float]]] = {"one": [], "all": []}
-            for _ in range(1 if options.quick else 3):
-                for which, seen in found.items():
-                    done = subprocess.run(
-                        [sys.executable, "-c", _LOAD, str(out), which], check=True, capture_output=True, text=True
-                    )
-                    held, peak = map(float, done.stdout.split())
-                    seen.append((held, peak))
-            held = {which: statistics.median(one[0] for one in seen) for which, seen in found.items()}
-            peak = {which: statistics.median(one[1] for one in seen) for which, seen in found.items()}
-            words = [method, "stem" if stem else "whole graphs"]
-            rows.append([*words, f"{held['one']:.0f}", f"{held['all']:.0f}", f"{held['all'] / held['one']:.2f}",
-                         f"{peak['one']:.0f}", f"{peak['all']:.0f}", f"{peak['all'] / peak['one']:.2f}"])  # fmt: skip
-    header = ["method", "graphs", "one: MiB held", "four: MiB held", "over one", "one: peak", "four: peak", "over one "]
+            one, four = (_measured(out, buckets, request, share=False) for buckets in (_FOUR[-1:], _FOUR))
+            shared = _measured(out, _FOUR, request, share=True)
+            words: list[object] = [method, "stem" if stem else "whole graphs"]
+            for attribute in ("held_mib", "peak_mib"):
+                base, *others = (getattr(use, attribute) for use in (one, four, shared))
+                words += [f"{base:.0f}", *(f"{value:.0f} ({value / base:.2f})" for value in others)]
+            bundle = open_bundle(out)
+            image = {"image": np.random.default_rng(0).standard_normal((1, 3, 224, 224), dtype=np.float32)}
+            model = bundle.path / bundle.manifest.buckets[0].model
+            for threads in (1, 2) if not stem else ():
+                runs = {
+                    str(share): _run(open_runner("onnxruntime", model, threads=threads, share_weights=share), image)
+                    for share in (False, True)
+                }
+                words.append(f"{ratio(interleave(runs, rounds=options.rounds), 'True', 'False'):.2f}")
+            rows.append(words if not stem else [*words, "", ""])
+    header = ["method", "graphs", "one: MiB held", "four", "four sharing", "one: peak", "four ", "four sharing ",
+              "time sharing, 1 thread", "2 threads"]  # fmt: skip
     return "memory of a process that serves four buckets (weights 83 MiB)", header, rows
+
+
+def _measured(bundle: Path, buckets: Sequence[int], request: dict[str, Any], *, share: bool) -> MemoryUse:
+    use = measure_memory(bundle, buckets, request, runner="onnxruntime", threads=1, share_weights=share)
+    assert use is not None, "Linux says what a process holds"
+    return use
 
 
 def _seam(folder: Path, options: argparse.Namespace) -> Table:

@@ -1,6 +1,6 @@
 """Measures the noise that parity's thresholds stand on: ONNX Runtime against the original, fp32 against fp64.
 
-    python benchmarks/noise.py [--seeds 3] [--json FILE]
+    python benchmarks/noise.py [--seeds 3] [--method evit,tocom] [--json FILE]
 
 For every preset that is not a test size, with random weights of several seeds: the largest error over the largest
 magnitude expected, of (a) the static graph in ONNX Runtime against the eager original, both fp32, and (b) the eager
@@ -25,9 +25,13 @@ from edgecomp.specs.order import Order
 
 def main() -> None:
     """Measure and print."""
-    options = parse(__doc__ or "", seeds=(int, 3, "seeds of random weights"))
+    options = parse(
+        __doc__ or "",
+        seeds=(int, 3, "seeds of random weights"),
+        method=(str, "", "which, with commas; all if left out"),
+    )
     rows: list[list[object]] = []
-    for method in method_names():
+    for method in options.method.split(",") if options.method else method_names():
         recipe = load_recipe(method)
         for preset in recipe.presets:
             if preset.startswith("smoke"):

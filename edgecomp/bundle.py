@@ -16,28 +16,21 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from edgecomp.errors import BundleError, EdgecompError, InvalidSpec
-from edgecomp.specs import Output, Placement, Preprocess, Recipe, TensorSpec, TokenBudget, read_count
-from edgecomp.specs.origin import WeightsOrigin, file_sha256
+from edgecomp.specs import TokenBudget, read_count
+from edgecomp.specs.manifest import Bucket, Manifest, StoredFile
+from edgecomp.specs.origin import file_sha256
 from edgecomp.specs.router import router_names
 
 __all__ = [
     "GOLDEN",
     "MANIFEST",
     "WEIGHTS",
-    "Bucket",
     "Bundle",
-    "Calibration",
-    "Graph",
-    "Manifest",
-    "PlainGraph",
-    "RouterGraph",
-    "RouterRecord",
-    "StoredFile",
     "digest_of",
     "new_bundle",
     "open_bundle",
@@ -51,163 +44,6 @@ _KIND = "edgecomp bundle"
 _BELOW = ("engines", "parity", "profiles")  # folders that later verbs write
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LARGEST_MANIFEST = 16 << 20
-
-
-class StoredFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file in the bundle's root."""
-
-    name: str
-    role: Literal["model", "plain", "stem", "router", "weights", "golden"]
-    size: int
-    sha256: str
-
-
-class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A static graph at one batch size.
-
-    Attributes:
-        model: file name of the graph.
-        inputs, outputs: of stem and graph in a row, where it has a stem.
-        flops: of one run at this batch, the stem's with it; 2 for a multiply-add of matrix products and convolutions.
-        ops: how often each op occurs in the file.
-        stem: file name of the graph whose outputs this one reads; "" where it is whole.
-    """
-
-    model: str
-    batch: int
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    flops: int
-    ops: dict[str, int]
-    stem: str = ""
-
-
-class Bucket(Graph, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The graph of a budget.
-
-    Attributes:
-        own_bytes: of weights and constants in the shared file that no other budget reads.
-    """
-
-    budget: TokenBudget
-    own_bytes: int = 0
-
-    @property
-    def golden_part(self) -> str:
-        """Whose outputs the golden file holds under its name."""
-        return f"m{self.budget.tokens_out}"
-
-
-class PlainGraph(Graph, frozen=True, forbid_unknown_fields=True):
-    """The model without its compressor."""
-
-    @property
-    def golden_part(self) -> str:
-        """Whose outputs the golden file holds under its name."""
-        return "plain"
-
-
-class RouterGraph(Graph, frozen=True, forbid_unknown_fields=True):
-    """The graph that names a bucket."""
-
-    @property
-    def golden_part(self) -> str:
-        """Whose outputs the golden file holds under its name."""
-        return "router"
-
-
-class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the thresholds of a router were set with.
-
-    Attributes:
-        target: what was asked for, for example `mean tokens 98`.
-        data: name of the folder, never its path.
-        sha256: over the images, prepared and in their order, each with its question where there was one.
-        images: how many.
-        mean_tokens: kept on these images.
-        agreement: with the largest bucket on these images, 0 to 1; `agreement_of` says of what.
-    """
-
-    target: str
-    data: str
-    sha256: str
-    images: int
-    mean_tokens: float
-    agreement: float
-    agreement_of: str
-
-
-class RouterRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which router a bundle has.
-
-    Attributes:
-        name: of the router.
-        params: its parameters.
-        reads_words: whether the words of a request take part.
-        signals: names of what it tells of a request.
-        thresholds: one for each bucket but the largest: a request whose need reaches it goes above that bucket.
-        weights: where its weights come from; none where it has none.
-        graphs: one for each batch; none of `fixed`.
-        fixed: tokens kept by the bucket of `fixed`; 0 for all others.
-        calibration: what set the thresholds; none: they are the router's own.
-    """
-
-    name: str
-    params: dict[str, Any]
-    reads_words: bool
-    signals: tuple[str, ...]
-    thresholds: tuple[float, ...]
-    weights: WeightsOrigin | None
-    graphs: tuple[RouterGraph, ...]
-    fixed: int = 0
-    calibration: Calibration | None = None
-
-
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a bundle is; `docs/bundle.md` says what each field means."""
-
-    schema: int
-    kind: str
-    request: str
-    method: str
-    preset: str
-    placement: Placement
-    params: dict[str, Any]
-    recipe: Recipe
-    backbone: str
-    feature_layer: int
-    num_prefix_tokens: int
-    image_size: int
-    input_dtype: str
-    output: Output
-    precision: Literal["fp32"]
-    opset: int
-    seed: int
-    weights: WeightsOrigin
-    backbone_weights: WeightsOrigin | None
-    unread: dict[str, str]
-    parameters: int
-    plain_name: str
-    plain_flops: int
-    preprocess: Preprocess | None
-    buckets: tuple[Bucket, ...]
-    plain: tuple[PlainGraph, ...]
-    stem: tuple[Graph, ...]
-    router: RouterRecord | None
-    tools: dict[str, str]
-    notes: tuple[str, ...]
-    files: tuple[StoredFile, ...]
-    digest: str = ""
-
-    @property
-    def routers(self) -> tuple[RouterGraph, ...]:
-        """The router's graphs; none without a router, and of `fixed`."""
-        return self.router.graphs if self.router is not None else ()
-
-    @property
-    def graphs(self) -> tuple[Graph, ...]:
-        """All graphs: stems, router, buckets, plain."""
-        return (*self.stem, *self.routers, *self.buckets, *self.plain)
 
 
 class _Listing(msgspec.Struct, frozen=True):

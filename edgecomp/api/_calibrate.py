@@ -12,18 +12,18 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgecomp.api._parity import require_threads
 from edgecomp.api._progress import Progress, silent
-from edgecomp.bundle import Calibration, Manifest, RouterRecord, golden_key, open_bundle, replace_manifest
+from edgecomp.bundle import golden_key, open_bundle, replace_manifest
 from edgecomp.errors import InvalidSpec
 from edgecomp.evaluation import Images, open_images
-from edgecomp.evaluation.thresholds import Needs, Places, assign, candidates, choose
+from edgecomp.evaluation.thresholds import Needs, Places, assign, choose
 from edgecomp.images import to_pixels
 from edgecomp.parity import read_goldens
 from edgecomp.report.calibrate import BucketUse, CalibrationReport
-from edgecomp.runners import Array
+from edgecomp.runners import Array, require_threads
 from edgecomp.serving import Answer, Model
 from edgecomp.specs import TensorSpec
+from edgecomp.specs.manifest import Calibration, Manifest, RouterRecord
 
 __all__ = ["calibrate"]
 
@@ -110,15 +110,14 @@ def calibrate(
         reach = f"the least is {buckets[0]}, the smallest bucket for all"
     elif latency_target_ms is not None:
         found = choose(seen.needs, lambda places: mean_ms(places) <= latency_target_ms, most=True)
-        least = min(mean_ms(assign(seen.needs, one)) for one in candidates(seen.needs))
+        least = float(seen.ms.min()) + seen.router_ms
         reach = f"the least is {least:.3f} ms, with the router ({seen.router_ms:.3f} ms)"
     else:
         found = choose(seen.needs, lambda places: agreement(places) >= limit_of, most=False)
         reach = "the largest bucket for all reaches 1"
     if found is None:
         raise InvalidSpec(
-            f"none of the thresholds tried reach {target} on these {len(seen.needs)} images: {reach}; nothing was "
-            "written"
+            f"no thresholds reach {target} on these {len(seen.needs)} images: {reach}; nothing was written"
         )
     places = assign(seen.needs, found)
     made = Calibration(

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from edgecomp.api._parity import require_threads
 from edgecomp.api._progress import Progress, silent
-from edgecomp.bundle import Bucket, Bundle, Manifest, PlainGraph, open_bundle
+from edgecomp.bundle import Bundle, open_bundle
 from edgecomp.errors import InvalidSpec
 from edgecomp.evaluation import Evaluation, LabelledImages, balanced_subset, open_data, score
 from edgecomp.profiles.machine import read_machine
 from edgecomp.report.evaluate import EvaluationReport
-from edgecomp.runners import Runner
+from edgecomp.runners import Runner, require_threads
 from edgecomp.runners.chain import open_graph
 from edgecomp.serving import Model, RoutedRunner
 from edgecomp.specs import Preprocess, TensorSpec
+from edgecomp.specs.manifest import Bucket, Manifest, PlainGraph
 
 __all__ = ["evaluate"]
 

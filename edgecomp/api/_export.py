@@ -15,21 +15,7 @@ import msgspec
 
 from edgecomp import __version__
 from edgecomp.api._progress import Progress, silent
-from edgecomp.bundle import (
-    GOLDEN,
-    MANIFEST,
-    WEIGHTS,
-    Bucket,
-    Bundle,
-    Manifest,
-    PlainGraph,
-    RouterGraph,
-    RouterRecord,
-    new_bundle,
-    open_bundle,
-    require_free,
-    seal,
-)
+from edgecomp.bundle import GOLDEN, MANIFEST, WEIGHTS, Bundle, new_bundle, open_bundle, require_free, seal
 from edgecomp.errors import BundleError, InvalidSpec, MissingDependency, ParityError, UnknownName, WeightsError
 from edgecomp.parity import OutputParity, ParityReport, check_bucket, read_goldens
 from edgecomp.parity.check import judge
@@ -37,6 +23,7 @@ from edgecomp.report.export import ExportReport
 from edgecomp.resources import source_digest
 from edgecomp.runners.chain import open_graph
 from edgecomp.specs import DType, Output, Recipe, load_recipe, method_names
+from edgecomp.specs.manifest import Bucket, Manifest, PlainGraph, RouterGraph, RouterRecord
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import file_sha256
 from edgecomp.specs.router import router_names
@@ -221,9 +208,10 @@ def _order(
         raise InvalidSpec(
             "parameters or weights of a router were given, and no router; give --router NAME, or drop them"
         )
-    for path in (weights, backbone_weights, router_weights):
+    files = {"--weights": weights, "--backbone-weights": backbone_weights, "--router-weights": router_weights}
+    for option, path in files.items():
         if str(path) not in ("random", "pretrained") and not Path(path).is_file():
-            raise WeightsError(f"weights file {path} is not there; check the path, or use --weights random")
+            raise WeightsError(f"weights file {path} is not there; check the path, or use {option} random")
     if str(weights) == "pretrained":
         raise InvalidSpec(
             "--weights pretrained: compressors have no download; give a file, "

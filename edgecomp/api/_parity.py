@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,15 +9,15 @@ import msgspec
 import numpy as np
 
 from edgecomp.api._progress import Progress, silent
-from edgecomp.bundle import Bucket, Bundle, PlainGraph, RouterGraph, golden_key, open_bundle
-from edgecomp.errors import InvalidSpec
+from edgecomp.bundle import Bundle, golden_key, open_bundle
 from edgecomp.parity import CASES, OutputParity, ParityReport, cases_of, check_bucket, judge, read_goldens
-from edgecomp.runners import Array
+from edgecomp.runners import Array, require_threads
 from edgecomp.runners.chain import open_graph
 from edgecomp.serving import Answer, Model
 from edgecomp.specs import Tolerance
+from edgecomp.specs.manifest import Bucket, PlainGraph, RouterGraph
 
-__all__ = ["parity", "require_threads"]
+__all__ = ["parity"]
 
 _ROUNDING = 1e-4
 
@@ -111,10 +110,3 @@ def _check_choice(
     wanted = (need >= cuts) | (beside & (np.asarray(routed.need) >= cuts))
     got, expected = np.asarray([kept.index(routed.budget)]), np.asarray([int(wanted.sum())])
     return [judge(f"router {record.name}", case, "bucket", got, expected, tolerance)]
-
-
-def require_threads(threads: int) -> None:
-    """Refuse a number of threads that would only bring this machine down."""
-    most = max(64, 2 * (os.cpu_count() or 1))
-    if not 0 <= threads <= most:
-        raise InvalidSpec(f"threads={threads} is not between 0 (the runtime's choice) and {most} on this machine")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from edgecomp.api._parity import require_threads
 from edgecomp.api._progress import Progress, silent
-from edgecomp.bundle import Bundle, Graph, Manifest, golden_key, open_bundle
+from edgecomp.bundle import Bundle, golden_key, open_bundle
 from edgecomp.errors import InvalidSpec
 from edgecomp.parity import read_goldens
 from edgecomp.profiles.latency import LatencyProfile, measure_latency
 from edgecomp.profiles.machine import read_machine
 from edgecomp.report.profile import ProfileReport, RoutedTime
-from edgecomp.runners import Array, Runner, open_runner
+from edgecomp.runners import Array, Runner, open_runner, require_threads
 from edgecomp.runners.chain import open_graph
+from edgecomp.serving.memory import MemoryUse, measure_memory
+from edgecomp.specs.manifest import Graph, Manifest
 from edgecomp.words import read_words
 
 __all__ = ["profile"]
@@ -35,6 +36,8 @@ def profile(
     """Measure the latency of each bucket with its stem, of router and stem alone, and of the plain model.
 
     Each is warmed up until it is steady, then timed run after run on the seeded golden input; raw samples are kept.
+    Of several buckets, the memory of a process that serves the largest, of one that serves all of them, and of one
+    whose graphs share their weights, as well.
 
     Args:
         bundle: the folder.
@@ -80,7 +83,26 @@ def profile(
         for graph in (*(bucket for bucket in buckets if bucket.batch == size), *plain):
             with open_graph(runner, opened, graph, threads=threads) as loaded:
                 measure(loaded, graph, inputs)
-    return ProfileReport(str(bundle), tuple(profiles), _routing(manifest, profiles))
+    memory: tuple[MemoryUse, ...] = ()
+    if budget is None and len({bucket.budget.tokens_out for bucket in buckets}) > 1:
+        progress("measuring memory in processes of their own")
+        memory = _measure_memory(opened, goldens, runner=runner, threads=threads)
+    return ProfileReport(str(bundle), tuple(profiles), _routing(manifest, profiles), memory)
+
+
+def _measure_memory(
+    opened: Bundle, goldens: Mapping[str, Array], *, runner: str, threads: int
+) -> tuple[MemoryUse, ...]:
+    """Return what the largest bucket takes, what all of them take, and what they take when they share weights."""
+    kept = sorted({bucket.budget.tokens_out for bucket in opened.manifest.buckets})
+    inputs = opened.manifest.buckets[0].inputs
+    request = {spec.name: goldens[golden_key("input", "seeded", spec.name)][:1] for spec in inputs}
+    ways = [(kept[-1:], False), (kept, False), *([(kept, True)] if runner == "onnxruntime" else [])]
+    found = (
+        measure_memory(opened.path, buckets, request, runner=runner, threads=threads, share_weights=shared)
+        for buckets, shared in ways
+    )
+    return tuple(use for use in found if use is not None)
 
 
 def _measure_router(

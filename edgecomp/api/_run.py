@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from edgecomp.api._parity import require_threads
 from edgecomp.api._progress import Progress, silent
-from edgecomp.bundle import Bucket, Bundle, open_bundle
+from edgecomp.bundle import Bundle, open_bundle
 from edgecomp.errors import InvalidSpec, RunError
 from edgecomp.images import read_image, to_pixels
 from edgecomp.inputs import read_tensors, require_inputs, write_tensors
 from edgecomp.report.run import OutputSummary, RunReport
 from edgecomp.resources import photograph_path
-from edgecomp.runners import Array
+from edgecomp.runners import Array, require_threads
 from edgecomp.runners.chain import open_graph
 from edgecomp.serving import Model
 from edgecomp.specs import TensorSpec
+from edgecomp.specs.manifest import Bucket
 
 __all__ = ["run"]
 

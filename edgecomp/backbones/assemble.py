@@ -339,7 +339,7 @@ def _choose_budgets(
                 f"how many to keep, for example --budget {max(1, tokens_in // 2)}"
             )
         asked = tuple(map(str, decided))
-    asked = tuple(_aligned(text, order, tokens_in, notes) for text in asked)
+    given, asked = asked, tuple(_aligned(text, order, tokens_in, notes) for text in asked)
     parsed = [parse_budget(text, tokens_in=tokens_in, rule=rule, method=order.recipe.method) for text in asked]
     prefix = site.num_prefix_tokens if cls.hands_on_prefix else 0
     parsed = [msgspec.structs.replace(budget, num_prefix_tokens=prefix) for budget in parsed]
@@ -347,7 +347,10 @@ def _choose_budgets(
     if counts != sorted(counts):
         notes.append(f"budgets {', '.join(asked)} are taken in ascending order")
     if len(set(counts)) != len(counts):
-        raise InvalidSpec(f"budgets {', '.join(asked)} name {sorted(counts)}, one of them twice; give each once")
+        aligned = f" with --align {order.align}" if order.align != 1 else ""
+        raise InvalidSpec(
+            f"budgets {', '.join(given)}{aligned} name {sorted(counts)}, one of them twice; give each once"
+        )
     return tuple(sorted(parsed, key=lambda budget: budget.tokens_out))
 
 

@@ -30,7 +30,7 @@ def read_checkpoint(path: Path, *, say: Callable[[str], None] = lambda note: Non
         WeightsError: the file is absent, truncated, no checkpoint, holds code, or holds NaN or Inf.
     """
     if not path.is_file():
-        raise WeightsError(f"weights file {path} is not there; check the path, or use --weights random")
+        raise WeightsError(f"weights file {path} is not there; check the path")
     if path.suffix == ".safetensors":
         state = _read_safetensors(path)
     elif path.suffix in _PICKLES:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["assign", "candidates", "choose"]
+__all__ = ["assign", "candidates", "choose", "one_for_all"]
 
 Needs = npt.NDArray[np.float32]
 Places = npt.NDArray[np.int64]
@@ -32,10 +32,7 @@ def candidates(needs: Needs) -> list[tuple[float, ...]]:
     together. A step sends at most a few images higher, and none lower.
     """
     images, cuts = needs.shape
-    ordered = np.sort(needs.astype(np.float64), axis=0)
-    # What lies between two needs is between them; below all is half the least, above all half-way to 1.
-    low, high = ordered[:1] / 2, (ordered[-1:] + 1) / 2
-    edges = np.concatenate([low, (ordered[:-1] + ordered[1:]) / 2, np.where(high > ordered[-1:], high, _ABOVE_ONE)])
+    edges = _edges(needs)
     found = []
     steps = min(2 * images, _MOST_STEPS)
     for step in range(steps + 1):
@@ -45,10 +42,31 @@ def candidates(needs: Needs) -> list[tuple[float, ...]]:
     return list(dict.fromkeys(found))
 
 
+def one_for_all(needs: Needs) -> list[tuple[float, ...]]:
+    """Return for each bucket the thresholds that send every image to it."""
+    images, cuts = needs.shape
+    edges = _edges(needs)
+    return [
+        tuple(float(np.float32(edges[0 if k < place else images, k])) for k in range(cuts)) for place in range(cuts + 1)
+    ]
+
+
+def _edges(needs: Needs) -> npt.NDArray[np.float64]:
+    """Return what lies below all needs (half the least), between each two, and above all (half-way to 1)."""
+    ordered = np.sort(needs.astype(np.float64), axis=0)
+    low, high = ordered[:1] / 2, (ordered[-1:] + 1) / 2
+    above = np.where(high > ordered[-1:], high, _ABOVE_ONE)
+    return np.concatenate([low, (ordered[:-1] + ordered[1:]) / 2, above])
+
+
 def choose(needs: Needs, holds: Callable[[Places], bool], *, most: bool) -> tuple[float, ...] | None:
-    """Return the candidate with the most (or fewest) tokens for which `holds` says yes; none where there is none."""
-    found = candidates(needs)
-    for thresholds in reversed(found) if most else found:
+    """Return the candidate with the most (or fewest) tokens for which `holds` says yes; none where there is none.
+
+    One bucket for all is what is left when no split between buckets holds: with a latency, which need not grow with
+    the tokens.
+    """
+    splits, single = candidates(needs), one_for_all(needs)
+    for thresholds in (*reversed(splits), *reversed(single)) if most else (*splits, *single):
         if holds(assign(needs, thresholds)):
             return thresholds
     return None

@@ -16,7 +16,7 @@ from edgecomp.backbones.assemble import Assembly
 from edgecomp.backbones.inside import InsideModel
 from edgecomp.backbones.placed import PlacedModel, PlainModel
 from edgecomp.backbones.seam import Rest, Stem
-from edgecomp.bundle import WEIGHTS, Bucket, Graph, PlainGraph, RouterGraph, bucket_file, side_file
+from edgecomp.bundle import WEIGHTS, bucket_file, side_file
 from edgecomp.errors import ExportError
 from edgecomp.export.flops import count_flops, count_ops
 from edgecomp.export.lower import lower, quiet_tools
@@ -32,6 +32,7 @@ from edgecomp.export.passes import (
 )
 from edgecomp.routers import Router
 from edgecomp.specs import Recipe, load_oplists
+from edgecomp.specs.manifest import Bucket, Graph, PlainGraph, RouterGraph
 
 __all__ = ["Graphs", "write_graphs"]
 

@@ -9,11 +9,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgecomp.bundle import GOLDEN, Bucket, PlainGraph, RouterGraph, golden_key
+from edgecomp.bundle import GOLDEN, golden_key
 from edgecomp.errors import BundleError
 from edgecomp.parity.metrics import Difference, compare
 from edgecomp.runners import Runner
 from edgecomp.specs import Tolerance
+from edgecomp.specs.manifest import Bucket, PlainGraph, RouterGraph
 
 __all__ = ["OutputParity", "ParityReport", "cases_of", "check_bucket", "judge", "read_goldens"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from edgecomp.bundle import RouterRecord
 from edgecomp.report.text import table
+from edgecomp.specs.manifest import RouterRecord
 
 __all__ = ["BucketUse", "CalibrationReport", "describe_calibration"]
 

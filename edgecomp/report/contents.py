@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from edgecomp.bundle import Bucket, Manifest
 from edgecomp.engines import EngineRecord
 from edgecomp.report.export import router_line
 from edgecomp.report.text import flops, size, table
+from edgecomp.specs.manifest import Bucket, Manifest
 
 __all__ = ["BundleContents", "EngineContents", "OnnxContents", "describe_contents"]
 

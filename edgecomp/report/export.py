@@ -6,9 +6,10 @@ from pathlib import Path
 
 import msgspec
 
-from edgecomp.bundle import WEIGHTS, Manifest, RouterRecord
+from edgecomp.bundle import WEIGHTS
 from edgecomp.parity import ParityReport
 from edgecomp.report.text import flops, size, table
+from edgecomp.specs.manifest import Manifest, RouterRecord
 
 __all__ = ["ExportReport", "describe_export", "router_line"]
 

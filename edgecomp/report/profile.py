@@ -8,6 +8,7 @@ import msgspec
 
 from edgecomp.profiles.latency import LatencyProfile
 from edgecomp.report.text import table
+from edgecomp.serving.memory import MemoryUse
 
 __all__ = ["ProfileReport", "RoutedTime", "describe_profile"]
 
@@ -31,11 +32,18 @@ class RoutedTime(msgspec.Struct, frozen=True):
 
 
 class ProfileReport(msgspec.Struct, frozen=True):
-    """Latency of each graph that was asked for; a bucket's with its stem. `routing` is empty without a router."""
+    """Latency of each graph that was asked for; a bucket's with its stem.
+
+    Attributes:
+        routing: empty without a router.
+        memory: of the largest bucket alone, of all, and of all with shared weights where the runner can; empty for
+            one bucket, and where the system does not tell.
+    """
 
     bundle: str
     profiles: tuple[LatencyProfile, ...]
     routing: tuple[RoutedTime, ...] = ()
+    memory: tuple[MemoryUse, ...] = ()
 
 
 def describe_profile(report: ProfileReport) -> str:
@@ -71,6 +79,7 @@ def describe_profile(report: ProfileReport) -> str:
             "~ indicative: so few samples do not carry this percentile (24,576 for p90, 270,336 for p99)",
             f"the timing loop itself costs {first.loop_overhead_us:.2f} us a run",
             *_describe_routing(report.routing),
+            *_describe_memory(report.memory),
         ]
     )
 
@@ -89,4 +98,14 @@ def _describe_routing(routing: Sequence[RoutedTime]) -> list[str]:
         for one in routing
         if one.routed_ms >= one.largest_ms and one.smallest_ms != one.largest_ms
     ]
+    return lines
+
+
+def _describe_memory(memory: Sequence[MemoryUse]) -> list[str]:
+    """Return a line for each process that was measured."""
+    lines = []
+    for use in memory:
+        what = f"{len(use.buckets)} buckets" if len(use.buckets) > 1 else f"bucket {use.buckets[0]} alone"
+        what += " with share_weights" if use.share_weights else ""
+        lines.append(f"memory of a process that serves {what}: {use.held_mib:.0f} MiB held, {use.peak_mib:.0f} at most")
     return lines

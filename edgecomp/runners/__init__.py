@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -9,9 +10,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgecomp.errors import UnknownName
+from edgecomp.errors import InvalidSpec, UnknownName
 
-__all__ = ["Array", "Runner", "open_runner", "runner_names"]
+__all__ = ["Array", "Runner", "open_runner", "require_sharing", "require_threads", "runner_names"]
 
 Array = npt.NDArray[np.generic]
 
@@ -52,20 +53,48 @@ def runner_names() -> tuple[str, ...]:
     return ("onnxruntime", "onnxruntime-cuda")
 
 
-def open_runner(name: str, model: Path, *, threads: int, takes_turns: bool = False) -> Runner:
+def require_threads(threads: int) -> None:
+    """Refuse what is no number of threads, and one that would only bring this machine down."""
+    most = max(64, 2 * (os.cpu_count() or 1))
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 0 <= threads <= most:
+        raise InvalidSpec(f"threads={threads!r} is not between 0 (the runtime's choice) and {most} on this machine")
+
+
+def require_sharing(runner: str, *, share_weights: bool) -> None:
+    """Refuse to share weights where the runner copies them for each model."""
+    if share_weights and runner != "onnxruntime":
+        raise InvalidSpec(
+            f"share_weights with runner {runner}: it copies the weights of each model to the GPU; bound the models in "
+            "memory with resident, or use the runner onnxruntime"
+        )
+
+
+def open_runner(
+    name: str, model: Path, *, threads: int, takes_turns: bool = False, share_weights: bool = False
+) -> Runner:
     """Load an ONNX model.
 
     Args:
         name: `onnxruntime` (CPU) or `onnxruntime-cuda`; a provider that does not come up is an error.
         threads: for the CPU; 0: as many as the runtime chooses.
         takes_turns: several models are open and run in turn, so that none may hold on to cores between its runs.
+        share_weights: read the weights where the system maps their file, once for all models that are open, instead of
+            in a copy that is packed for speed; on the CPU alone.
 
     Raises:
-        UnknownName: no such runner. MissingDependency: its package is not installed.
+        UnknownName: no such runner. MissingDependency: its package is not installed. InvalidSpec: it cannot share.
     """
     from edgecomp.runners.onnxruntime import OnnxRuntimeRunner
 
     providers = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
     if name not in providers:
         raise UnknownName("runner", name, runner_names())
-    return OnnxRuntimeRunner(model, name=name, provider=providers[name], threads=threads, takes_turns=takes_turns)
+    require_sharing(name, share_weights=share_weights)
+    return OnnxRuntimeRunner(
+        model,
+        name=name,
+        provider=providers[name],
+        threads=threads,
+        takes_turns=takes_turns,
+        share_weights=share_weights,
+    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from edgecomp.bundle import Bundle, Graph
+from edgecomp.bundle import Bundle
 from edgecomp.runners import Array, Runner, open_runner
+from edgecomp.specs.manifest import Graph
 
 __all__ = ["ChainRunner", "open_graph"]
 

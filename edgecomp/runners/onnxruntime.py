@@ -23,9 +23,12 @@ class OnnxRuntimeRunner:
         provider: the execution provider; RunError where it does not come up.
         threads: intra-op threads on the CPU; 0: ONNX Runtime's choice.
         takes_turns: threads rest as soon as a run ends, where else they spin for a while and take cores from others.
+        share_weights: matrices stay where their file is mapped, where else each session packs its own copies.
     """
 
-    def __init__(self, model: Path, *, name: str, provider: str, threads: int, takes_turns: bool = False) -> None:
+    def __init__(
+        self, model: Path, *, name: str, provider: str, threads: int, takes_turns: bool, share_weights: bool
+    ) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -42,6 +45,8 @@ class OnnxRuntimeRunner:
         options.intra_op_num_threads = threads
         if takes_turns:
             options.add_session_config_entry("session.force_spinning_stop", "1")
+        if share_weights:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             self._session: Any = onnxruntime.InferenceSession(
                 str(model), options, providers=[(provider, _OPTIONS.get(provider, {}))]

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union
 import msgspec
 import numpy as np
 
-from edgecomp.bundle import Bucket, Bundle, Graph, RouterRecord, open_bundle
+from edgecomp.bundle import Bundle, open_bundle
 from edgecomp.errors import InvalidSpec, RunError, UnknownName
 from edgecomp.images import read_image, to_pixels
 from edgecomp.inputs import require_inputs
-from edgecomp.runners import Array, Runner, open_runner, runner_names
+from edgecomp.runners import Array, Runner, open_runner, require_sharing, require_threads, runner_names
 from edgecomp.serving.stats import Recorder, Stats
 from edgecomp.specs.budget import read_count
+from edgecomp.specs.manifest import Bucket, Graph, RouterRecord
 from edgecomp.words import read_words
 
 if TYPE_CHECKING:
@@ -69,7 +70,14 @@ class _Choice(msgspec.Struct, frozen=True):
         return Answer(outputs, self.tokens, self.reason, self.need, self.signals)
 
 
-def load(bundle: str | Path, *, runner: str = "onnxruntime", threads: int = 0, resident: int | None = None) -> Model:
+def load(
+    bundle: str | Path,
+    *,
+    runner: str = "onnxruntime",
+    threads: int = 0,
+    resident: int | None = None,
+    share_weights: bool = False,
+) -> Model:
     """Load a bundle as one object; needs neither torch nor the compressors.
 
         import edgecomp
@@ -84,11 +92,15 @@ def load(bundle: str | Path, *, runner: str = "onnxruntime", threads: int = 0, r
         runner: `onnxruntime`, or `onnxruntime-cuda`.
         threads: for the CPU; 0: as many as the runtime chooses.
         resident: graphs held in memory at most; the one used longest ago goes first. None: all that were asked for.
+        share_weights: all graphs read one mapping of the weights, instead of each a copy packed for speed: the memory
+            of several buckets is nearly that of one, and requests take longer (a tenth, for ViT-S). CPU alone.
 
     Raises:
-        BundleError: the bundle is not whole. InvalidSpec: `resident` is below 1.
+        BundleError: the bundle is not whole. InvalidSpec: `resident` is below 1, or the runner cannot share.
     """
-    return Model(open_bundle(Path(bundle)), runner=runner, threads=threads, resident=resident)
+    return Model(
+        open_bundle(Path(bundle)), runner=runner, threads=threads, resident=resident, share_weights=share_weights
+    )
 
 
 class Model:
@@ -99,16 +111,19 @@ class Model:
     there is none the largest bucket serves. Stem and router stay in memory; `resident` bounds the buckets.
     """
 
-    def __init__(self, bundle: Bundle, *, runner: str, threads: int, resident: int | None) -> None:
+    def __init__(
+        self, bundle: Bundle, *, runner: str, threads: int, resident: int | None, share_weights: bool = False
+    ) -> None:
         if resident is not None and (not isinstance(resident, int) or isinstance(resident, bool) or resident < 1):
             raise InvalidSpec(
                 f"resident={resident!r}: at least one graph has to be in memory; give a whole number from 1"
             )
-        if not isinstance(threads, int) or isinstance(threads, bool) or threads < 0:
-            raise InvalidSpec(f"threads={threads!r} is not a whole number from 0 (the runtime's choice)")
+        require_threads(threads)
         if runner not in runner_names():
             raise UnknownName("runner", str(runner), runner_names())
+        require_sharing(runner, share_weights=share_weights)
         self._bundle, self._runner, self._threads, self._resident = bundle, runner, threads, resident
+        self._share_weights = share_weights
         manifest = bundle.manifest
         self._graphs: dict[int, dict[int, Bucket]] = {}
         for bucket in manifest.buckets:
@@ -195,14 +210,12 @@ class Model:
         started = time.perf_counter()
         seen = [self._prepare(*one) for one in zip(requests, given, strict=True)]
         choices = self._choose(seen, texts, budgets)
-        routed = (time.perf_counter() - started) / count
         answers: dict[int, Answer] = {}
         for tokens in dict.fromkeys(choice.tokens for choice in choices):
             waiting = [place for place, choice in enumerate(choices) if choice.tokens == tokens]
             for bucket, places in _in_batches(waiting, self._graphs[tokens]):
-                started = time.perf_counter()
                 outputs = self._infer(bucket, [seen[place] for place in places])
-                self._recorder.count(tokens, len(places), time.perf_counter() - started + routed)
+                self._recorder.count(tokens, len(places), time.perf_counter() - started)
                 answers.update({p: choices[p].answer(out) for p, out in zip(places, outputs, strict=True)})
         return [answers[place] for place in range(count)]
 
@@ -387,7 +400,11 @@ class Model:
             session = held.get(graph.model)
             if session is None:
                 session = open_runner(
-                    self._runner, self._bundle.path / graph.model, threads=self._threads, takes_turns=self._takes_turns
+                    self._runner,
+                    self._bundle.path / graph.model,
+                    threads=self._threads,
+                    takes_turns=self._takes_turns,
+                    share_weights=self._share_weights,
                 )
                 held[graph.model] = session
                 if is_bucket:

@@ -21,7 +21,8 @@ class BucketStats(msgspec.Struct, frozen=True):
     Attributes:
         requests: how many.
         share: of all requests.
-        seconds: latency by quantile ("0.5", "0.9", "0.99") over the newest 4096 requests; empty before the first.
+        seconds: latency by quantile ("0.5", "0.9", "0.99") over the newest 4096 requests, from the call until the
+            bucket had answered, so that a batch's later buckets wait for its earlier ones; empty before the first.
     """
 
     requests: int
@@ -36,7 +37,8 @@ class Stats(msgspec.Struct, frozen=True):
         requests: served in all.
         buckets: by tokens kept.
         routed: requests that the router was asked about.
-        router_seconds: quantiles of what the router took for each, with the stem where it reads that; else empty.
+        router_seconds: quantiles of what the router took for each, with the stem where it reads that; a batch's time
+            is divided by its requests. Empty where none was routed.
         resident: buckets whose graph is loaded now.
         loads: how often a graph was loaded; above the number of buckets, `resident` is too small.
     """

@@ -29,7 +29,7 @@ from edgecomp.api import _calibrate
 from edgecomp.bundle import MANIFEST, golden_key, open_bundle
 from edgecomp.errors import EdgecompError, InvalidSpec
 from edgecomp.evaluation import open_images
-from edgecomp.evaluation.thresholds import assign, candidates, choose
+from edgecomp.evaluation.thresholds import assign, candidates, choose, one_for_all
 from edgecomp.images import to_pixels
 from edgecomp.parity import read_goldens
 
@@ -114,6 +114,8 @@ def test_choose_is_the_best_of_all_candidates(needs: Any, limit: float, most: bo
 
     fitting = [places for one in candidates(needs) if holds(places := routed(needs, one))]
     found = choose(needs, holds, most=most)
+    if not fitting:  # one bucket for all is left
+        fitting = [[place] * len(needs) for place in range(len(cost)) if cost[place] <= limit]
     if not fitting:
         assert found is None
         return
@@ -121,6 +123,12 @@ def test_choose_is_the_best_of_all_candidates(needs: Any, limit: float, most: bo
     places = routed(needs, found)
     assert holds(places)
     assert sum(places) == (max if most else min)(map(sum, fitting))
+
+
+@given(needs=many_needs())
+def test_one_bucket_for_all(needs: Any) -> None:
+    found = [routed(needs, thresholds) for thresholds in one_for_all(needs)]
+    assert found == [[place] * len(needs) for place in range(needs.shape[1] + 1)]
 
 
 @settings(max_examples=200)
@@ -317,6 +325,18 @@ def test_latency_target(target: float, bundle: Path, pngs: Path, told: Told, giv
     assert sum(budgets) == max(sum(one) for one in tried if mean_ms(one) <= target)
 
 
+def test_a_latency_that_the_middle_bucket_alone_reaches(
+    bundle: Path, pngs: Path, told: Told, given_times: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the quickest here: all images go there, and below it nothing is reached."""
+    monkeypatch.setitem(TIMES, 8, 0.003)
+    report = api.calibrate(bundle, pngs, latency_target_ms=4.05, threads=1)
+    assert routed_now(bundle, told) == [8] * IMAGES
+    assert report.mean_ms == pytest.approx(4.0)
+    with pytest.raises(InvalidSpec, match=r"on these 12 images: the least is 4\.000 ms, with the router \(1\.000 ms\)"):
+        api.calibrate(bundle, pngs, latency_target_ms=3.95, threads=1)
+
+
 def test_real_times(bundle: Path, pngs: Path) -> None:
     """On a real clock: an hour is time enough for the largest bucket, a nanosecond for none."""
     report = api.calibrate(bundle, pngs, latency_target_ms=3.6e6, threads=1)
@@ -324,9 +344,7 @@ def test_real_times(bundle: Path, pngs: Path) -> None:
     assert all(use.ms > 0 for use in report.buckets)
     assert report.mean_ms == pytest.approx(report.buckets[-1].ms + report.router_ms)
     before = contents(bundle)
-    with pytest.raises(
-        InvalidSpec, match=r"none of the thresholds tried reach latency target in ms 1e-06 on these 12 images: the le"
-    ):
+    with pytest.raises(InvalidSpec, match=r"no thresholds reach latency target in ms 1e-06 on these 12 images: the le"):
         api.calibrate(bundle, pngs, latency_target_ms=1e-6, threads=1)
     assert contents(bundle) == before
 
@@ -567,13 +585,13 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (f"{GOOD} --mean-tokens 13", ("mean tokens 13 is above 12, what the largest bucket keeps", "Give 4 to 12")),
     (
         f"{GOOD} --mean-tokens 3",
-        ("none of the thresholds tried reach mean tokens 3 on these 12 images", "the least is 4"),
+        ("no thresholds reach mean tokens 3 on these 12 images", "the least is 4"),
     ),
     (f"{GOOD} --latency-target 0", ("latency target in ms 0.0 is not above 0",)),
     (f"{GOOD} --latency-target inf", ("latency target in ms inf",)),
     (
         f"{GOOD} --latency-target 0.000001",
-        ("none of the thresholds tried reach latency target in ms 1e-06", "nothing was written"),
+        ("no thresholds reach latency target in ms 1e-06", "nothing was written"),
     ),
     (f"{GOOD} --keep-agreement 1.01", ("agreement 1.01 is not above 0 and at most 1",)),
     (f"{GOOD} --keep-agreement 0", ("agreement 0.0 is not above 0",)),

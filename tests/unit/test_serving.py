@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ import edgecomp  # noqa: E402 - numpy first, or skip
 from edgecomp import api  # noqa: E402
 from edgecomp.errors import BundleError, InvalidSpec, RunError  # noqa: E402
 from edgecomp.images import read_image, to_pixels  # noqa: E402
+from edgecomp.report.profile import describe_profile  # noqa: E402
 from edgecomp.resources import photograph_path  # noqa: E402
+from edgecomp.runners import open_runner  # noqa: E402
 from edgecomp.serving import Model  # noqa: E402
+from edgecomp.serving import model as model_module  # noqa: E402
+from edgecomp.serving.memory import measure_memory  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +137,69 @@ def test_no_more_graphs_are_held_than_asked(bundle: Path) -> None:
         edgecomp.load(bundle, resident=0)
 
 
+def test_graphs_share_their_weights(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stem and buckets read the mapped file; nothing changes but rounding."""
+    sessions: list[Any] = []
+
+    def opened(*words: Any, **more: Any) -> Any:
+        sessions.append(open_runner(*words, **more))
+        return sessions[-1]
+
+    monkeypatch.setattr(model_module, "open_runner", opened)
+    image = noise(1)[0]
+    for shared in (False, True):
+        with edgecomp.load(bundle, threads=1, share_weights=shared) as model:
+            found = [model(image, budget=tokens)["kept"] for tokens in model.buckets]
+        options = [one._session.get_session_options() for one in sessions]
+        assert len(options) == 4  # with the stem
+        for one in options:
+            if shared:
+                assert one.get_session_config_entry("session.disable_prepacking") == "1"
+            else:
+                with pytest.raises(RuntimeError, match="disable_prepacking"):
+                    one.get_session_config_entry("session.disable_prepacking")
+        if not shared:
+            expected, sessions[:] = found, []
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+    with pytest.raises(InvalidSpec, match="share_weights with runner onnxruntime-cuda: it copies the weights"):
+        edgecomp.load(bundle, runner="onnxruntime-cuda", share_weights=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process holds")
+def test_memory_of_a_process_that_serves(tmp_path: Path) -> None:
+    """Three buckets over 24 MiB of weights: three packed copies, or one mapping of them."""
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxruntime")
+    timm = pytest.importorskip("timm")
+    host = timm.create_model("vit_small_patch16_224", img_size=64, depth=2, embed_dim=512, num_heads=8).eval()
+    budgets, out = (4, 8, 12), tmp_path / "wide"
+    api.export("attention-pruning", backbone=host, preset="inside", budget=budgets, stem=False, out=out)
+    report = api.profile(out, duration_s=0.02, threads=1)
+    alone, every, shared = report.memory
+    assert [(use.buckets, use.share_weights) for use in report.memory] == [
+        ((12,), False),
+        (budgets, False),
+        (budgets, True),
+    ]
+    weights = (out / "weights.data").stat().st_size / 2**20
+    assert weights > 20
+    for use in report.memory:
+        assert use.peak_mib >= use.held_mib > weights
+    assert every.held_mib - alone.held_mib > 1.7 * weights
+    assert shared.held_mib - alone.held_mib < 0.5 * weights
+    lines = describe_profile(report).splitlines()[-3:]
+    assert lines[0].startswith("memory of a process that serves bucket 12 alone: ")
+    assert lines[1].startswith(f"memory of a process that serves 3 buckets: {every.held_mib:.0f} MiB held, ")
+    assert lines[2].startswith("memory of a process that serves 3 buckets with share_weights: ")
+    assert api.profile(out, budget=4, duration_s=0.02, threads=1).memory == ()
+
+
+def test_a_process_that_cannot_serve_is_an_error(bundle: Path) -> None:
+    with pytest.raises(RunError, match=r"measuring the memory of .* failed: .*input 'image'"):
+        measure_memory(bundle, (4,), {"image": np.zeros((1, 3, 8, 8), np.float32)}, runner="onnxruntime", threads=1)
+
+
 def test_after_closing(bundle: Path) -> None:
     (image,) = noise(1)
     model = edgecomp.load(bundle, threads=1)
@@ -145,26 +212,19 @@ def test_after_closing(bundle: Path) -> None:
 
 def test_several_threads_at_once(bundle: Path) -> None:
     """Eight threads, two resident graphs: graphs come and go under requests that run, and every answer is right."""
-    images, errors = noise(4), []
+    images = noise(4)
     with edgecomp.load(bundle, threads=1) as alone:
         expected = {(i, b): alone(image, budget=b)["kept"] for i, image in enumerate(images) for b in (4, 8, 12)}
 
     def work(model: Model, number: int) -> None:
-        try:
-            for turn in range(12):
-                place, budget = (number + turn) % 4, (4, 8, 12)[(number + turn) % 3]
-                answer = model(images[place], budget=budget)
-                assert np.array_equal(answer["kept"], expected[place, budget])
-        except BaseException as error:  # noqa: BLE001 - a thread keeps its failures to itself
-            errors.append(error)
+        for turn in range(12):
+            place, budget = (number + turn) % 4, (4, 8, 12)[(number + turn) % 3]
+            answer = model(images[place], budget=budget)
+            assert np.array_equal(answer["kept"], expected[place, budget])
 
     with edgecomp.load(bundle, threads=1, resident=2) as model:
-        threads = [threading.Thread(target=work, args=(model, number)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert errors == []
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda number: work(model, number), range(8)))
         assert model.stats().requests == 96
 
 
