@@ -128,6 +128,8 @@ class Model:
         self._graphs: dict[int, dict[int, Bucket]] = {}
         for bucket in manifest.buckets:
             self._graphs.setdefault(bucket.budget.tokens_out, {})[bucket.batch] = bucket
+        self._buckets = tuple(sorted(self._graphs))
+        self._inputs = [spec.with_batch(1) for spec in manifest.buckets[0].inputs]
         self._stems = {stem.model: stem for stem in manifest.stem}
         self._router = manifest.router
         self._takes_turns = bool(manifest.stem or manifest.router or len(self._graphs) > 1)
@@ -141,7 +143,7 @@ class Model:
     @property
     def buckets(self) -> tuple[int, ...]:
         """Tokens that each bucket keeps, ascending."""
-        return tuple(sorted(self._graphs))
+        return self._buckets
 
     @property
     def bundle(self) -> Bundle:
@@ -346,14 +348,13 @@ class Model:
 
     def _prepare(self, request: Request, features: Mapping[str, Array] | None) -> dict[str, Array]:
         """Return the inputs of one request, with a batch of one."""
-        specs = [spec.with_batch(1) for spec in self._bundle.manifest.buckets[0].inputs]
         if isinstance(request, Mapping):
             inputs = dict(request)
         else:
-            first, *others = specs
+            first, *others = self._inputs
             if first.kind != "image" or len(first.shape) != _IMAGE_RANK:
                 raise RunError(
-                    f"{self._bundle.path} takes {', '.join(map(str, specs))}: give a mapping with these names, "
+                    f"{self._bundle.path} takes {', '.join(map(str, self._inputs))}: give a mapping with these names, "
                     "not an image"
                 )
             if others and features is None:
@@ -366,7 +367,7 @@ class Model:
         for name, value in inputs.items():
             if not isinstance(value, np.ndarray):
                 raise RunError(f"input {name!r} is of type {type(value).__name__}; give a numpy array")
-        require_inputs(inputs, specs, "the request")
+        require_inputs(inputs, self._inputs, "the request")
         return inputs
 
     def _pixels(self, image: str | Path | Image.Image | Array, shape: tuple[int, ...], dtype: str) -> Array:
