@@ -357,13 +357,15 @@ def _choose_budgets(
 def _aligned(text: str, order: Order, tokens_in: int, notes: list[str]) -> str:
     """Round a budget up to the multiple that was asked for, and say so."""
     count = read_count(text, tokens_in=tokens_in)
-    if order.align == 1 or count < 1:
+    if order.align == 1 or not 1 <= count <= tokens_in:  # what is out of range is refused as it was given
         return text
     rounded = -(-count // order.align) * order.align
-    if count <= tokens_in < rounded:
+    if rounded > tokens_in:
+        most = tokens_in // order.align * order.align
         raise InvalidSpec(
             f"budget {text} cannot be reached with --align {order.align}: the next multiple is {rounded}, and "
-            f"{tokens_in} tokens go in; the largest budget is {tokens_in // order.align * order.align}, or drop --align"
+            f"{tokens_in} tokens go in; "
+            + (f"the largest budget is {most}, or drop --align" if most else "drop --align")
         )
     if rounded != count:
         notes.append(f"budget {text} is rounded up to {rounded}, a multiple of {order.align} (--align)")
