@@ -18,8 +18,9 @@ from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor, initialise
 from edgecomp.compressors._checkpoint import read_checkpoint
 from edgecomp.compressors._inside import InsideCompressor
+from edgecomp.compressors._pruning import TokenPruner
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
-from edgecomp.routers import Router, RouterSite, router_class
+from edgecomp.routers import Router, RouterSite, StemScore, router_class
 from edgecomp.specs import Output, Placement, Preprocess, Preset, Recipe, Site, TokenBudget, parse_budget
 from edgecomp.specs.budget import read_count
 from edgecomp.specs.order import Order
@@ -435,6 +436,8 @@ def _make_router(
         patch_size=host.patch_size if host is not None else 0,
         # With no block in front of the seam nothing has been summed up: there is no score to read.
         stem=tuple(spec for spec in largest.seam_specs() if seam or spec.name != "score") if seam is not None else (),
+        span=_span(compressor, models),
+        score=_stem_score(models, seam),
         num_prefix_tokens=compressor.site.num_prefix_tokens,
         cuts=cuts,
         depth=compressor.site.depth,
@@ -452,6 +455,26 @@ def _make_router(
         origin = WeightsOrigin(kind="random", seed=order.seed)
     notes += router.remarks
     return router, origin
+
+
+def _span(compressor: Compressor, models: Sequence[PlacedModel]) -> tuple[int, int]:
+    """Return the tokens that a router's need of 0 and of 1 stand for: of a table its smallest and largest bucket."""
+    counts = [model.compressor.budget.tokens_out for model in models]
+    if hasattr(compressor.params, "table_entries"):
+        return counts[0], counts[-1]
+    return 0, compressor.budget.tokens_in
+
+
+def _stem_score(models: Sequence[PlacedModel], seam: int | None) -> StemScore | None:
+    """Return the score by which tokens stay, where it is made of what the stem hands over."""
+    compressor = models[-1].compressor
+    if seam is None or not isinstance(compressor, TokenPruner):
+        return None
+    handed = {spec.name for spec in models[-1].seam_specs() if seam or spec.name != "score"}
+    if not compressor.scored_by or not set(compressor.scored_by) <= handed:
+        return None
+    pruners = [model.compressor for model in models if isinstance(model.compressor, TokenPruner)]
+    return StemScore(compressor.scored_by, compressor.score_of, tuple(pruner.kept_by_score for pruner in pruners))
 
 
 def _make_plain(

@@ -280,6 +280,20 @@ class TokenPruner(InsideCompressor):
             score = torch.where(kept.places < 0, 0.0, score.gather(1, kept.places.to(torch.int64).clamp_min(0)))
         return Trail(kept.tokens, None, compose_index(trail.rows, kept.places), score)
 
+    @property
+    def scored_by(self) -> tuple[str, ...]:
+        """Names of the inputs that `score_of` reads; empty where the score is not made of inputs."""
+        return ()
+
+    @property
+    def kept_by_score(self) -> int:
+        """Patch tokens that stay because their score is among the highest; a token made of others is none of them."""
+        return self.budget.tokens_out
+
+    def score_of(self, *read: Tensor) -> Tensor:  # noqa: ARG002 - of those that have one
+        """Return the score of each patch token by which it stays, from what `scored_by` names: (B, N)."""
+        raise InvalidSpec(f"{type(self).__name__} makes its score inside its host")
+
     def finish(self, trail: Trail) -> tuple[Tensor, ...]:
         """Return tokens, and where they came from."""
         if trail.rows is not None:

@@ -167,6 +167,27 @@ class AttentionPruning(TokenPruner):
         attention = self.join_heads(read)
         return 0.6 * norm_of(tokens) + 0.4 * attention if self.params.score == "hybrid" else attention
 
+    @property
+    def scored_by(self) -> tuple[str, ...]:
+        """What was read of the host, and tokens where the score is made of them too; inside a host the running sum."""
+        if self.site.placement == "inside":
+            return ("score",) if self.sums_score else ()
+        alone = self.params.score in ("cls-attention", "received-attention", "cumulative-attention", "text-likelihood")
+        return self.host_features if alone else ("tokens", *self.host_features)
+
+    @property
+    def kept_by_score(self) -> int:
+        """All rows but the residual one."""
+        return self.budget.tokens_out - (self.params.dropped == "residual")
+
+    def score_of(self, *read: Tensor) -> Tensor:
+        """Return the score of each patch token: (B, N)."""
+        if self.site.placement == "inside":
+            return read[0][:, self.num_prefix_tokens :]
+        if "tokens" in self.scored_by:
+            return self.score_given(*read)
+        return read[0] if self.params.score == "text-likelihood" else self.join_heads(read[0])
+
     def join_heads(self, attention: Tensor) -> Tensor:
         """Return one number of all heads: (B, H, N) -> (B, N)."""
         return attention.mean(1) if self.params.heads == "mean" else attention.amax(1)

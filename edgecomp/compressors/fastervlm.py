@@ -35,9 +35,18 @@ class FasterVLM(TokenPruner):
         """The class token's attention."""
         return ("class_attention",)
 
+    @property
+    def scored_by(self) -> tuple[str, ...]:
+        """The class token's attention."""
+        return ("class_attention",)
+
+    def score_of(self, *read: Tensor) -> Tensor:
+        """Return the class token's attention, averaged over heads."""
+        return read[0].mean(1)
+
     def forward(self, tokens: Tensor, class_attention: Tensor) -> tuple[Tensor, ...]:
         """Return the tokens kept, and their places."""
-        index = select(class_attention.mean(1), self.budget.tokens_out, order=self.params.order)
+        index = select(self.score_of(class_attention), self.budget.tokens_out, order=self.params.order)
         return take(tokens, index), index.to(torch.int32)
 
     def reference(self) -> nn.Module:

@@ -84,8 +84,19 @@ class PruMerge(TokenPruner):
         specs = super().output_specs(batch)
         return (*specs, *self.count_specs(batch)) if self.params.adaptive else specs
 
-    def attention(self, class_query: Tensor, keys: Tensor) -> Tensor:
+    @property
+    def scored_by(self) -> tuple[str, ...]:
+        """The class token's query, and the keys."""
+        return ("class_query", "keys")
+
+    @property
+    def kept_by_score(self) -> int:
+        """All rows but the token of the rest."""
+        return self.budget.tokens_out - 1
+
+    def score_of(self, *read: Tensor) -> Tensor:
         """Return what the class token reads of each patch, all heads as one: (B, N)."""
+        class_query, keys = read
         # no product of matrices: equal keys have to score equal, or rounding alone makes outliers
         scores = (keys * class_query.unsqueeze(1)).sum(-1) * keys.shape[-1] ** -0.5
         weights: Tensor = scores.softmax(-1)
@@ -95,7 +106,7 @@ class PruMerge(TokenPruner):
         """Return the kept tokens with their neighbours, and the rest."""
         prefix, rows = self.num_prefix_tokens, self.budget.tokens_out - 1
         patches, unit = tokens[:, prefix:], unit_rows(keys[:, prefix:])
-        attention = self.attention(class_query, keys)
+        attention = self.score_of(class_query, keys)
         count = patches.shape[1]
         ranked = select(attention, count, order="rank")
         index = ranked[:, :rows]

@@ -73,6 +73,20 @@ class VisionZip(TokenPruner):
         """What an export should say: how the budget is shared."""
         return (f"{self.dominant} dominant and {self.contextual} contextual tokens",)
 
+    @property
+    def scored_by(self) -> tuple[str, ...]:
+        """The class token's attention."""
+        return ("class_attention",)
+
+    @property
+    def kept_by_score(self) -> int:
+        """The dominant tokens."""
+        return self.dominant
+
+    def score_of(self, *read: Tensor) -> Tensor:
+        """Return the class token's attention, summed over heads."""
+        return read[0].sum(1)
+
     def metric(self, keys: Tensor) -> Tensor:
         """Return the mean over heads of the patches' keys: (B, P + N, H d) -> (B, N, d)."""
         patches = keys[:, self.num_prefix_tokens :]
@@ -83,7 +97,7 @@ class VisionZip(TokenPruner):
         prefix = self.num_prefix_tokens
         patches, unit = tokens[:, prefix:], unit_rows(self.metric(keys))
         count = patches.shape[1]
-        dominant = select(class_attention.sum(1), self.dominant, order=self.params.order)
+        dominant = select(self.score_of(class_attention), self.dominant, order=self.params.order)
         places = torch.arange(count, dtype=tokens.dtype, device=tokens.device)
         late = torch.where(others(dominant, count), places, places + count)
         rest = top_k(-late, count - self.dominant)  # ascending

@@ -62,6 +62,20 @@ class VisPruner(TokenPruner):
         """What an export should say: how the budget is shared."""
         return (f"{self.important} important and {self.diverse} diverse tokens",)
 
+    @property
+    def scored_by(self) -> tuple[str, ...]:
+        """The class token's attention."""
+        return ("class_attention",)
+
+    @property
+    def kept_by_score(self) -> int:
+        """The important tokens; diverse ones stay for another reason."""
+        return self.important
+
+    def score_of(self, *read: Tensor) -> Tensor:
+        """Return the class token's attention, averaged over heads."""
+        return read[0].mean(1)
+
     def rounds(self) -> tuple[int, ...]:
         """Return how many tokens each round removes."""
         left, removed = self.budget.tokens_in - self.important, []
@@ -72,7 +86,7 @@ class VisPruner(TokenPruner):
 
     def forward(self, tokens: Tensor, class_attention: Tensor) -> tuple[Tensor, ...]:
         """Return the tokens kept, and their places."""
-        ranked = select(class_attention.mean(1), tokens.shape[1], order="rank")
+        ranked = select(self.score_of(class_attention), tokens.shape[1], order="rank")
         unit = unit_rows(tokens)
         important, left = ranked[:, : self.important], ranked[:, self.important :]
         for removed in self.rounds():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 
-from edgecomp.routers._base import Router, RouterSite
+from edgecomp.routers._base import Router, RouterSite, StemScore
 from edgecomp.specs.router import router_names
 
-__all__ = ["Router", "RouterSite", "router_class"]
+__all__ = ["Router", "RouterSite", "StemScore", "router_class"]
 
 
 def router_class(name: str) -> type[Router]:

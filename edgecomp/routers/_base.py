@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -15,7 +15,21 @@ from edgecomp.errors import InvalidSpec, UnknownName
 from edgecomp.specs import Preprocess, TensorSpec
 from edgecomp.words import WORD_SIGNALS
 
-__all__ = ["Router", "RouterSite", "even_thresholds", "next_above"]
+__all__ = ["Router", "RouterSite", "StemScore", "even_thresholds", "next_above"]
+
+
+class StemScore(NamedTuple):
+    """The score by which a method keeps tokens, made of what the stem hands over.
+
+    Attributes:
+        reads: names of the stem's outputs.
+        make: takes them and returns the score of each patch token, (B, N).
+        kept: tokens that stay by it in each bucket, ascending.
+    """
+
+    reads: tuple[str, ...]
+    make: Callable[..., Tensor]
+    kept: tuple[int, ...]
 
 
 class RouterSite(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +41,8 @@ class RouterSite(msgspec.Struct, frozen=True, kw_only=True):
         image: what the model takes, with a batch of one; none where it takes no single image.
         preprocess: of that image.
         patch_size: side of the host's patches in pixels; 0 without a host.
+        span: tokens that a need of 0 and of 1 stand for, where a router speaks of tokens.
+        score: the score by which tokens stay, where it can be made of what the stem hands over.
         stem: what the part in front of all buckets hands over, with a batch of one; empty where there is none.
         num_prefix_tokens: in front of the patch tokens that the stem hands over.
         cuts: blocks in which an inside method takes tokens away, counted from 0, in the largest bucket.
@@ -38,6 +54,8 @@ class RouterSite(msgspec.Struct, frozen=True, kw_only=True):
     image: TensorSpec | None = None
     preprocess: Preprocess | None = None
     patch_size: int = 0
+    span: tuple[int, int] = (0, 0)
+    score: StemScore | None = None
     stem: tuple[TensorSpec, ...] = ()
     num_prefix_tokens: int = 0
     cuts: tuple[int, ...] = ()

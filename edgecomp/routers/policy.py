@@ -35,7 +35,8 @@ class PolicyRouter(Router):
     The notes join mean text features to the mean token, and their first layer reads 2 D numbers. A router stands
     before any text encoder and has none, so that `fc1` is D -> 512, and a checkpoint of the notes' width does not fit.
     A method inside a host removes tokens in several blocks, while a bucket is named for what is left at the end: l is
-    the block of its last cut, counted from 0. Elsewhere l is 0.
+    the block of its last cut, counted from 0. Elsewhere l is 0. A need n stands for n N of N tokens; of a table with
+    nested buckets for entries between the smallest and the largest, as the notes' int(32 + 96 n) has it.
 
     Shapes: tokens (B, P + N, D) -> need (B, 1), signals (B, 2). Weights: fc1 (512, D), fc2 (256, 512), fc3 (1, 256),
     with biases.
@@ -58,8 +59,9 @@ class PolicyRouter(Router):
 
     @property
     def default_thresholds(self) -> tuple[float, ...]:
-        """The middle between the shares that two neighbouring buckets keep."""
-        return tuple((low + high) / (2 * self.site.tokens_in) for low, high in pairwise(self.site.buckets))
+        """The middle between two neighbouring buckets, as a need."""
+        least, most = self.site.span
+        return tuple(((low + high) / 2 - least) / (most - least) for low, high in pairwise(self.site.buckets))
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ ROUTERS = {
     "difficulty": RouterFacts("image", True, "edges, colours and objects of the image, and words of the question"),
     "detail": RouterFacts("image", True, "details that the words ask for, many edges, or text in the image"),
     "complexity": RouterFacts("stem", False, "variance of neighbouring tokens"),
-    "coverage": RouterFacts("stem", False, "the smallest bucket whose kept scores hold a share of all attention"),
+    "coverage": RouterFacts("stem", False, "the smallest bucket whose kept scores hold a share of all of them"),
     "policy": RouterFacts("stem", False, "a small trained network on the mean token"),
 }
 

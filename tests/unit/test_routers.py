@@ -18,14 +18,17 @@ import onnx_ir as ir  # noqa: E402 - torch first, or skip
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from edgecomp.backbones.assemble import assemble  # noqa: E402
+from edgecomp.backbones.seam import Stem  # noqa: E402
 from edgecomp.compressors._base import initialise  # noqa: E402
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError  # noqa: E402
 from edgecomp.export.lower import lower  # noqa: E402
 from edgecomp.export.opcheck import require_allowed  # noqa: E402
 from edgecomp.export.passes import inline_functions, require_static, strip_metadata  # noqa: E402
-from edgecomp.routers import Router, RouterSite, router_class  # noqa: E402
+from edgecomp.routers import Router, RouterSite, StemScore, router_class  # noqa: E402
 from edgecomp.routers._base import even_thresholds, next_above  # noqa: E402
-from edgecomp.specs import Preprocess, TensorSpec, load_oplists  # noqa: E402
+from edgecomp.specs import Preprocess, TensorSpec, load_oplists, load_recipe  # noqa: E402
+from edgecomp.specs.order import Order  # noqa: E402
 from edgecomp.specs.router import router_names  # noqa: E402
 from edgecomp.words import WORD_SIGNALS, read_words  # noqa: E402
 
@@ -55,9 +58,21 @@ def stem_site(
         TensorSpec("tokens", (1, prefix + tokens, width), "float32", "tokens"),
         TensorSpec("class_attention", (1, 3, tokens), "float32", "attention"),
     )
+    kept = more.pop("kept", tuple(buckets))
     return RouterSite(
-        buckets=tuple(buckets), tokens_in=tokens, stem=more.pop("stem", stem), num_prefix_tokens=prefix, **more
+        buckets=tuple(buckets),
+        tokens_in=tokens,
+        span=more.pop("span", (0, tokens)),
+        stem=more.pop("stem", stem),
+        score=more.pop("score", StemScore(("class_attention",), lambda attention: attention.mean(1), kept)),
+        num_prefix_tokens=prefix,
+        **more,
     )
+
+
+def summed(prefix: int, kept: Sequence[int]) -> dict[str, Any]:
+    """What a site has where a score was summed up in front of the stem's end."""
+    return {"score": StemScore(("score",), lambda score: score[:, prefix:], tuple(kept))}
 
 
 def build(name: str, site: RouterSite, **params: Any) -> Router:
@@ -428,7 +443,7 @@ def test_coverage_is_the_smallest_bucket_that_holds_the_share(
 ) -> None:
     """Against a search over buckets; ties at the share itself, zeros, and buckets above N among them."""
     stem = (TensorSpec("score", (1, 2 + 9), "float32", "features"),)
-    site = stem_site(sorted(buckets), tokens=9, prefix=2, stem=stem)
+    site = stem_site(sorted(buckets), tokens=9, prefix=2, stem=stem, **summed(2, sorted(buckets)))
     router = build("coverage", site, p=tenths / 10)
     bucket, need, signals = decide(router, np.array([[1e6, 1e6, *scores]], np.float32))
     assert bucket[0] == smallest_bucket(scores, sorted(buckets), Fraction(tenths, 10))
@@ -443,30 +458,92 @@ def test_coverage_is_the_smallest_bucket_that_holds_the_share(
 def test_coverage_of_the_share_exactly_is_enough(tenths: int) -> None:
     """Ten equal scores: M of them hold M tenths, which is the share itself for every bucket once."""
     stem = (TensorSpec("score", (1, 10), "float32", "features"),)
-    router = build("coverage", stem_site(range(1, 11), tokens=10, prefix=0, stem=stem), p=tenths / 10)
+    site = stem_site(range(1, 11), tokens=10, prefix=0, stem=stem, **summed(0, range(1, 11)))
+    router = build("coverage", site, p=tenths / 10)
     for score in (1.0, 3.0, 0.125):  # sums that float32 holds
         assert decide(router, np.full((1, 10), score, np.float32))[0].tolist() == [tenths - 1]
 
 
-@pytest.mark.parametrize("name", ["class_attention", "received_attention", "cumulative_attention"])
-def test_coverage_averages_heads(name: str) -> None:
-    stem = (*stem_site().stem[:1], TensorSpec(name, (1, 3, 36), "float32", "attention"))
-    router = build("coverage", stem_site(stem=stem), p=0.5)
-    assert [spec.name for spec in router.input_specs()] == [name, "thresholds"]
-    given = np.random.default_rng(5).random((2, 3, 36)).astype(np.float32) ** 3
-    _, need, _ = decide(router, given)
-    for sample, losses in zip(given.astype(float), need, strict=True):
-        ordered = sorted((sum(column) / 3 for column in sample.T), reverse=True)
-        assert losses == pytest.approx([sum(ordered[kept:]) / sum(ordered) for kept in (4, 9)], abs=1e-6)
-
-
-def test_coverage_takes_the_first_score_of_the_stem() -> None:
-    score, attention = (
-        TensorSpec("score", (1, 37), "float32", "features"),
-        TensorSpec("received_attention", (1, 3, 36), "float32", "attention"),
+def shares_kept(method: str, budgets: Sequence[int], **more: Any) -> Any:
+    """Return for three images what a coverage router says, the stem's outputs by name, and each bucket's index."""
+    order = Order(
+        recipe=load_recipe(method), budgets=tuple(map(str, budgets)), image_size=64, router="coverage", **more
     )
-    assert build("coverage", stem_site(stem=(score, attention))).stem_inputs == ("score",)
-    assert build("coverage", stem_site(stem=(attention, score))).stem_inputs == ("received_attention",)
+    assembly = assemble(order)
+    router, models = assembly.router, assembly.models
+    assert router is not None
+    assert assembly.seam is not None
+    stem = Stem(models[-1], assembly.seam)
+    images = np.random.default_rng(0).standard_normal((3, 3, 64, 64), dtype=np.float32)
+    with torch.no_grad():
+        handed = dict(zip((spec.name for spec in stem.output_specs()), stem(torch.from_numpy(images)), strict=True))
+        _, need, _ = decide(router, *(handed[name] for name in router.stem_inputs))
+        index = [model(torch.from_numpy(images))[1].numpy() for model in models]
+    return [
+        (
+            need[place],
+            {name: value[place].double().numpy() for name, value in handed.items()},
+            [i[place] for i in index],
+        )
+        for place in range(3)
+    ]
+
+
+def mean_of_heads(stem: dict[str, Any], name: str = "class_attention") -> Any:
+    return stem[name].mean(0)
+
+
+def norms(stem: dict[str, Any]) -> Any:
+    return np.linalg.norm(stem["tokens"], axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "score", "prefix"),
+    [
+        ("attention-pruning", {}, mean_of_heads, 0),
+        ("attention-pruning", {"heads": "max", "dropped": "residual"}, lambda s: s["class_attention"].max(0), 0),
+        (
+            "attention-pruning",
+            {"score": "hybrid"},
+            lambda s: 0.6 * norms(s) + 0.4 * mean_of_heads(s, "received_attention"),
+            0,
+        ),
+        ("attention-pruning", {"score": "norm"}, norms, 0),
+        ("attention-pruning", {"score": "text-likelihood"}, lambda s: s["text_likelihood"], 0),
+        ("fastervlm", {}, mean_of_heads, 0),
+        ("visionzip", {}, mean_of_heads, 1),
+        ("vispruner", {"important_ratio": 1.0}, mean_of_heads, 0),
+        ("prumerge", {"adaptive": False}, None, 0),
+    ],
+)
+def test_coverage_is_of_the_scores_that_the_method_keeps_by(
+    method: str, params: dict[str, Any], score: Any, prefix: int
+) -> None:
+    """What the buckets' own indices leave out is the share that the router says they lose."""
+    pytest.importorskip("timm")
+    for need, stem, kept in shares_kept(method, [5, 9, 12], backbone="test_vit", params=params):
+        if score is None:  # class attention from query and keys
+            logits = stem["keys"] @ stem["class_query"] / stem["keys"].shape[-1] ** 0.5
+            scores = np.exp(logits - logits.max())
+            scores = scores[1:] / scores.sum()
+        else:
+            scores = np.asarray(score(stem), float)
+        assert scores.shape == (16,)
+        for said, index in zip(need, kept[:-1], strict=True):
+            own = index[prefix:]
+            stays = scores[own[own >= 0] - prefix].sum()
+            assert said == pytest.approx(1 - stays / scores.sum(), abs=1e-5)
+
+
+def test_coverage_of_a_sum_inside_a_host() -> None:
+    pytest.importorskip("timm")
+    params = {"score": "cumulative-attention", "schedule": "step", "blocks": [4, 8]}
+    more: dict[str, Any] = {"backbone": "vit_tiny_patch16_224", "preset": "inside"}
+    for need, stem, _ in shares_kept("attention-pruning", [4, 8], params=params, **more):
+        ordered = np.sort(stem["score"][1:])[::-1]
+        assert need == [pytest.approx(ordered[4:].sum() / ordered.sum(), abs=1e-5)]
+    with pytest.raises(InvalidSpec, match="router coverage reads the score .* or makes it behind the stem"):
+        shares_kept("evit", [4, 8], backbone="vit_tiny_patch16_224")
 
 
 @pytest.mark.parametrize(
@@ -667,11 +744,10 @@ def test_routers_without_weights_load_none(name: str) -> None:
             stem_site(stem=(TensorSpec("maps", (1, 8, 6, 6), "float32", "tokens"),)),
             r"reads tokens \(B, N, D\), and the stem hands over maps float32\[1, 8, 6, 6\]",
         ),
-        ("coverage", stem_site(stem=stem_site().stem[:1]), r"the stem hands over tokens float32\[1, 37, 8\]; choose"),
         (
             "coverage",
-            stem_site(stem=(TensorSpec("score", (1, 3, 36), "float32", "tokens"),)),
-            "reads one of class_attention, received_attention, cumulative_attention, score, and",
+            stem_site(stem=stem_site().stem[:1], score=None),
+            r"the stem hands over tokens float32\[1, 37, 8\], of which this method makes none",
         ),
     ],
 )
@@ -720,7 +796,10 @@ CASES = {
     "complexity": Case("complexity", stem_site()),
     "coverage": Case("coverage", stem_site((4, 9, 16, 36))),
     "coverage of a score": Case(
-        "coverage", stem_site(stem=(TensorSpec("score", (1, 37), "float32", "features"),)), batch=1, opset=20
+        "coverage",
+        stem_site(stem=(TensorSpec("score", (1, 37), "float32", "features"),), **summed(1, (4, 9, 16))),
+        batch=1,
+        opset=20,
     ),
     "policy": Case("policy", stem_site(cuts=(3, 6), depth=12)),
 }
