@@ -78,21 +78,47 @@ def _check_routed(
     graph = opened.manifest.buckets[0]
     routers = opened.manifest.routers
     cases = cases_of(routers[0]) if routers else CASES
-    rows = []
+    rows: list[OutputParity] = []
+    served: set[int] = set()
     with Model(opened, runner=runner, threads=threads, resident=None) as model:
         for case in cases:
-            request = {}
+            request: dict[str, Array] = {}
             for name in (spec.name for spec in graph.inputs):  # on the sides of thresholds there is an image alone
                 keys = (golden_key("input", one, name) for one in (case, "seeded"))
                 request[name] = next(goldens[key][:1] for key in keys if key in goldens)
             routed = model(request)
             rows += _check_choice(opened, goldens, case, routed, exact)
-            alone = model(request, budget=routed.budget)
-            rows += [
-                judge(f"routed to {routed.budget}", case, name, array, alone[name], exact)
-                for name, array in routed.outputs.items()
-            ]
+            rows += _check_served(model, request, routed, case, exact)
+            served.add(routed.budget)
+    for tokens in sorted(set(model.buckets) - served) if routers else ():
+        case = f"sent to {tokens}"  # the last request, with thresholds that leave no choice
+        with Model(_routing_to(opened, tokens), runner=runner, threads=threads, resident=None) as model:
+            routed = model(request)
+            got, expected = np.asarray([routed.budget]), np.asarray([tokens])
+            rows.append(judge(f"routed to {routed.budget}", case, "bucket", got, expected, exact))
+            rows += _check_served(model, request, routed, case, exact)
     return rows
+
+
+def _check_served(
+    model: Model, request: Mapping[str, Array], routed: Answer, case: str, exact: Tolerance
+) -> list[OutputParity]:
+    """Hold what a routed request got to what its bucket gives when it is asked for."""
+    alone = model(request, budget=routed.budget)
+    return [
+        judge(f"routed to {routed.budget}", case, name, array, alone[name], exact)
+        for name, array in routed.outputs.items()
+    ]
+
+
+def _routing_to(opened: Bundle, tokens: int) -> Bundle:
+    """Return the bundle with thresholds that send every request to one bucket: needs lie in [0, 1]."""
+    record, kept = opened.manifest.router, sorted({bucket.budget.tokens_out for bucket in opened.manifest.buckets})
+    assert record is not None
+    place = kept.index(tokens)
+    cuts = tuple(0.0 if k < place else 2.0 for k in range(len(kept) - 1))
+    router = msgspec.structs.replace(record, thresholds=cuts)
+    return Bundle(opened.path, msgspec.structs.replace(opened.manifest, router=router))
 
 
 def _check_choice(

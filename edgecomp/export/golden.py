@@ -72,8 +72,8 @@ def write_goldens(
 def _router_goldens(assembly: Assembly, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
     """Return what the router says in torch: of the two cases, and of an image on each side of each threshold.
 
-    These images lie between the photograph's mean colour and the seeded noise. Where no image of that kind is on both
-    sides, the photograph is, and the threshold moves instead.
+    These images lie between the photograph's mean colour and the seeded noise. Where they are all on one side, the
+    two whose needs are farthest apart are taken, and the threshold moves between them.
     """
     router = assembly.router
     assert router is not None
@@ -124,9 +124,13 @@ def _router_goldens(assembly: Assembly, inputs: Mapping[str, Array], batch: int)
             ask(f"under-{place + 1}", under, silence, usual)
             ask(f"over-{place + 1}", over, silence, usual)
             continue
-        need = ask("", photo, silence, usual)[place]
-        ask(f"under-{place + 1}", photo, silence, np.full_like(usual, need + _BESIDE))
-        ask(f"over-{place + 1}", photo, silence, np.full_like(usual, need - _BESIDE))
+        pool = [photo, noise, *(blend(share) for share in (0.0, 0.1, 0.3, 0.6))]
+        found = [float(ask("", image, silence, usual)[place]) for image in pool]
+        least, most = int(np.argmin(found)), int(np.argmax(found))
+        middle, gap = (found[least] + found[most]) / 2, (found[most] - found[least]) / 2
+        aside = max(0.0, _BESIDE - gap)  # of needs that are all alike
+        ask(f"under-{place + 1}", pool[least], silence, np.full_like(usual, middle + aside))
+        ask(f"over-{place + 1}", pool[most], silence, np.full_like(usual, middle - aside))
     return tensors
 
 

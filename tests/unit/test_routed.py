@@ -674,7 +674,10 @@ def test_parity_covers_router_and_what_is_routed(router: str, of_router: Callabl
         }
     routed = {row[1:] for row in rows if row[0].startswith("routed to ")}
     outputs = [spec.name for spec in manifest.buckets[0].outputs]
-    assert routed == {(case, name) for case in cases for name in outputs}
+    sent = {row[1] for row in rows if row[1].startswith("sent to ")}  # buckets that no case reached
+    assert routed == {(case, name) for case in cases | sent for name in outputs} | {(case, "bucket") for case in sent}
+    kept = {bucket.budget.tokens_out for bucket in manifest.buckets}
+    assert {row[0] for row in rows if row[0].startswith("routed to ")} == {f"routed to {tokens}" for tokens in kept}
     chosen = {row[1:] for row in rows if row[0] == f"router {router}"}
     asked = cases - {"seeded"} if manifest.router.reads_words else cases  # the seeded case has words
     assert chosen == {(case, "bucket") for case in asked}
@@ -700,6 +703,8 @@ def test_the_sides_of_a_threshold_are_two_sides(router: str, of_router: Callable
         assert under[0][place] < under[1][place]
         assert over[0][place] >= over[1][place]
         assert under[2] < over[2]
+        images = (goldens[golden_key("input", f"{side}-{place + 1}", "image")] for side in ("under", "over"))
+        assert not np.array_equal(*images)
 
 
 def test_parity_of_a_fixed_router_is_that_of_its_bucket(of_router: Callable[[str], Path]) -> None:

@@ -542,7 +542,7 @@ def test_coverage_of_a_sum_inside_a_host() -> None:
     for need, stem, _ in shares_kept("attention-pruning", [4, 8], params=params, **more):
         ordered = np.sort(stem["score"][1:])[::-1]
         assert need == [pytest.approx(ordered[4:].sum() / ordered.sum(), abs=1e-5)]
-    with pytest.raises(InvalidSpec, match="router coverage reads the score .* or makes it behind the stem"):
+    with pytest.raises(InvalidSpec, match=r"router coverage reads the score .* or makes it behind the stem"):
         shares_kept("evit", [4, 8], backbone="vit_tiny_patch16_224")
 
 
