@@ -15,7 +15,7 @@ WORD_SIGNALS = ("words", "negation", "counting", "reasoning", "detail")
 
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
 _JOINERS = "\u00ad\u200c\u200d"  # soft hyphen, zero-width non-joiner and joiner
-_MOST = 10_000  # characters that are read: some 2,000 words, with which every need is at its end
+_MOST = 10_000  # characters that are read, some 2,000 words: a bound on time
 _KINDS = (  # the founding notes' lists; English alone
     re.compile(r"\bnot\b|n['\u2019]t\b"),
     re.compile(r"\bhow many\b|\bcount\b|\bnumber\b"),
@@ -29,9 +29,9 @@ def read_words(text: str) -> npt.NDArray[np.float32]:
 
     Words are runs of letters, digits and underscores of any script, with their marks, joiners and apostrophes; a
     script that writes no spaces counts as one word a run. Negation, counting, reasoning and detail know English words
-    alone. Of a text the first 10,000 characters are read.
+    alone. Of a text the first 10,000 characters are read, each run of blanks counted as one.
     """
-    lowered = " ".join(text[:_MOST].casefold().split())
+    lowered = " ".join(text.casefold().split())[:_MOST]
     joined = "".join(letter for letter in lowered if not _joins(letter))
     found = [float(len(_WORD.findall(joined))), *(float(bool(kind.search(lowered))) for kind in _KINDS)]
     return np.array([found], np.float32)

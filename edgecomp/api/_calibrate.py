@@ -140,6 +140,7 @@ def calibrate(
         mean_ms=mean_ms(places),
         runner=version,
         threads=threads,
+        batch=min(bucket.batch for bucket in manifest.buckets),
         notes=(*images.notes, *_notes(manifest, record, texts, others)),
     )
 
@@ -161,7 +162,8 @@ def _read_target(
     name, value, low, high = given[0]
     assert value is not None
     if not low <= value <= high or value == 0:
-        raise InvalidSpec(f"{name} {value} is not above 0 and at most {high:.0f}, and at least {low:.0f}; give another")
+        least = f"at least {low:.0f}" if low else "above 0"
+        raise InvalidSpec(f"{name} {value} is not {least} and at most {high:.0f}; give another")
     return f"{name} {value:.10g}", value
 
 
@@ -179,6 +181,9 @@ class _Seen(msgspec.Struct, frozen=True):
 def _notes(manifest: Manifest, record: RouterRecord, texts: Sequence[str], others: Sequence[TensorSpec]) -> list[str]:
     """Return what a reader of the figures must know."""
     notes = [_AFTER] if manifest.placement == "after" else []
+    counts = any(spec.name == "count" for spec in manifest.buckets[0].outputs)
+    if counts and len({bucket.outputs[0].shape[1] for bucket in manifest.buckets}) > 1:
+        notes.append("tokens kept are the rows of a bucket; `count` says how many of them an image fills")
     if record.reads_words and not texts:
         notes.append(
             f"router {record.name} reads words, and the images came without: a question sends a request higher"
@@ -204,33 +209,26 @@ def _observe(
     buckets, digest, needs = model.buckets, hashlib.sha256(), []
     outputs: list[list[Array]] = []
     direct: dict[int, list[float]] = {tokens: [] for tokens in buckets}
-    extra: list[float] = []
     told = time.monotonic()
     pixels: PixelType = "uint8" if dtype == "uint8" else "float32"
     first = to_pixels(images.image(images.indices[0]), preprocess, pixels)
     for _ in range(_WARM_UP):  # graphs are loaded by the first request that needs them
-        for tokens in (None, *buckets):
-            ask(first[0], None, tokens)
+        for wanted in (None, *buckets):
+            ask(first[0], None, wanted)
+    model.reset_stats()
     for count in range(len(images.indices)):
         image = to_pixels(images.image(images.indices[count]), preprocess, pixels)
         digest.update(np.ascontiguousarray(image).data)
-        routed_first = count % 2 == 0
-        times: dict[int, float] = {}
         rows: list[Array] = []
         text = texts[count % len(texts)] if texts else None
         digest.update((text or "").encode())
-        if routed_first:
-            answer, took = ask(image[0], text, None)
-        for tokens in buckets:
-            got, times[tokens] = ask(image[0], None, tokens)
-            rows.append(next(iter(got.outputs.values()))[0])
-        if not routed_first:
-            answer, took = ask(image[0], text, None)
+        answer, _ = ask(image[0], text, None)
         needs.append(answer.need)
-        outputs.append(rows)
         for tokens in buckets:
-            direct[tokens].append(times[tokens])
-        extra.append(took - times[answer.budget])
+            answer, took = ask(image[0], None, tokens)
+            direct[tokens].append(took)
+            rows.append(next(iter(answer.outputs.values()))[0])
+        outputs.append(rows)
         if time.monotonic() - told > 0.5:
             told = time.monotonic()
             progress(f"image {count + 1} of {len(images.indices)}")
@@ -240,7 +238,7 @@ def _observe(
         ms=np.asarray([1000 * float(np.median(direct[tokens])) for tokens in buckets]),
         agreement=np.asarray([_agreement(rows, is_logits=is_logits) for rows in outputs]),
         agreement_of="the class" if is_logits else "the mean token (cosine)",
-        router_ms=max(0.0, 1000 * float(np.median(extra))),
+        router_ms=1000 * _router_seconds(model),
         sha256=digest.hexdigest(),
     )
 
@@ -255,6 +253,11 @@ def _timed(
     started = time.perf_counter()
     answer = model(image, text, budget, features=features)
     return answer, time.perf_counter() - started
+
+
+def _router_seconds(model: Model) -> float:
+    """Return the median of what the router itself took for the requests since the warm-up."""
+    return model.stats().router_seconds["0.5"]
 
 
 def _agreement(rows: Sequence[Array], *, is_logits: bool) -> list[float]:

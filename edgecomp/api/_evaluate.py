@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def evaluate(
     threads: int = 0,
     budget: str | int | None = None,
     batch: int | None = None,
+    texts: Sequence[str] = (),
     max_drop: float | None = None,
     progress: Progress = silent,
 ) -> EvaluationReport:
@@ -50,6 +52,7 @@ def evaluate(
         runner, threads: as in `parity`.
         budget: only the bucket that keeps so many tokens (a count or a percentage); None: all.
         batch: one of the bundle's batch sizes; None: its largest.
+        texts: questions that routed requests carry, in turn, for a router that reads words.
         max_drop: percentage points of top-1 that a bucket may lose against the plain model; None: any.
         progress: takes a line now and then.
 
@@ -64,6 +67,9 @@ def evaluate(
     require_threads(threads)
     _require_in_range(limit, seed, max_drop)
     opened = open_bundle(Path(bundle))
+    record = opened.manifest.router
+    if texts and (record is None or not record.reads_words):
+        raise InvalidSpec(f"{len(texts)} texts were given, and no router of {bundle} reads words; drop them")
     batch = max(bucket.batch for bucket in opened.select(budget=budget, batch=batch))
     graphs: list[Bucket | PlainGraph] = list(opened.select(budget=budget, batch=batch))
     plain = [graph for graph in opened.manifest.plain if graph.batch == batch]
@@ -87,7 +93,7 @@ def evaluate(
         version = session.version
         if manifest.router is not None and batch == 1 and budget is None:
             model = stack.enter_context(Model(opened, runner=runner, threads=threads, resident=None))
-            routed = loaded[ROUTED] = RoutedRunner(model)
+            routed = loaded[ROUTED] = RoutedRunner(model, texts)
         machine = read_machine()
         found = score(
             loaded,
@@ -116,8 +122,12 @@ def evaluate(
         notes.append(
             "ms/image of routed is a median over requests to different buckets, with what the object itself costs"
         )
+        if record is not None and record.reads_words and not texts:
+            notes.append(f"router {record.name} reads words, and the images came without; --texts gives them questions")
     elif manifest.router is not None and budget is None:
-        notes.append(f"batch {batch} is not routed: a router picks a bucket for each image; --batch 1 shows it")
+        has_one = any(bucket.batch == 1 for bucket in manifest.buckets)
+        how = "--batch 1 shows it" if has_one else "export with --batch 1 as well to see it"
+        notes.append(f"batch {batch} is not routed: a router picks a bucket for each image; {how}")
     return EvaluationReport(
         bundle=str(bundle),
         data=str(data),

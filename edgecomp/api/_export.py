@@ -101,7 +101,7 @@ def export(
         router: what picks a bucket for a request, as `edgecomp list routers` shows them; "": nothing does.
         router_params: parameters of the router.
         router_weights: `random`, or the router's checkpoint, where it has weights.
-        pad_to: rows that every bucket gives, with `count` and `mask`; 0: as many as it keeps.
+        pad_to: rows that every bucket gives, prefix tokens among them, with `count` and `mask`; 0: as many as it keeps.
         with_plain: add the uncompressed model as `plain.onnx`.
         seed: of random weights and golden inputs.
         out: the folder to write; default: a name made of method, preset or backbone, and size.
@@ -435,7 +435,7 @@ def _require_fixed(assembly: Assembly, order: Order) -> None:
     if order.router_weights != "random":
         raise InvalidSpec(f"router fixed has no weights; drop --router-weights {order.router_weights}")
     budget = order.router_params.get("budget", kept[-1])
-    if budget not in kept or set(order.router_params) - {"budget"}:
+    if type(budget) is not int or budget not in kept or set(order.router_params) - {"budget"}:
         raise InvalidSpec(
             f"router fixed takes the one parameter budget, one of {', '.join(map(str, kept))}, and was given "
             f"{dict(order.router_params)}; for example --set router.budget={kept[0]}"

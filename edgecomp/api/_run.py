@@ -79,7 +79,7 @@ def run(
         progress(f"{bucket.model} in {runner}")
         with open_graph(runner, opened, bucket, threads=threads) as loaded:
             outputs, version = loaded.infer(inputs), loaded.version
-        reason, signals = f"batch {bucket.batch}, which is not routed", {}
+        reason, signals = f"batch {bucket.batch}, which `run` does not route", {}
     if str(out):
         write_tensors(Path(out), outputs)
     return RunReport(

@@ -24,9 +24,9 @@ class RowPadding:
 
     Args:
         specs: the outputs as the method gives them.
-        kept: rows that the budget names.
+        kept: rows that the budget names; prefix tokens come on top.
         tokens_in: tokens that go in.
-        pad_to: rows that there are to be; prefix tokens come on top, as they do for a budget.
+        pad_to: rows that there are to be in all.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], *, kept: int, tokens_in: int, pad_to: int) -> None:
@@ -35,12 +35,19 @@ class RowPadding:
             raise InvalidSpec(
                 f"pad_to={pad_to}: rows of tokens [B, M, D] are filled up, and here {first} comes first; drop --pad-to"
             )
-        if pad_to > tokens_in:
-            raise InvalidSpec(f"pad_to={pad_to} is above the {tokens_in} tokens that go in; give at most as many")
-        if pad_to < kept:
-            raise InvalidSpec(f"pad_to={pad_to} is below the {kept} rows of a bucket; give at least the largest budget")
         self.rows = first.shape[1]
-        self.extra = pad_to - kept
+        self.extra = pad_to - self.rows
+        prefix = self.rows - kept
+        besides = f", {prefix} of them beside the budget's {kept}" if prefix else ""
+        if pad_to > tokens_in + prefix:
+            raise InvalidSpec(
+                f"pad_to={pad_to} is above {tokens_in + prefix}, the rows there would be if all {tokens_in} tokens "
+                "that go in were kept; give at most as many"
+            )
+        if self.extra < 0:
+            raise InvalidSpec(
+                f"pad_to={pad_to} is below the {self.rows} rows of a bucket{besides}; give at least {self.rows}"
+            )
         self.own = tuple(specs)
         self.is_padded = [spec.name not in _NO_ROWS and spec.shape[1:2] == (self.rows,) for spec in specs]
         self.counts = not any(spec.name == "mask" for spec in specs)

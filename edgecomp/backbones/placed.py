@@ -55,7 +55,7 @@ class PlacedModel(nn.Module):
         backbone: the host in front, or None.
         preprocess: with `uint8` input: what the graph does to raw pixels.
         input_dtype: of `image`: `float32` (normalised, (B, 3, S, S)) or `uint8` (raw, (B, S, S, 3)).
-        pad_to: rows that come out, with `count` and `mask`; 0: as many as the budget says.
+        pad_to: rows that come out, prefix tokens among them, with `count` and `mask`; 0: as the budget says.
     """
 
     mean: Tensor

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from edgecomp import api
-from edgecomp.cli.talk import JSON, emit, progress
-from edgecomp.errors import InvalidSpec
+from edgecomp.cli.talk import JSON, emit, progress, read_lines
 
 __all__ = ["command"]
 
@@ -40,7 +38,7 @@ def command(
             mean_tokens=mean_tokens,
             latency_target_ms=latency_target,
             keep_agreement=keep_agreement,
-            texts=_read_lines(texts),
+            texts=read_lines(texts),
             split=split,
             limit=limit,
             seed=seed,
@@ -55,18 +53,3 @@ def command(
         return describe_calibration(report)
 
     emit(report, as_json=json, text=text)
-
-
-def _read_lines(file: str) -> list[str]:
-    """Return the lines of a text file; none where no file is named."""
-    if not file:
-        return []
-    try:
-        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidSpec(
-            f"--texts {file} cannot be read ({error}); give a UTF-8 file with one question a line"
-        ) from None
-    if not lines:
-        raise InvalidSpec(f"--texts {file} holds no question; write one a line, or drop it")
-    return lines

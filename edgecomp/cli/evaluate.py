@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from edgecomp import api
-from edgecomp.cli.talk import JSON, emit, finish, progress
+from edgecomp.cli.talk import JSON, emit, finish, progress, read_lines
 
 __all__ = ["command"]
 
@@ -24,6 +24,7 @@ def command(
     threads: Annotated[int, typer.Option(help="CPU threads; 0: the runtime's choice.")] = 0,
     budget: Annotated[str | None, typer.Option(help="Only the bucket that keeps so many tokens.")] = None,
     batch: Annotated[int | None, typer.Option(help="One of the bundle's batch sizes; default: its largest.")] = None,
+    texts: Annotated[str, typer.Option(help="A file of questions, one a line, for a router that reads words.")] = "",
     max_drop: Annotated[
         float | None,
         typer.Option(metavar="POINTS", help="Exit 1 when a bucket loses more top-1, in percentage points."),
@@ -42,6 +43,7 @@ def command(
             threads=threads,
             budget=budget,
             batch=batch,
+            texts=read_lines(texts),
             max_drop=max_drop,
             progress=say,
         )

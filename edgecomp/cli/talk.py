@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
-__all__ = ["JSON", "emit", "finish", "progress"]
+from edgecomp.errors import InvalidSpec
+
+__all__ = ["JSON", "emit", "finish", "progress", "read_lines"]
 
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
@@ -49,3 +52,18 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return {"shape": list(value.shape), "dtype": str(value.dtype)}
     raise NotImplementedError(f"{type(value).__name__} has no JSON form")
+
+
+def read_lines(file: str) -> list[str]:
+    """Return the questions of the file that --texts names, one a line; none where none is named."""
+    if not file:
+        return []
+    try:
+        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSpec(
+            f"--texts {file} cannot be read ({error}); give a UTF-8 file with one question a line"
+        ) from None
+    if not lines:
+        raise InvalidSpec(f"--texts {file} holds no question; write one a line, or drop it")
+    return lines

@@ -6,6 +6,7 @@ FasterVLM (arXiv:2412.01818) and HPC-ColPali (arXiv:2506.21601) do. Inside a hos
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 import torch
@@ -121,7 +122,7 @@ class AttentionPruning(TokenPruner):
         if site.placement == "inside":
             return (_plan(params, site, 0)[-1],) if params.schedule in ("table", "piecewise") else ()
         if params.quantile is not None:
-            return (max(1, site.tokens_in - 1 - int(params.quantile * (site.tokens_in - 1))),)
+            return (_most_above(params.quantile, site.tokens_in),)
         return (site.tokens_in,) if params.threshold is not None else ()
 
     @property
@@ -139,7 +140,11 @@ class AttentionPruning(TokenPruner):
         """What an export should say of the counts."""
         if not self.params.is_adaptive:
             return super().remarks
-        return (f"at most {self.budget.tokens_out} tokens stay; `count` says how many rows are real, others are zero",)
+        said = f"at most {self.budget.tokens_out} tokens stay; `count` says how many rows are real, others are zero"
+        most = _most_above(self.params.quantile, self.budget.tokens_in)
+        if self.budget.tokens_out > most:
+            said += f". Of scores that differ no more than {most} exceed the quantile: the rows behind are always zero"
+        return (said,)
 
     def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return `kept` and `index`, where the data decide `count` and `mask`, or `logits`."""
@@ -265,6 +270,11 @@ class AttentionPruning(TokenPruner):
         return AttentionPruningOriginal(self)
 
 
+def _most_above(quantile: float | None, tokens: int) -> int:
+    """Return how many of so many differing scores lie above a quantile; all of them where there is none."""
+    return tokens if quantile is None else max(1, tokens - 1 - int(quantile * (tokens - 1)))
+
+
 def norm_of(x: Tensor) -> Tensor:
     """Return the L2 norm of each row: (..., D) -> (...)."""
     norm: Tensor = x.norm(dim=-1)
@@ -311,6 +321,10 @@ def _require_possible(params: AttentionPruningParams, site: Site, budget: TokenB
     if params.threshold is not None and params.quantile is not None:
         raise InvalidSpec(
             f"params.threshold={params.threshold} and params.quantile={params.quantile} are given; give one"
+        )
+    if params.threshold is not None and not math.isfinite(params.threshold):
+        raise InvalidSpec(
+            f"params.threshold={params.threshold} is no finite number; give the score that must be exceeded"
         )
     if params.is_adaptive and params.dropped != "nothing":
         raise InvalidSpec(

@@ -27,6 +27,7 @@ _SPLITS = {"test": "t10k", "train": "train"}
 _IMAGES_MAGIC, _LABELS_MAGIC = 0x0803, 0x0801  # unsigned bytes in three dimensions, and in one
 _CHUNK = 16 << 20
 _MOST_BYTES = 8 << 30
+_NAMED = 20  # files that a message names
 
 
 class LabelledImages(msgspec.Struct, frozen=True):
@@ -106,7 +107,8 @@ def open_images(path: str | Path, *, split: str = "", limit: int | None = None, 
         raise RunError(f"data {path}: none of its {len(images)} images can be read: {_some(broken)}")
     notes = [f"{len(broken)} images cannot be read and were left out: {_some(broken)}"] if broken else []
     if other := len(files) - len(images):
-        notes.append(f"{other} files are no images and were left out")
+        named = _some([str(file.relative_to(path)) for file in files if file.suffix.lower() not in _SUFFIXES])
+        notes.append(f"{other} files are no images and were left out: {named}")
     return Images(tuple(sorted(taken)), lambda index: read_image(images[index]), tuple(notes))
 
 
@@ -217,7 +219,8 @@ def _read_classes(path: Path) -> tuple[str, ...]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _and_more(names: Sequence[str]) -> str:

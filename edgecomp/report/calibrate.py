@@ -33,7 +33,8 @@ class CalibrationReport(msgspec.Struct, frozen=True):
         router: as it stands in the manifest now.
         before: the old thresholds.
         buckets: ascending.
-        router_ms: what asking the router adds to a request, the median; 0 where it is lost in the noise.
+        router_ms: what the router itself takes of a request, the median; without the stem, which the bucket needs too.
+        batch: of the graphs that served, one request at a time.
         mean_ms: expected of a routed request on these images: the mean over them of bucket and router.
         notes: what a reader must know.
     """
@@ -46,6 +47,7 @@ class CalibrationReport(msgspec.Struct, frozen=True):
     mean_ms: float
     runner: str
     threads: int
+    batch: int
     notes: tuple[str, ...]
 
 
@@ -65,7 +67,7 @@ def describe_calibration(report: CalibrationReport) -> str:
         for use in report.buckets
     ]
     largest, share = report.buckets[-1], 100 * report.router_ms / report.buckets[0].ms
-    where = f"{report.runner}, {report.threads or 'its own choice of'} threads, batch 1"
+    where = f"{report.runner}, {report.threads or 'its own choice of'} threads, batch {report.batch}"
     lines = [
         f"{report.bundle}: router {report.router.name} set for {made.target}",
         f"  data       {made.images} images of {made.data}, sha256 {made.sha256[:12]}",

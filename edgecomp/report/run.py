@@ -60,8 +60,11 @@ def describe_run(report: RunReport) -> str:
         ]
         for s in report.summaries
     ]
+    kept = f"{report.tokens_out} kept"
+    if "count" in report.outputs:  # the data decide, or rows are filled up
+        kept = f"at most {kept}, count {', '.join(map(str, report.outputs['count'].tolist()))}"
     lines = [
-        f"{report.bundle}: {report.model} in {report.runner}, {report.tokens_in} tokens in, {report.tokens_out} kept",
+        f"{report.bundle}: {report.model} in {report.runner}, {report.tokens_in} tokens in, {kept}",
         f"  chosen     {report.reason}",
         *([f"  signals    {', '.join(f'{k} {v:.3f}' for k, v in report.signals.items())}"] if report.signals else []),
         "",

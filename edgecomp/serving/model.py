@@ -98,6 +98,8 @@ def load(
     Raises:
         BundleError: the bundle is not whole. InvalidSpec: `resident` is below 1, or the runner cannot share.
     """
+    if not isinstance(bundle, (str, Path)):
+        raise InvalidSpec(f"bundle {bundle!r} is of type {type(bundle).__name__}; give the folder's path")
     return Model(
         open_bundle(Path(bundle)), runner=runner, threads=threads, resident=resident, share_weights=share_weights
     )
@@ -114,6 +116,8 @@ class Model:
     def __init__(
         self, bundle: Bundle, *, runner: str, threads: int, resident: int | None, share_weights: bool = False
     ) -> None:
+        if not isinstance(share_weights, bool):
+            raise InvalidSpec(f"share_weights={share_weights!r} is neither True nor False")
         if resident is not None and (not isinstance(resident, int) or isinstance(resident, bool) or resident < 1):
             raise InvalidSpec(
                 f"resident={resident!r}: at least one graph has to be in memory; give a whole number from 1"
@@ -137,7 +141,7 @@ class Model:
         self._loaded: OrderedDict[str, Runner] = OrderedDict()  # buckets by file, used longest ago first
         self._shared: dict[str, Runner] = {}  # stem and router
         self._lock = threading.Lock()
-        self._recorder = Recorder()
+        self._recorder = Recorder(self._buckets)
         self._closed, self._under_way = False, 0
 
     @property
@@ -196,6 +200,10 @@ class Model:
             requests, texts, features: as in a call, one for each.
             budget: for all of them, or one for each.
         """
+        if isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, (Sequence, np.ndarray)):
+            raise InvalidSpec(
+                f"requests are of type {type(requests).__name__}; give a list, one image or mapping of inputs for each"
+            )
         count = len(requests)
         one_budget = budget is None or isinstance(budget, (int, str, np.integer))
         budgets = _one_each("budgets", [budget] * count if one_budget else budget, count)
@@ -313,15 +321,20 @@ class Model:
             return [_Choice(buckets[-1], "no budget was given: the largest")] * len(seen)
         if record.fixed:
             return [_Choice(record.fixed, "router fixed")] * len(seen)
-        started = time.perf_counter()
         thresholds = np.asarray([record.thresholds], np.float32)
         choices: list[_Choice] = []
+        took = 0.0
         for graph, places in _in_batches(range(len(seen)), self._routers):
+            requests = [seen[place] for place in places]
+            self._run_stem(graph, requests)
+            started = time.perf_counter()
             for place in places:
                 seen[place]["thresholds"] = thresholds
                 if record.reads_words:
                     seen[place]["words"] = read_words(texts[place])
-            for outputs in self._infer(graph, [seen[place] for place in places]):
+            found = self._infer(graph, requests)
+            took += time.perf_counter() - started
+            for outputs in found:
                 bucket, need = int(outputs["bucket"][0]), tuple(float(value) for value in outputs["need"][0])
                 if not 0 <= bucket < len(buckets):
                     raise RunError(
@@ -329,22 +342,27 @@ class Model:
                     )
                 signals = dict(zip(record.signals, map(float, outputs["signals"][0]), strict=True))
                 choices.append(_Choice(buckets[bucket], _why(record, bucket, need), need, signals))
-        self._recorder.count_route(len(seen), time.perf_counter() - started)
+        self._recorder.count_route(len(seen), took)
         return choices
 
     def _infer(self, graph: Graph, seen: list[dict[str, Array]]) -> list[dict[str, Array]]:
         """Run a graph on requests, after its stem where that has not run on them; `seen` holds what it handed over."""
-        if graph.stem:
-            stem = self._stems[graph.stem]
-            if any(spec.name not in one for one in seen for spec in stem.outputs):
-                for one, outputs in zip(seen, self._infer(stem, seen), strict=True):
-                    one.update(outputs)
+        self._run_stem(graph, seen)
         session = self._session(graph)
         if graph.batch == 1:
             return [session.infer({name: one[name] for name in session.input_names}) for one in seen]
         rows = [*seen, *seen[-1:] * (graph.batch - len(seen))]  # the last one again, where a batch is not full
         outputs = session.infer({name: np.concatenate([one[name] for one in rows]) for name in session.input_names})
         return [{name: array[row : row + 1] for name, array in outputs.items()} for row in range(len(seen))]
+
+    def _run_stem(self, graph: Graph, seen: list[dict[str, Array]]) -> None:
+        """Add what a graph's stem hands over, where it has one that has not run yet."""
+        if not graph.stem:
+            return
+        stem = self._stems[graph.stem]
+        if any(spec.name not in one for one in seen for spec in stem.outputs):
+            for one, outputs in zip(seen, self._infer(stem, seen), strict=True):
+                one.update(outputs)
 
     def _prepare(self, request: Request, features: Mapping[str, Array] | None) -> dict[str, Array]:
         """Return the inputs of one request, with a batch of one."""
@@ -363,6 +381,8 @@ class Model:
                     "mapping with these names"
                 )
             inputs = {first.name: self._pixels(request, first.shape[1:], first.dtype)}
+        if features is not None and not isinstance(features, Mapping):
+            raise InvalidSpec(f"features are of type {type(features).__name__}; give a mapping from names to arrays")
         inputs.update(features or {})
         for name, value in inputs.items():
             if not isinstance(value, np.ndarray):
@@ -418,10 +438,14 @@ class Model:
 
 
 class RoutedRunner:
-    """A model as a runner of batch 1: each run is a request that the router sends to a bucket; `served` lists them."""
+    """A model as a runner of batch 1: each run is a request that the router sends to a bucket; `served` lists them.
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    Args:
+        texts: questions that the requests carry in turn; none: they have no words.
+    """
+
+    def __init__(self, model: Model, texts: Sequence[str] = ()) -> None:
+        self.model, self.texts = model, texts
         self.name, self.version = "routed", ""
         first = model.bundle.manifest.buckets[0]
         self.input_names = tuple(spec.name for spec in first.inputs)
@@ -440,7 +464,8 @@ class RoutedRunner:
 
     def infer(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Serve one request."""
-        answer = self.model(inputs)
+        text = self.texts[len(self.served) % len(self.texts)] if self.texts else None
+        answer = self.model(inputs, text)
         self.served.append(answer.budget)
         return answer.outputs
 

@@ -35,12 +35,12 @@ class Stats(msgspec.Struct, frozen=True):
 
     Attributes:
         requests: served in all.
-        buckets: by tokens kept.
+        buckets: by tokens kept, each bucket that there is.
         routed: requests that the router was asked about.
-        router_seconds: quantiles of what the router took for each, with the stem where it reads that; a batch's time
-            is divided by its requests. Empty where none was routed.
+        router_seconds: quantiles of what the router itself took for each, without the stem that its bucket needs too; a
+            batch's time is divided by its requests. Empty where none was routed.
         resident: buckets whose graph is loaded now.
-        loads: how often a graph was loaded; above the number of buckets, `resident` is too small.
+        loads: how often a bucket's graph was loaded; above the number of buckets, `resident` is too small.
     """
 
     requests: int
@@ -66,8 +66,8 @@ class Stats(msgspec.Struct, frozen=True):
 class Recorder:
     """Counts requests of several threads."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, buckets: Sequence[int]) -> None:
+        self._lock, self._buckets = threading.Lock(), buckets
         self.reset()
 
     def reset(self) -> None:
@@ -106,8 +106,10 @@ class Recorder:
             loads, routed, route_seconds = self._loads, self._routed, sorted(self._route_seconds)
         total = sum(requests.values())
         buckets = {
-            tokens: BucketStats(count, count / total, _quantiles(seconds.get(tokens, [])))
-            for tokens, count in sorted(requests.items())
+            tokens: BucketStats(
+                requests.get(tokens, 0), requests.get(tokens, 0) / max(1, total), _quantiles(seconds.get(tokens, []))
+            )
+            for tokens in self._buckets
         }
         return Stats(total, buckets, routed, _quantiles(route_seconds), tuple(resident), loads)
 

@@ -26,7 +26,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
         stem: whether the part that several buckets share becomes a graph of its own.
         router: a router's name, or none.
         router_params, router_weights: its parameters that the user set, and its weights: `random`, or a path.
-        pad_to: rows that every bucket gives; 0: as many as it keeps.
+        pad_to: rows that every bucket gives, prefix tokens among them; 0: as many as it keeps.
     """
 
     recipe: Recipe

@@ -198,7 +198,7 @@ def test_padding_rows_is_numpy_pad(batch: int, extra: int, masked: bool) -> None
     """Zeros for tokens and what goes with each, -1 for indices; 4 kept and one prefix token make 5 rows."""
     specs = PER_ROW + (OWN_MASK if masked else ())
     given = rows_of(specs, batch)
-    padding = RowPadding(specs, kept=4, tokens_in=16, pad_to=4 + extra)
+    padding = RowPadding(specs, kept=4, tokens_in=16, pad_to=5 + extra)
     found = [tensor.numpy() for tensor in padding(tuple(map(torch.from_numpy, given)))]
     expected = {
         "kept": np.pad(given[0], ((0, 0), (0, extra), (0, 0))),
@@ -239,9 +239,12 @@ REFUSED: list[tuple[str, tuple[str, ...]]] = [
         ("pad_to=9", "rows of tokens [B, M, D]", "latents float32[1, 2, 4, 32] comes first"),
     ),
     ("--method tome --preset smoke --output logits --pad-to 9", ("pad_to=9: logits have no rows", "--output logits")),
-    ("--method tome --preset smoke --budget 3 --budget 7 --pad-to 6", ("pad_to=6 is below the 7 rows of a bucket",)),
+    (
+        "--method tome --preset smoke --budget 3 --budget 7 --pad-to 7",
+        ("pad_to=7 is below the 8 rows of a bucket, 1 of them beside the budget's 7; give at least 8",),
+    ),
     ("--method tome --preset smoke --pad-to -1", ("pad_to=-1 is below 0",)),
-    ("--method tome --preset smoke --pad-to 17", ("pad_to=17 is above the 16 tokens that go in",)),
+    ("--method tome --preset smoke --pad-to 18", ("pad_to=18 is above 17, the rows there would be if all 16 tokens",)),
     ("--method tome --preset smoke --pad-to 0", ("--pad-to 0 is out of range",)),
 ]
 

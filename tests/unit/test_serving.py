@@ -106,7 +106,7 @@ def test_what_is_counted(bundle: Path) -> None:
     images = noise(4)
     with edgecomp.load(bundle, threads=1) as model:
         assert model.stats().requests == 0
-        assert model.stats().buckets == {}
+        assert {tokens: one.requests for tokens, one in model.stats().buckets.items()} == {4: 0, 8: 0, 12: 0}
         for image in images[:3]:
             model(image, budget=4)
         model(images[3])
@@ -117,6 +117,7 @@ def test_what_is_counted(bundle: Path) -> None:
         assert 0 < stats.buckets[4].seconds["0.5"] <= stats.buckets[4].seconds["0.99"]
         metrics = stats.metrics()
         assert metrics['edgecomp_requests_total{bucket="4"}'] == 3
+        assert metrics['edgecomp_requests_total{bucket="8"}'] == 0
         assert metrics["edgecomp_loads_total"] == 2
         assert 'edgecomp_request_seconds{bucket="12",quantile="0.9"}' in metrics
         model.reset_stats()
@@ -198,6 +199,29 @@ def test_memory_of_a_process_that_serves(tmp_path: Path) -> None:
 def test_a_process_that_cannot_serve_is_an_error(bundle: Path) -> None:
     with pytest.raises(RunError, match=r"measuring the memory of .* failed: .*input 'image'"):
         measure_memory(bundle, (4,), {"image": np.zeros((1, 3, 8, 8), np.float32)}, runner="onnxruntime", threads=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.infer_batch(image for image in noise(2)), "requests are of type generator; give a list"),
+        (lambda m: m.infer_batch(None), "requests are of type NoneType"),
+        (lambda m: m.infer_batch("abc"), "requests are of type str"),
+        (lambda m: m(noise(1)[0], features=[1]), "features are of type list; give a mapping"),
+    ],
+)
+def test_calls_of_the_wrong_type(call: Any, message: str, bundle: Path) -> None:
+    with edgecomp.load(bundle, threads=1) as model:
+        with pytest.raises(InvalidSpec, match=message):
+            call(model)
+        assert len(model.infer_batch(np.stack(noise(2)))) == 2
+
+
+def test_loading_what_is_no_path(bundle: Path) -> None:
+    with pytest.raises(InvalidSpec, match="bundle None is of type NoneType; give the folder's path"):
+        edgecomp.load(None)  # type: ignore[arg-type]
+    with pytest.raises(InvalidSpec, match="share_weights='no' is neither True nor False"):
+        edgecomp.load(bundle, share_weights="no")  # type: ignore[arg-type]
 
 
 def test_after_closing(bundle: Path) -> None:
