@@ -460,7 +460,7 @@ def _make_router(
 def _span(compressor: Compressor, models: Sequence[PlacedModel]) -> tuple[int, int]:
     """Return the tokens that a router's need of 0 and of 1 stand for: of a table its smallest and largest bucket."""
     counts = [model.compressor.budget.tokens_out for model in models]
-    if hasattr(compressor.params, "table_entries"):
+    if getattr(compressor.params, "latents", 0):
         return counts[0], counts[-1]
     return 0, compressor.budget.tokens_in
 

@@ -304,6 +304,7 @@ def test_visionzip_shares_the_budget_as_the_paper() -> None:
     ("params", "budget", "message"),
     [
         ({"threshold": 0.1, "quantile": 0.5}, 4, "give one"),
+        ({"threshold": float("nan")}, 4, "params.threshold=nan is no finite number"),
         ({"threshold": 0.1, "dropped": "merge"}, 4, "needs a fixed count"),
         ({"dropped": "residual"}, 1, "no row left for a kept token"),
     ],

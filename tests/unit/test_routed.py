@@ -556,7 +556,7 @@ def test_run_takes_features_beside_an_image(of_router: Callable[[str], Path], tm
 
 def test_run_of_a_larger_batch_is_not_routed(by_words: Path, cli: Cli) -> None:
     report = api.run(by_words, photograph_path(), batch=2, threads=1)
-    assert (report.tokens_out, report.reason) == (12, "batch 2, which is not routed")
+    assert (report.tokens_out, report.reason) == (12, "batch 2, which `run` does not route")
     said = cli("run", by_words, photograph_path(), "--batch", 2, "--text", "why?")
     assert said.code == 2
     assert "batch 2 takes a file of all inputs" in said.err
@@ -608,6 +608,23 @@ def test_evaluate_shows_what_routing_gives(scored: tuple[Path, Path, list[Any]],
     said = cli("evaluate", bundle, "--data", data, "--batch", 1, "--threads", 1)
     shown = next(line.split() for line in said.out.splitlines() if line.startswith("routed "))
     assert shown[1:3] == [f"{np.mean(served):.1f}", f"{100 * row.top1.value:.2f}"]
+
+
+def test_evaluate_gives_questions_to_a_router_that_reads_words(scored: tuple[Path, Path, list[Any]]) -> None:
+    bundle, data, grey = scored
+    silent = api.evaluate(bundle, data, batch=1, threads=1)
+    assert any("reads words, and the images came without; --texts" in note for note in silent.notes)
+    asked = api.evaluate(bundle, data, batch=1, threads=1, texts=[LONG])
+    assert not any("reads words" in note for note in asked.notes)
+    with edgecomp.load(bundle, threads=1) as model:
+        budgets = [model({"image": pixels_of(bundle, image)}, LONG).budget for image in grey]
+    assert asked.kept["routed"] == pytest.approx(np.mean(budgets))
+    assert asked.kept["routed"] > silent.kept["routed"]
+
+
+def test_questions_where_nothing_reads_them(by_stem: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidSpec, match=r"1 texts were given, and no router of .* reads words; drop them"):
+        api.evaluate(by_stem, tmp_path, texts=["why?"])
 
 
 def test_evaluate_says_when_it_does_not_route(scored: tuple[Path, Path, list[Any]]) -> None:
@@ -835,6 +852,7 @@ REFUSED: list[tuple[str, tuple[str, ...]]] = [
     (f"{TWO} --router policy --router-weights nowhere.safetensors", ("weights file nowhere.safetensors is not there",)),
     (f"{TWO} --router difficulty --router-weights {{weights}}", ("has no weights; drop --router-weights",)),
     (f"{TWO} --router policy --router-weights {{weights}}", ("policy router", "fc1.weight", "not known: x")),
+    (f"{TWO} --router fixed --set router.budget=4.0", ("router fixed takes the one parameter budget, one of 4, 8",)),
     (f"{TWO} --router fixed --set router.budget=5", ("router fixed takes the one parameter budget, one of 4, 8",)),
     (f"{TWO} --router fixed --router-weights {{weights}}", ("router fixed has no weights; drop --router-weights",)),
     (f"{TWO} --router fixed --set router.tokens=4", ("router fixed takes the one parameter budget", "'tokens': 4")),

@@ -638,6 +638,23 @@ def test_policy_refuses_weights_that_do_not_fit(change: Callable[[dict[str, Any]
     assert router.remarks
 
 
+def test_policy_on_a_table_speaks_of_entries() -> None:
+    """The notes' int(32 + 96 n), in the nearest of four nested buckets."""
+    router = build("policy", stem_site((32, 64, 96, 128), tokens=196, span=(32, 128)))
+    assert router.default_thresholds == pytest.approx((1 / 6, 1 / 2, 5 / 6))
+    order = Order(
+        recipe=load_recipe("adaptive-lookupvit"), preset="smoke-host", budgets=("2", "4", "8"), router="policy"
+    )
+    made = assemble(order).router
+    assert made is not None
+    assert made.default_thresholds == pytest.approx((1 / 6, 2 / 3))
+
+
+def test_blanks_do_not_hide_words() -> None:
+    assert read_words(" " * 20_000 + "how many not why small").tolist() == [[5, 1, 1, 1, 1]]
+    assert read_words("x " * 20_000 + "why").tolist() == [[5000, 0, 0, 0, 0]]
+
+
 # -- what all routers keep ------------------------------------------------------------------------------------------
 
 
