@@ -124,13 +124,14 @@ def _router_goldens(assembly: Assembly, inputs: Mapping[str, Array], batch: int)
             ask(f"under-{place + 1}", under, silence, usual)
             ask(f"over-{place + 1}", over, silence, usual)
             continue
-        pool = [photo, noise, *(blend(share) for share in (0.0, 0.1, 0.3, 0.6))]
-        found = [float(ask("", image, silence, usual)[place]) for image in pool]
-        least, most = int(np.argmin(found)), int(np.argmax(found))
-        middle, gap = (found[least] + found[most]) / 2, (found[most] - found[least]) / 2
-        aside = max(0.0, _BESIDE - gap)  # of needs that are all alike
-        ask(f"under-{place + 1}", pool[least], silence, np.full_like(usual, middle + aside))
-        ask(f"over-{place + 1}", pool[most], silence, np.full_like(usual, middle - aside))
+        pool = [
+            (float(ask("", image, silence, usual)[place]), image) for image in (photo, noise, blend(0.1), blend(0.5))
+        ]
+        clear = [one for one in pool if one[0] > _BESIDE] or pool  # a need of almost nothing is all rounding
+        (least, plain), (most, busy) = (choose(clear, key=lambda one: one[0]) for choose in (min, max))
+        middle, aside = (least + most) / 2, max(0.0, _BESIDE - (most - least) / 2)  # aside: of needs that are all alike
+        ask(f"under-{place + 1}", plain, silence, np.full_like(usual, middle + aside))
+        ask(f"over-{place + 1}", busy, silence, np.full_like(usual, middle - aside))
     return tensors
 
 
