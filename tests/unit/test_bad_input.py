@@ -228,10 +228,10 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     (f"{SMOKE} --budget -3", ("budget -3 is not possible",)),
     (f"{SMOKE} --budget 9 --budget 9", ("budgets 9, 9", "twice")),
     (f"{MERGE} --align 7", ("--align 7 is none of 1, 8, 16, 32",)),
-    (f"{MERGE} --budget 3 --budget 8 --align 8", ("budgets 8, 8", "twice")),
+    (f"{MERGE} --budget 3 --budget 8 --align 8", ("budgets 3, 8 with --align 8 name [8, 8]", "twice")),
     (
         f"{MERGE} --budget 9 --align 32",
-        ("the next multiple is 32, and 16 tokens", "or drop --align"),
+        ("the next multiple is 32, and 16 tokens", "drop --align"),
     ),
     # merging inside a host
     (f"{MERGE} --set params.r=-1", ("params.r=-1", ">= 0")),
