@@ -104,7 +104,7 @@ def test_prumerge(path: Path, tmp_path: Path) -> None:
     pruner = given(PruMerge, PruMergeParams(adaptive=config["adaptive"]), tokens, rows, prefix=1)
     query = inputs["q"][:, 0]
     with torch.inference_mode():
-        assert relative_error(pruner.attention(query, inputs["k"]), outputs["cls_attn"]) <= FP32
+        assert relative_error(pruner.score_of(query, inputs["k"]), outputs["cls_attn"]) <= FP32
     for got in all_forms(tmp_path, pruner, tokens, query, inputs["k"]):
         assert relative_error(got["kept"][:, : count + 1], outputs["tokens"]) <= FLOORS * floor
         assert not got["kept"][:, count + 1 :].any()
