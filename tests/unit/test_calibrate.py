@@ -115,7 +115,7 @@ def test_choose_is_the_best_of_all_candidates(needs: Any, limit: float, most: bo
     fitting = [places for one in candidates(needs) if holds(places := routed(needs, one))]
     found = choose(needs, holds, most=most)
     if not fitting:  # one bucket for all is left
-        fitting = [[place] * len(needs) for place in range(len(cost)) if cost[place] <= limit]
+        fitting = [[place] * len(needs) for place in range(len(cost)) if holds([place] * len(needs))]
     if not fitting:
         assert found is None
         return
