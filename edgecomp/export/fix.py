@@ -148,7 +148,7 @@ def _float_bias(work: _Work) -> Iterator[Rewrite]:
             continue
         read: list[Any] = [view.constant(name, largest=_LARGEST_BIAS) for name in node.input if name]
         arrays = [array for array in read if array is not None]
-        if len(arrays) < len(read) or len(arrays) > 2 and arrays[2].any():
+        if len(arrays) < len(read) or (len(arrays) > 2 and arrays[2].any()):
             continue
         values, scale = arrays[0], arrays[1]
         if values.dtype != np.int32 or scale.dtype != np.float32:
