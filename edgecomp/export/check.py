@@ -22,6 +22,8 @@ from edgecomp.specs.verdict import VERDICTS, Finding, GraphCheck, Verdict, worst
 
 __all__ = ["check_graph"]
 
+_MOST_NODES = 1_000_000  # of an inlined function
+
 _FLOATS = frozenset({"float16", "bfloat16", "float32", "float64", "float8e4m3fn", "float8e5m2", "float4e2m1"})
 
 
@@ -68,6 +70,7 @@ def _inline(light: LightModel, scope: Scope) -> tuple[Any, int]:
         return model, 0
     calls = sum((node.domain, node.op_type) in wanted for node in model.graph.node)
     kept = [name for name in names if name not in wanted]
+    _require_finite(light, wanted)
     try:
         return inliner.inline_selected_functions(model, kept, exclude=True), calls
     except Exception as error:  # noqa: BLE001 - the inliner's errors share no public base class
@@ -76,6 +79,28 @@ def _inline(light: LightModel, scope: Scope) -> tuple[Any, int]:
             f"{light.path}: its functions {', '.join('::'.join(name) for name in sorted(wanted))} cannot be inlined "
             f"({first[:200]}); run onnx.checker on it"
         ) from None
+
+
+def _require_finite(light: LightModel, wanted: set[tuple[str, str]]) -> None:
+    """Refuse functions that call themselves, or that grow beyond any use; the inliner would not come back."""
+    calls: dict[tuple[str, str], Counter[tuple[str, str]]] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    for function in light.proto.functions:
+        called = Counter((node.domain, node.op_type) for node in function.node)
+        calls[function.domain, function.name] = Counter({name: n for name, n in called.items() if name in wanted})
+        sizes[function.domain, function.name] = len(function.node)
+    waiting = dict(calls)
+    while waiting:
+        ready = [name for name, inner in waiting.items() if not inner.keys() & waiting.keys()]
+        for name in ready:
+            inner = waiting.pop(name)
+            sizes[name] += sum(count * sizes[one] for one, count in inner.items())
+        if not ready or max(sizes.values()) > _MOST_NODES:
+            listed = ", ".join(sorted("::".join(name) for name in ready or waiting))
+            raise RunError(
+                f"{light.path}: the functions {listed} call each other in a circle, or grow to more than {_MOST_NODES} "
+                "nodes when they are inlined; mend the tool that wrote them"
+            )
 
 
 def _infer(model: Any) -> Any:

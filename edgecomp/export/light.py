@@ -200,20 +200,23 @@ def _external(model: Path, tensor: Any, entries: dict[str, str]) -> External:
     except ValueError:
         return External(tensor.name, location, 0, 0, "its offset or length is no number")
     found = External(tensor.name, location, offset, length)
-    folder = model.parent.resolve()
-    path = (folder / location).resolve()
     if not location or "\0" in location:
         return dataclasses.replace(found, problem=f"the location {location!r} names no file")
+    folder = model.parent.resolve()
+    try:
+        path = (folder / location).resolve()
+        held = path.stat().st_size if path.is_file() else -1
+    except (OSError, RuntimeError):  # too long a name, a loop of links
+        return dataclasses.replace(found, problem=f"the location {location[:100]!r} cannot be looked at")
     if folder not in path.parents or ".." in Path(location).parts or Path(location).is_absolute():
         return dataclasses.replace(found, problem=f"{location!r} leaves the model's folder", leaves=True)
-    if not path.is_file():
+    if held < 0:
         return dataclasses.replace(found, problem=f"{location!r} is not there")
     if offset < 0 or length < 0:
         return dataclasses.replace(found, problem=f"the offset {offset} or length {length} is negative")
     if length != needed:
         return dataclasses.replace(found, problem=f"it has {length} bytes in {location!r} and needs {needed}")
-    if path.stat().st_size < offset + length:
-        held = path.stat().st_size
+    if held < offset + length:
         return dataclasses.replace(found, problem=f"{location!r} has {held} bytes and it ends at {offset + length}")
     return found
 

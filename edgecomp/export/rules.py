@@ -134,6 +134,25 @@ def _plugin_op(node: NodeView, scope: Scope) -> Iterator[Hit]:
         yield Hit("a plugin of yours runs it, which is not looked at here", "build with the plugin, and compare", node)
 
 
+def _topk_unread(node: NodeView, scope: Scope) -> Iterator[Hit]:
+    """Find a TopK whose K is fixed and yet not computed here, in a row that is long enough to pass the limit.
+
+    Source: as for `topk-k-limit`.
+    """
+    if node.proto.op_type != "TopK" or not node.is_onnx or not node.is_known(1) or node.largest(1) is not None:
+        return
+    limit = min((rule.largest_constant["1"] for one in scope.lists if (rule := one.ops.get("TopK"))), default=0)
+    dims = node.graph.dims.get(node.input_name(0))
+    axis = node.attribute("axis")
+    row = dims[-1 if axis is None else axis] if dims else None
+    if row is None or row > limit:
+        yield Hit(
+            f"K is computed from fixed sizes by ops that are not followed here, and may pass {limit}",
+            "fold constants before the check (onnxslim, onnxsim), or make K a constant when exporting",
+            node,
+        )
+
+
 # -- shapes ---------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +401,7 @@ RULES: tuple[Rule, ...] = (
     Rule("EC107", "op-not-listed", "unverified", _LISTS, takes=Condition(("absent",))),
     Rule("EC109", "domain-unknown", "blocked", "TENSORRT.md section 3; PEERS.md row 27", node=_foreign_domain),
     Rule("EC110", "plugin-op", "unverified", "TENSORRT.md section 2", node=_plugin_op),
+    Rule("EC111", "topk-k-not-read", "unverified", "TENSORRT.md section 4; PEERS.md rows 1 and 2", node=_topk_unread),
     Rule("EC201", "dynamic-input", "blocked", "PEERS.md rows 5, 9 and 29; DESIGN.md decision 10", graph=_dynamic_input),
     Rule(
         "EC202",

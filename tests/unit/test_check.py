@@ -1,4 +1,4 @@
-"""`edgecomp check`: each rule finds its planted fault and passes a near miss; broken, huge and hostile files; `--fix`."""
+"""`edgecomp check`: each rule finds its planted fault and passes a near miss; broken and huge files; `--fix`."""
 
 from __future__ import annotations
 
@@ -90,6 +90,15 @@ def topk_computed(from_input: bool) -> Graph:
         graph.add("Min", size, graph.const("most", [20], np.int64), name="k")
     values = graph.add("TopK", "x", "k" if from_input else "k.out", name="planted", out=2)
     return graph.give(values)
+
+
+def topk_share(length: int) -> Graph:
+    """K is the hyperbolic sine of a share of the row: fixed, and by no op that sizes are made with."""
+    graph = Graph(1, length)
+    size = graph.add("Cast", graph.add("Shape", "x", start=1), to=FLOAT)
+    share = graph.add("Mul", size, graph.const("share", [0.0005], np.float32))
+    k = graph.add("Cast", graph.add("Sinh", share), to=INT64)
+    return graph.give(graph.add("TopK", "x", k, name="planted", out=2))
 
 
 def scatter(op: str, reduction: str) -> Graph:
@@ -207,6 +216,7 @@ PLANTED: dict[str, tuple[str, dict[str, str], Any, tuple[str, ...], Any]] = {
     "EC107": ("unverified", RTX, lambda: one("Celu"), ("Celu", "nobody tried"), lambda: one("Selu")),
     "EC108": ("blocked", ORIN, lambda: sampled("linear"), ("'linear'",), lambda: sampled("nearest")),
     "EC109": ("blocked", RTX, lambda: one("Fused", domain="com.example"), ("com.example",), lambda: one("Tanh")),
+    "EC111": ("unverified", RTX, lambda: topk_share(5000), ("3840",), lambda: topk_share(3000)),
     "EC201": ("blocked", RTX, lambda: opened("batch"), ("batch", "profile"), lambda: opened(4)),
     "EC202": ("unverified", RTX, lambda: reshaped(True), ("'shape'",), lambda: reshaped(False)),
     "EC203": ("unverified", RTX, lambda: chosen("Transpose"), ("planted.out",), lambda: chosen("Tanh")),
@@ -388,6 +398,24 @@ def test_functions_are_inlined_unless_a_plugin_takes_them(tmp_path: Path) -> Non
     assert rules_of(check(path, plugin=["local::Pair"])) == {"EC110", "EC203"}
 
 
+@pytest.mark.parametrize("kind", ["circle", "doubling"])
+def test_functions_without_an_end_are_refused(kind: str, tmp_path: Path, cli: Cli) -> None:
+    graph = one("F0", domain="local")
+    count = 2 if kind == "circle" else 40
+    for index in range(count):
+        follower = f"F{(index + 1) % count}" if kind == "circle" or index < count - 1 else "Relu"
+        domain = "local" if follower != "Relu" else ""
+        body = [
+            helper.make_node(follower, ["a"], ["b"], domain=domain),
+            helper.make_node(follower, ["b"], ["c"], domain=domain),
+        ]
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("local", 1)]
+        graph.functions.append(helper.make_function("local", f"F{index}", ["a"], ["c"], body, opsets))
+    said = cli("check", graph.save(tmp_path / "model.onnx"), "--target", "a10")
+    assert said.code == 2
+    assert "local::F0" in said.err if kind == "circle" else "more than 1000000 nodes" in said.err
+
+
 # -- files ----------------------------------------------------------------------------------------------------
 
 
@@ -425,6 +453,9 @@ def test_external_data_that_is_missing_or_short_is_blocked(tmp_path: Path) -> No
     assert "has 1000 bytes" in check(path).graphs[0].findings[0].what
     assert "needs 67108864" in check(external(path, "weights.data", length=12)).graphs[0].findings[0].what
     assert "negative" in check(external(path, "weights.data", offset=-4)).graphs[0].findings[0].what
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for hostile in ("loop", "a" * 5000, "", "w\0x"):
+        assert rules_of(check(external(path, hostile))) == {"EC403"}
 
 
 def test_external_data_of_gigabytes_is_never_read(tmp_path: Path) -> None:
