@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgecomp.api._build import build
     from edgecomp.api._calibrate import calibrate
+    from edgecomp.api._check import check
     from edgecomp.api._doctor import doctor
     from edgecomp.api._evaluate import evaluate
     from edgecomp.api._export import export
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "build",
     "calibrate",
+    "check",
     "doctor",
     "evaluate",
     "export",

@@ -12,7 +12,7 @@ from edgecomp.errors import BundleError, EdgecompError, InvalidSpec, TargetMisma
 from edgecomp.report.build import BuildReport, EngineFile
 from edgecomp.specs import Target, load_target, target_names
 
-__all__ = ["build"]
+__all__ = ["build", "local_target"]
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -51,7 +51,7 @@ def build(
     """
     if not 0 <= workspace_mib <= 1 << 20:
         raise InvalidSpec(f"workspace {workspace_mib} MiB is not between 0 (the builder's own limit) and {1 << 20}")
-    chosen = _local_target() if target == "auto" else load_target(target)
+    chosen = local_target() if target == "auto" else load_target(target)
     opened = open_bundle(Path(bundle))
     buckets = opened.select(budget=budget, batch=batch)
     models = [*dict.fromkeys(bucket.stem for bucket in buckets if bucket.stem), *(bucket.model for bucket in buckets)]
@@ -86,7 +86,7 @@ def build(
     return BuildReport(str(bundle), chosen.name, chosen.sm, record.runtime, record.runtime_version, tuple(built))
 
 
-def _local_target() -> Target:
+def local_target() -> Target:
     """Return the target whose compute capability the local GPU has."""
     sm = local_gpu_sm()
     if sm is None:

@@ -10,7 +10,20 @@ from typing import Annotated, Any
 import typer
 
 from edgecomp import __version__
-from edgecomp.cli import build, calibrate, doctor, evaluate, export, inspect, listing, parity, plugin, profile, run
+from edgecomp.cli import (
+    build,
+    calibrate,
+    check,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    listing,
+    parity,
+    plugin,
+    profile,
+    run,
+)
 from edgecomp.errors import EdgecompError, ParityError
 
 __all__ = ["app", "main"]
@@ -22,7 +35,7 @@ app = typer.Typer(
     name="edgecomp", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 app.add_typer(listing.app, name="list", help="List methods, targets, backbones or routers.")
-for _module in (export, parity, build, run, profile, evaluate, calibrate, inspect, doctor):
+for _module in (export, parity, build, run, profile, evaluate, calibrate, check, inspect, doctor):
     app.command(name=_module.__name__.rpartition(".")[2])(_module.command)
 app.add_typer(plugin.app, name="plugin", help="Compile, list or check TensorRT plugins.")
 

@@ -9,7 +9,7 @@ Neither torch nor onnx is imported here, and TensorRT only when a function needs
 from __future__ import annotations
 
 from edgecomp.engines.build import BuiltEngine, build_engine
-from edgecomp.engines.flavour import Flavour, choose_flavour, installed_flavours, load_flavour
+from edgecomp.engines.flavour import Flavour, choose_flavour, installed_flavours, load_flavour, planned_flavour
 from edgecomp.engines.gpu import local_gpu_sm
 from edgecomp.engines.plugin_use import find_plugin_nodes
 from edgecomp.engines.plugins import (
@@ -39,6 +39,7 @@ __all__ = [
     "load_flavour",
     "loaded_library",
     "local_gpu_sm",
+    "planned_flavour",
     "read_library",
     "read_record",
     "require_library",

@@ -1,7 +1,6 @@
 """Reads the few fields of an ONNX file that plugins need, without the package onnx, which a board does not have.
 
-Protocol buffers: a message is a row of (field number and wire type, value); a field of wire type 2 is a length and so
-many bytes. Field numbers are those of onnx.proto, which never change.
+Field numbers are those of onnx.proto, which never change.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from edgecomp.errors import BuildError
+from edgecomp.wire import fields
 
 __all__ = ["OnnxNode", "custom_nodes", "without_functions"]
 
@@ -21,7 +21,6 @@ _GRAPH_NODE = 1
 _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 3, 4, 5, 7
 _ATTRIBUTE_NAME, _ATTRIBUTE_TEXT = 1, 4
 _FUNCTION_NAME, _FUNCTION_DOMAIN = 1, 10
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 class OnnxNode(msgspec.Struct, frozen=True):
@@ -51,7 +50,7 @@ def without_functions(path: Path, domain: str, op: str) -> bytes:
     """Return the model's bytes without the body of one function, so that only a plugin can run its nodes."""
     content = path.read_bytes()
     kept = []
-    for number, start, begin, end in _fields(content, 0, len(content)):
+    for number, start, begin, end in fields(content, 0, len(content)):
         if number == _MODEL_FUNCTIONS:
             texts = _texts(content, begin, end)
             if texts.get(_FUNCTION_NAME) == op and texts.get(_FUNCTION_DOMAIN, "") == domain:
@@ -61,17 +60,17 @@ def without_functions(path: Path, domain: str, op: str) -> bytes:
 
 
 def _nodes_of(content: mmap.mmap, domain: str) -> Iterator[OnnxNode]:
-    for number, _, begin, end in _fields(content, 0, len(content)):
+    for number, _, begin, end in fields(content, 0, len(content)):
         if number != _MODEL_GRAPH:
             continue
-        for kind, _, node_begin, node_end in _fields(content, begin, end):
+        for kind, _, node_begin, node_end in fields(content, begin, end):
             if kind != _GRAPH_NODE:
                 continue
             words = _texts(content, node_begin, node_end)
             if words.get(_NODE_DOMAIN) != domain:
                 continue
             texts, attributes = {}, []
-            for field, _, at, to in _fields(content, node_begin, node_end):
+            for field, _, at, to in fields(content, node_begin, node_end):
                 if field == _NODE_ATTRIBUTE:
                     attribute = _texts(content, at, to)
                     attributes.append(attribute.get(_ATTRIBUTE_NAME, ""))
@@ -84,43 +83,7 @@ def _texts(content: bytes | mmap.mmap, begin: int, end: int) -> dict[int, str]:
     """Return the short text fields of a message by their number."""
     longest = 4096
     found = {}
-    for number, _, at, to in _fields(content, begin, end):
+    for number, _, at, to in fields(content, begin, end):
         if 0 < to - at <= longest and number not in (_NODE_ATTRIBUTE, _MODEL_FUNCTIONS):
             found[number] = content[at:to].decode(errors="replace")
     return found
-
-
-def _fields(content: bytes | mmap.mmap, begin: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (number, start of the field, start and end of its value); a varint's value is empty."""
-    at = begin
-    while at < end:
-        start = at
-        key, at = _varint(content, at)
-        kind = key & 7
-        value = at
-        if kind == _VARINT:
-            _, at = _varint(content, at)
-            value = at
-        elif kind == _BYTES:
-            length, value = _varint(content, at)
-            at = value + length
-        elif kind in (_FIXED64, _FIXED32):
-            at += 8 if kind == _FIXED64 else 4
-        else:
-            raise IndexError(start)
-        if at > end:
-            raise IndexError(start)
-        yield key >> 3, start, value, at
-
-
-def _varint(content: bytes | mmap.mmap, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = content[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if not byte & 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise IndexError(at)

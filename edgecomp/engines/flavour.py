@@ -20,7 +20,15 @@ from edgecomp.engines.gpu import local_gpu_sm
 from edgecomp.errors import BuildError, InvalidSpec, MissingDependency, TargetMismatch, UnknownName
 from edgecomp.specs.target import Target
 
-__all__ = ["Flavour", "choose_flavour", "create_config", "create_network", "installed_flavours", "load_flavour"]
+__all__ = [
+    "Flavour",
+    "choose_flavour",
+    "create_config",
+    "create_network",
+    "installed_flavours",
+    "load_flavour",
+    "planned_flavour",
+]
 
 FlavourName = Literal["tensorrt", "rtx"]
 
@@ -113,6 +121,35 @@ def choose_flavour(target: Target, runtime: str = "auto") -> FlavourName:
         if name not in installed
     ]
     raise TargetMismatch(f"{'; '.join(refusals)}; {target.build_on}")
+
+
+def planned_flavour(target: Target, runtime: str = "auto") -> FlavourName:
+    """Return the flavour that would build for a target; none is imported, and none has to be installed.
+
+    Args:
+        target: what the engine would be for.
+        runtime: "tensorrt", "rtx", or "auto": what is installed here and fits, and else full TensorRT where it builds
+            for the target at all.
+
+    Raises:
+        TargetMismatch: no flavour builds for the target, or not the one that was asked for.
+    """
+    if target.is_estimate_only:
+        raise TargetMismatch(
+            f"no supported TensorRT builds for {target.name} (SM{target.sm}); it serves estimates only: "
+            f"{target.build_on}"
+        )
+    asked = _NAMES if runtime == "auto" else (_require_name(runtime),)
+    possible = tuple(name for name in asked if name in target.runtimes)
+    if not possible:
+        raise TargetMismatch(
+            f"{_TITLES[asked[0]]} does not build for {target.name} (SM{target.sm}), "
+            f"{' or '.join(_TITLES[name] for name in target.runtimes)} does; {target.build_on}"
+        )
+    for name in possible:
+        if _module_name(name) and (name == "rtx" or local_gpu_sm() == target.sm):
+            return name
+    return possible[0]
 
 
 def _missing(name: FlavourName, needed_for: str) -> MissingDependency:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from edgecomp.errors import OpNotAllowed
 from edgecomp.export.passes.strip_metadata import module_of
-from edgecomp.specs import OpList, OpRule
+from edgecomp.specs import OpList
 
 __all__ = ["require_allowed", "violations"]
 
@@ -60,32 +60,47 @@ def _refusal(node: ir.Node, oplist: OpList) -> str:
     rule = oplist.ops.get(node.op_type)
     if rule is None:
         return "the op is not on the list; rewrite it with ops that are, or name it under extra_ops with a reason"
-    broken = _broken_condition(node, rule)
-    if not broken:
+    broken = next(rule.broken(_Facts(node)), None)
+    if broken is None:
         return ""
-    return "; ".join(part for part in (broken, rule.reason, rule.remedy) if part)
+    return "; ".join(part for part in (broken.text, rule.reason, rule.remedy) if part)
 
 
-def _broken_condition(node: ir.Node, rule: OpRule) -> str:
-    for name, values in rule.attributes.items():
-        attribute = node.attributes.get(name)
-        if attribute is not None and (text := _as_text(attribute.value)) not in values:
-            return f"attribute {name}={text!r} " + (f"is not among {', '.join(values)}" if values else "must be absent")
-    for position in rule.constant_inputs:
-        value = node.inputs[position] if position < len(node.inputs) else None
-        if value is not None and ir.convenience.get_const_tensor(value) is None:
-            return f"input {position} ({value.name!r}) is not a constant"
-    for place, largest in rule.largest_constant.items():
-        value = node.inputs[int(place)] if int(place) < len(node.inputs) else None
-        tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-        if tensor is not None and (top := int(tensor.numpy().max())) > largest:
-            return f"input {place} is {top}, above {largest}"
-    first = node.inputs[0] if node.inputs else None
-    if first is not None and rule.max_rank and first.shape is not None and len(first.shape) > rule.max_rank:
-        return f"rank {len(first.shape)} is above {rule.max_rank}"
-    if first is not None and rule.types and first.dtype is not None and _type_name(first.dtype) not in rule.types:
-        return f"type {_type_name(first.dtype)} is not among {', '.join(rule.types)}"
-    return ""
+class _Facts:
+    """What the conditions of an op ask of a node. Known is what is a constant: exports are folded before the check."""
+
+    def __init__(self, node: ir.Node) -> None:
+        self._node = node
+
+    def attribute_text(self, name: str) -> str | None:
+        attribute = self._node.attributes.get(name)
+        return None if attribute is None else _as_text(attribute.value)
+
+    def input_name(self, position: int) -> str:
+        value = self._input(position)
+        return "" if value is None else value.name or "without a name"
+
+    def is_known(self, position: int) -> bool:
+        return self._constant(position) is not None
+
+    def largest(self, position: int) -> int | None:
+        tensor = self._constant(position)
+        return None if tensor is None else int(tensor.numpy().max())
+
+    def first_rank(self) -> int | None:
+        first = self._input(0)
+        return None if first is None or first.shape is None else len(first.shape)
+
+    def first_type(self) -> str:
+        first = self._input(0)
+        return "" if first is None or first.dtype is None else _type_name(first.dtype)
+
+    def _input(self, position: int) -> ir.Value | None:
+        return self._node.inputs[position] if position < len(self._node.inputs) else None
+
+    def _constant(self, position: int) -> ir.TensorProtocol | None:
+        value = self._input(position)
+        return None if value is None else ir.convenience.get_const_tensor(value)
 
 
 def _as_text(value: object) -> str:

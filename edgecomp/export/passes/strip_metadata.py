@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-
 import onnx_ir as ir
 
-__all__ = ["MODULE_KEY", "module_of", "strip_metadata"]
+from edgecomp.export.modules import MODULE_KEY, SCOPES_KEY, deepest_module
 
-MODULE_KEY = "edgecomp.module"
-_SCOPES = "pkg.torch.onnx.name_scopes"
+__all__ = ["MODULE_KEY", "module_of", "strip_metadata"]
 
 
 def strip_metadata(model: ir.Model, *, producer_version: str) -> None:
@@ -19,7 +16,7 @@ def strip_metadata(model: ir.Model, *, producer_version: str) -> None:
     `compressor.blocks.3.gather.to_q`, so that a profile or an error can name it.
     """
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        module = _deepest_module(node.metadata_props.get(_SCOPES, ""))
+        module = deepest_module(node.metadata_props.get(SCOPES_KEY, ""))
         node.metadata_props.clear()
         node.doc_string = None
         if module:
@@ -40,12 +37,3 @@ def strip_metadata(model: ir.Model, *, producer_version: str) -> None:
 def module_of(node: ir.Node) -> str:
     """Return the torch module a node came from, or ""."""
     return node.metadata_props.get(MODULE_KEY, "")
-
-
-def _deepest_module(scopes: str) -> str:
-    """Return the last module in torch's list of scopes, whose final entry is the op's own name."""
-    try:
-        names = ast.literal_eval(scopes)
-    except (ValueError, SyntaxError):
-        return ""
-    return str(names[-2]) if isinstance(names, list) and len(names) >= 2 else ""
