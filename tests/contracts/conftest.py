@@ -82,9 +82,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "smoke" in metafunc.fixturenames:
         smokes = [Smoke(name, preset) for name in method_names() for preset in load_recipe(name).smoke_presets]
         metafunc.parametrize("smoke", smokes, ids=str)
-    if "hosted_method" in metafunc.fixturenames:  # one of each kind; `-m slow` has the others
+    if "sampled_method" in metafunc.fixturenames:  # one of each kind; `-m slow` has the others
         names = [pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow) for name in method_names()]
-        metafunc.parametrize("hosted_method", names, ids=str)
+        metafunc.parametrize("sampled_method", names, ids=str)
     if "method" in metafunc.fixturenames:
         metafunc.parametrize("method", method_names(), ids=lambda name: f"{name}-{load_recipe(name).level}")
 

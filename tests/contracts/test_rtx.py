@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif("rtx" not in installed_flavours(), reason="Tenso
 TARGETS = {"a10": 86, "rtx-5090": 120}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["a10", pytest.param("rtx-5090", marks=pytest.mark.slow)])
 def test_rtx_builds_the_bundle(smoke, bundle_of, target):
     bundle = bundle_of(smoke)
     assert load_target(target).sm == TARGETS[target]

@@ -96,9 +96,9 @@ def parts_of(tmp_path_factory):
 
 
 @pytest.fixture
-def both(hosted_method, assembled, parts_of, bundle_of):
+def both(sampled_method, assembled, parts_of, bundle_of):
     """Return a method's first preset with a host and several budgets: a bundle with a stem, and one of whole graphs."""
-    smokes = [Smoke(hosted_method, preset) for preset in load_recipe(hosted_method).smoke_presets]
+    smokes = [Smoke(sampled_method, preset) for preset in load_recipe(sampled_method).smoke_presets]
     hosted = [smoke for smoke in smokes if _has_host(assembled(smoke))]
     found = [smoke for smoke in hosted if len(smoke.budgets) > 1]
     if not found:

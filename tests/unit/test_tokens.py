@@ -300,7 +300,9 @@ def test_body_in_half_precision_rounds_once(shape: tuple[int, int, int, int], mo
 
 
 @pytest.mark.parametrize("shape", [(197, 16, 1, 2), (300, 149, 1, 2)], ids=["at once", "in chunks"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "equal" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_body_gives_the_same_bits_on_any_number_of_threads(shape: tuple[int, int, int, int], kind: str) -> None:
     inputs = arrays_of(kind, shape, "alternate")
     model = merge_model(
