@@ -150,7 +150,6 @@ class _Writer:
         self._kind = kind
         self._threshold: Threshold = threshold if kind == "int8" else "absmax"
         self._scale_type = scale_type
-        self._zero: ir.Value | None = None
         self._activations: dict[ir.Value, tuple[ir.Value, float]] = {}
         self._weights: dict[tuple[ir.Value, int], ir.Value] = {}
         self._replaced: list[ir.Value] = []
@@ -230,10 +229,9 @@ class _Writer:
             )
         largest = self._ranges[name].threshold(self._threshold)
         scale = self._scale(np.float32(largest), f"{name}.scale")
-        if self._zero is None:
-            self._zero = self._constant(f"zero.{self._kind}", np.zeros((), dtype=_DTYPES[self._kind].numpy()))
-        quantize = ir.node("QuantizeLinear", [value, scale, self._zero], name=f"{name}.quantize")
-        dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, self._zero], name=f"{name}.dequantize")
+        zero = self._zeros(f"zero.{self._kind}", ())
+        quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}.quantize")
+        dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{name}.dequantize")
         for new, suffix, dtype in ((quantize, self._kind, _DTYPES[self._kind]), (dequantize, "float", value.dtype)):
             _describe(new.outputs[0], f"{name}.{suffix}", value.shape, dtype)
             self._insert(node, new)
@@ -251,7 +249,8 @@ class _Writer:
         levels = np.clip(weight / steps, -limit, limit)
         stored = self._constant(name, (np.rint(levels) if per_channel else levels).astype(_DTYPES[self._kind].numpy()))
         attributes = {"axis": axis} if per_channel else {}
-        dequantize = ir.node("DequantizeLinear", [stored, scale], attributes, name=f"{name}.dequantize")
+        zero = self._zeros(f"{name}.zero", _array(scale).shape)
+        dequantize = ir.node("DequantizeLinear", [stored, scale, zero], attributes, name=f"{name}.dequantize")
         _describe(dequantize.outputs[0], f"{name}.float", value.shape, value.dtype)
         self._insert(node, dequantize)
         return dequantize.outputs[0]
@@ -264,6 +263,15 @@ class _Writer:
         rounded = np.where(rounded.astype(np.float64) < exact, np.nextafter(rounded, dtype(np.inf)), rounded)
         scale = np.where(exact == 0, 1.0, rounded.astype(np.float64)).astype(np.float32)
         return self._constant(name, scale)
+
+    def _zeros(self, name: str, shape: tuple[int, ...]) -> ir.Value:
+        """Return zero points.
+
+        ONNX Runtime wants them to be there and of the scale's shape, and where it rewrites a weight for CPUs without
+        VNNI it fails if two weights share them.
+        """
+        known = self._graph.initializers.get(name)
+        return known or self._constant(name, np.zeros(shape, dtype=_DTYPES[self._kind].numpy()))
 
     def _constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
         array = np.ascontiguousarray(array).reshape(array.shape)
