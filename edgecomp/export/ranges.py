@@ -154,6 +154,17 @@ def collect_ranges(
     return {name: histogram.range() for name, histogram in seen.items()}
 
 
+def run_graph(model: ir.Model, batches: Iterable[Mapping[str, Array]], *, threads: int = 1) -> list[dict[str, Array]]:
+    """Return a graph's outputs by name for each batch: what a bundle's stem hands to the graphs behind it.
+
+    Raises:
+        ExportError: ONNX Runtime does not run the graph.
+    """
+    names = [value.name or "" for value in model.graph.outputs]
+    results = _run(model, list(model.graph.outputs), list(batches), threads)
+    return [dict(zip(names, outputs, strict=True)) for _, outputs in results]
+
+
 def nodes_out_of_range(
     model: ir.Model, ranges: Mapping[str, Range], *, limit: float = FP16_LIMIT
 ) -> tuple[OutOfRange, ...]:
