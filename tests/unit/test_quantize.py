@@ -310,7 +310,8 @@ def test_keep_leaves_nodes_as_they_are() -> None:
 
 
 ATTENTION = """<ir_version: 10, opset_import: ["" : 20]>
-g (float[1,2,24,16] q, float[1,2,16,24] k, float[1,2,24,16] v, float[1,1,1,24] bias) => (float[1,2,24,16] y, float[1,2,24,24] m)
+g (float[1,2,24,16] q, float[1,2,16,24] k, float[1,2,24,16] v, float[1,1,1,24] bias)
+=> (float[1,2,24,16] y, float[1,2,24,24] m)
 {
   s = MatMul (q, k)
   sb = Add (s, bias)
