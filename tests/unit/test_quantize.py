@@ -22,11 +22,13 @@ from edgecomp.bundle import open_bundle
 from edgecomp.engines import BuiltEngine, build_engine, installed_flavours
 from edgecomp.errors import ExportError, InvalidSpec, TargetMismatch
 from edgecomp.export.emulate import emulated
-from edgecomp.export.passes import WeightsFile, share_weights
+from edgecomp.export.opcheck import require_allowed
+from edgecomp.export.passes import WeightsFile, require_static, share_weights
 from edgecomp.export.passes.insert_qdq import insert_qdq, quantizable, tensors_to_calibrate
 from edgecomp.export.passes.strip_metadata import MODULE_KEY
 from edgecomp.export.ranges import Range, collect_ranges, run_graph
 from edgecomp.parity.metrics import Difference, compare
+from edgecomp.specs import load_oplists
 from edgecomp.specs.origin import file_sha256
 from edgecomp.specs.target import load_target
 
@@ -232,7 +234,7 @@ def test_a_column_of_zeros_stays_zero() -> None:
 # -- which nodes --------------------------------------------------------------------------------------
 
 
-def test_what_several_nodes_read_is_quantised_once() -> None:
+def test_an_activation_that_several_nodes_read_is_quantised_once() -> None:
     model = with_weights(
         '<ir_version: 10, opset_import: ["" : 20]> g (float[1,8,32] x, float[32,32] q, float[32,32] k) '
         "=> (float[1,8,32] y) { a = MatMul (x, q)  b = MatMul (x, k)  c = MatMul (b, q)  y = Sum (a, b, c) }",
@@ -240,7 +242,7 @@ def test_what_several_nodes_read_is_quantised_once() -> None:
         k=weight(32, 32, seed=1),
     )
     assert len(quantize(model, kind="int8")) == 3
-    assert ops(model) == {"QuantizeLinear": 2, "DequantizeLinear": 4, "MatMul": 3, "Sum": 1}
+    assert ops(model) == {"QuantizeLinear": 2, "DequantizeLinear": 5, "MatMul": 3, "Sum": 1}
     assert not {"q", "k"} & set(model.graph.initializers)
 
 
@@ -262,6 +264,28 @@ def test_gemm_becomes_a_product_and_a_sum(trans_b: int, tmp_path: Path) -> None:
     assert [value.name for value in model.graph.outputs] == ["y"]
     after = infer(model, tmp_path, feeds, x64quantprecision="1")
     assert np.abs(after - before).max() / np.abs(before).max() < 0.02
+
+
+def test_gemms_that_share_a_weight_run_and_store_it_once(tmp_path: Path) -> None:
+    model = with_weights(
+        '<ir_version: 10, opset_import: ["" : 20]> g (float[4,32] x, float[32,32] w) => (float[4,32] y) '
+        "{ h = Gemm <transB = 1> (x, w)  y = Gemm <transB = 1> (h, w) }",
+        w=weight(32, 32),
+    )
+    feeds = inputs(model)
+    before = infer(model, tmp_path, feeds)
+    assert [one.weight for one in quantize(model, kind="int8")] == ["w", "w"]
+    assert ops(model) == {"QuantizeLinear": 2, "DequantizeLinear": 4, "MatMul": 2}
+    first, second = (constant(model.graph.initializers[key]) for key in ("w.transposed.int8", "w.transposed.int8.1"))
+    np.testing.assert_array_equal(first, second)
+    with WeightsFile(tmp_path / "weights.data") as file:
+        share_weights(model, file)
+    assert file.size == 32 * 32
+    model.graph.initializers["w.transposed.int8"].const_value = ir.tensor(first)
+    model.graph.initializers["w.transposed.int8.1"].const_value = ir.tensor(second)
+    assert not {"w", "w.transposed"} & set(model.graph.initializers)
+    after = infer(model, tmp_path, feeds, x64quantprecision="1")
+    assert np.abs(after - before).max() / np.abs(before).max() < 0.03
 
 
 def test_a_gemm_with_factors_is_left() -> None:
@@ -349,7 +373,7 @@ def test_conv_is_quantised_by_output_channel(tmp_path: Path) -> None:
     feeds = inputs(model)
     before = infer(model, tmp_path, feeds)
     quantize(model, kind="int8", convs=True)
-    scale = next(constant(value) for key, value in model.graph.initializers.items() if key.startswith("w.int8.0.scale"))
+    scale = next(constant(value) for key, value in model.graph.initializers.items() if key == "w.int8.scale")
     assert scale.shape == (20,)
     after = infer(model, tmp_path, feeds, disable_quant_qdq="1")
     assert 0 < np.abs(after - before).max() / np.abs(before).max() < 0.02
@@ -385,6 +409,14 @@ def test_the_bytes_are_the_same_each_time() -> None:
         quantize(model, kind="int8")
         texts.append(ir.to_proto(model).SerializeToString(deterministic=True))
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_the_op_lists_take_it(kind: str) -> None:
+    model = block()
+    quantize(model, kind=kind, attention=True, convs=True)
+    require_allowed(model, load_oplists())
+    require_static(model)
 
 
 # -- whole methods ------------------------------------------------------------------------------------

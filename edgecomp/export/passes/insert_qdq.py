@@ -5,7 +5,8 @@ Symmetric throughout: no zero points other than 0, no quantised biases. TensorRT
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import ml_dtypes
@@ -124,13 +125,12 @@ def insert_qdq(
     writer = _Writer(model, ranges, kind, threshold, scale_type)
     found = []
     for site in sites:
-        node, op = site.node, site.node.op_type
+        op, weight = site.node.op_type, ""
+        if site.weight >= 0:
+            weight = str(site.node.inputs[site.weight].name)  # type: ignore[union-attr]
         if op == "Gemm":
             site = writer.as_matmul(site)
-        weight = ""
         if site.weight >= 0:
-            value = node.inputs[site.weight] if op != "Gemm" else site.node.inputs[site.weight]
-            weight = str(value.name)  # type: ignore[union-attr]
             writer.quantize_weight(site)
         writer.widen_bias(site.node)
         read = tuple(writer.quantize_activation(site.node, index) for index in site.activations)
@@ -151,7 +151,6 @@ class _Writer:
         self._threshold: Threshold = threshold if kind == "int8" else "absmax"
         self._scale_type = scale_type
         self._activations: dict[ir.Value, tuple[ir.Value, float]] = {}
-        self._weights: dict[tuple[ir.Value, int], ir.Value] = {}
         self._replaced: list[ir.Value] = []
 
     def as_matmul(self, site: _Site) -> _Site:
@@ -160,7 +159,8 @@ class _Writer:
         first, weight, *bias = node.inputs
         if weight is not None and site.axis == 0:  # transB: (N, K)
             self._replaced.append(weight)
-            weight = self._constant(f"{weight.name}.transposed", _array(weight).T)
+            name = f"{weight.name}.transposed"
+            weight = self._graph.initializers.get(name) or self._constant(name, _array(weight).T)
         product = ir.node("MatMul", [first, weight], name=node.name)
         out = node.outputs[0]
         after = [product]
@@ -185,15 +185,16 @@ class _Writer:
         return str(value.name), largest
 
     def quantize_weight(self, site: _Site) -> None:
-        """Exchange a node's weight for its quantised form and the node that gives it back."""
+        """Exchange a node's weight for its quantised form and the node that gives it back.
+
+        Each node gets constants of its own, equal where the weight is one: a weights file holds them once, and ONNX
+        Runtime, where it rewrites weights for CPUs without VNNI, fails if two nodes share them.
+        """
         node = site.node
         value = node.inputs[site.weight]
         assert value is not None
-        key = (value, site.axis)
-        if key not in self._weights:
-            self._weights[key] = self._add_weight(node, value, site.axis)
-            self._replaced.append(value)
-        node.replace_input_with(site.weight, self._weights[key])
+        node.replace_input_with(site.weight, self._add_weight(node, value, site.axis))
+        self._replaced.append(value)
 
     def widen_bias(self, node: ir.Node) -> None:
         """Give a bias that is added to a node's result the rank of the result."""
@@ -239,7 +240,8 @@ class _Writer:
 
     def _add_weight(self, node: ir.Node, value: ir.Value, axis: int) -> ir.Value:
         weight = _array(value)
-        name = f"{value.name}.{self._kind}" + (f".{axis}" if axis != 1 else "")
+        name = f"{value.name}.{self._kind}"
+        name += next(tail for tail in _tails() if f"{name}{tail}" not in self._graph.initializers)
         others = tuple(other for other in range(weight.ndim) if other != axis)
         per_channel = self._kind == "int8"
         largest = np.abs(weight).max(axis=others) if per_channel else np.abs(weight).max()
@@ -265,11 +267,7 @@ class _Writer:
         return self._constant(name, scale)
 
     def _zeros(self, name: str, shape: tuple[int, ...]) -> ir.Value:
-        """Return zero points.
-
-        ONNX Runtime wants them to be there and of the scale's shape, and where it rewrites a weight for CPUs without
-        VNNI it fails if two weights share them.
-        """
+        """Return zero points: ONNX Runtime wants them to be there, and of the scale's shape."""
         known = self._graph.initializers.get(name)
         return known or self._constant(name, np.zeros(shape, dtype=_DTYPES[self._kind].numpy()))
 
@@ -284,6 +282,12 @@ class _Writer:
         if module := module_of(node):
             new.metadata_props[MODULE_KEY] = module
         self._graph.insert_before(node, new)
+
+
+def _tails() -> Iterator[str]:
+    """Yield what tells equal constants apart: nothing, .1, .2, ..."""
+    yield ""
+    yield from (f".{number}" for number in itertools.count(1))
 
 
 _SMALLEST_SIDE = 16  # of a weight; below it no hardware gains, and what is that small is a score or a head
