@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edgecomp import __version__
+from edgecomp.api._emulate import runnable
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import GOLDEN, MANIFEST, WEIGHTS, Bundle, new_bundle, open_bundle, require_free, seal
 from edgecomp.errors import BundleError, InvalidSpec, MissingDependency, ParityError, UnknownName, WeightsError
+from edgecomp.evaluation.data import open_images
 from edgecomp.parity import OutputParity, ParityReport, check_bucket, read_goldens
 from edgecomp.parity.check import judge
 from edgecomp.report.export import ExportReport
@@ -26,6 +28,7 @@ from edgecomp.specs import DType, Output, Recipe, load_recipe, method_names
 from edgecomp.specs.manifest import Bucket, Manifest, PlainGraph, RouterGraph, RouterRecord
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import file_sha256
+from edgecomp.specs.precision import PrecisionPlan
 from edgecomp.specs.router import router_names
 
 if TYPE_CHECKING:
@@ -34,16 +37,17 @@ if TYPE_CHECKING:
     from edgecomp.backbones.assemble import Assembly
     from edgecomp.compressors._base import Compressor
     from edgecomp.export.graphs import Graphs
+    from edgecomp.export.ranges import OutOfRange
+    from edgecomp.export.samples import Sampled
     from edgecomp.runners import Array
 
 __all__ = ["export"]
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "timm", "numpy")
-_PRECISIONS = ("fp32",)
 _ALIGNMENTS = (1, 8, 16, 32)
+_ENOUGH = 16  # calibration images
 _EXPORTER = threading.Lock()  # torch's exporter serves one thread at a time
 _TIE = " (or two scores are closer than floating point tells apart, which another --seed shows)"
-_LOWEST_OPSET, _HIGHEST_OPSET = 18, 20
 
 
 def export(
@@ -62,6 +66,10 @@ def export(
     output: Output | str = "",
     input_dtype: DType | str = "float32",
     precision: str = "",
+    rest: str = "",
+    fp32: Sequence[str] = (),
+    calibration: str | Path = "",
+    calibration_images: int = 64,
     opset: int = 0,
     params: Mapping[str, Any] | None = None,
     stem: bool = True,
@@ -94,8 +102,14 @@ def export(
         feature_layer: which of the host's layers is compressed, counted from the end (-1: after the final norm).
         output: `tokens` or `logits`.
         input_dtype: `float32` (B, 3, S, S), normalised; or `uint8` (B, S, S, 3), raw RGB frames.
-        precision: `fp32`.
-        opset: 18 to 20.
+        precision: `fp32`; `fp16` or `bf16`, which all nodes compute in but the islands, which stay in fp32; `int8` or
+            `fp8`, which linear layers compute in.
+        rest: `fp16`, `bf16` or `fp32`: what int8 and fp8 leave; "": fp16.
+        fp32: shell patterns of modules (`blocks.3.mlp*`) or node names that stay in fp32 beside the islands.
+        calibration: a folder of images that scales of int8 and fp8, and the range check of fp16, are taken from; "":
+            seeded inputs and the shipped photograph.
+        calibration_images: the most that are read of it, chosen at random.
+        opset: 18 to 20; 22 with bf16.
         params: parameters of the method that replace the preset's.
         stem: with several budgets, write the part that all buckets share once, as `stem.onnx`; False: whole graphs.
         router: what picks a bucket for a request, as `edgecomp list routers` shows them; "": nothing does.
@@ -123,10 +137,12 @@ def export(
     )  # fmt: skip
     batch = (batch,) if isinstance(batch, int) else batch
     defaults = order.recipe.defaults
-    precision, opset, batches = precision or defaults.precision, opset or defaults.opset, tuple(batch) or defaults.batch
-    _require_in_range(order, precision, opset, batches)
+    plan = PrecisionPlan.asked(precision or defaults.precision, rest, tuple(fp32))
+    opset, batches = plan.opset(opset or (0 if plan.rest == "bf16" else defaults.opset)), tuple(batch) or defaults.batch
+    _require_in_range(order, batches)
+    _require_calibration(plan, calibration, calibration_images)
     folder = Path(out) if str(out) else _default_folder(order)
-    request = _request_digest(order, precision, opset, batches, with_plain)
+    request = _request_digest(order, plan, opset, batches, with_plain, calibration, calibration_images)
     if (found := _unchanged(folder, request)) is not None:
         size = found.file(WEIGHTS).size
         return ExportReport(folder, found.manifest, True, None, time.perf_counter() - started, size)
@@ -147,10 +163,19 @@ def export(
     _require_fixed(assembly, order)
     if with_plain and assembly.plain is None:
         raise InvalidSpec(f"{order.recipe.method} on given tokens has no uncompressed model; drop --with-plain")
+    sampled, image_notes = _samples(plan, assembly, calibration, calibration_images, order.seed, progress)
     with new_bundle(folder, force=force) as work:
         with _EXPORTER:
             graphs = write_graphs(
-                work, assembly, order.recipe, opset=opset, batches=batches, with_plain=with_plain, progress=progress
+                work,
+                assembly,
+                order.recipe,
+                opset=opset,
+                precision=plan,
+                samples=sampled.samples if sampled is not None else (),
+                batches=batches,
+                with_plain=with_plain,
+                progress=progress,
             )
         progress("computing goldens with the original")
         judge_static = _StaticJudge(order.recipe)
@@ -158,7 +183,7 @@ def export(
         kinds = {"model": graphs.buckets, "plain": graphs.plain, "stem": graphs.stem, "router": graphs.router}
         roles = {graph.model: role for role, members in kinds.items() for graph in members}
         roles |= {WEIGHTS: "weights", GOLDEN: "golden"}
-        manifest = seal(work, _manifest(assembly, order, request, precision, opset, graphs), roles)
+        manifest = seal(work, _manifest(assembly, order, request, plan, opset, graphs, sampled, image_notes), roles)
         report = _check(work, folder, manifest, progress)
     size = next(entry.size for entry in manifest.files if entry.name == WEIGHTS)
     return ExportReport(folder, manifest, False, report, time.perf_counter() - started, size)
@@ -253,11 +278,7 @@ def _method_of(compressor: Compressor) -> str:
     )
 
 
-def _require_in_range(order: Order, precision: str, opset: int, batches: Sequence[int]) -> None:
-    if precision not in _PRECISIONS:
-        raise UnknownName("precision", precision, _PRECISIONS)
-    if not _LOWEST_OPSET <= opset <= _HIGHEST_OPSET:
-        raise InvalidSpec(f"opset {opset} is not between {_LOWEST_OPSET} and {_HIGHEST_OPSET}; 20 is the default")
+def _require_in_range(order: Order, batches: Sequence[int]) -> None:
     if order.align not in _ALIGNMENTS:
         raise InvalidSpec(f"--align {order.align} is none of {', '.join(map(str, _ALIGNMENTS))}")
     for size in batches:
@@ -284,7 +305,15 @@ def _default_folder(order: Order) -> Path:
     return Path(f"{recipe.method}-{part}" + (f"-{size}" if size else ""))
 
 
-def _request_digest(order: Order, precision: str, opset: int, batches: Sequence[int], with_plain: bool) -> str:
+def _request_digest(
+    order: Order,
+    plan: PrecisionPlan,
+    opset: int,
+    batches: Sequence[int],
+    with_plain: bool,
+    calibration: str | Path,
+    calibration_images: int,
+) -> str:
     """Return the sha256 of everything that decides what is exported: the request, files, versions, edgecomp's code."""
     files = {
         path: file_sha256(Path(path))
@@ -310,14 +339,24 @@ def _request_digest(order: Order, precision: str, opset: int, batches: Sequence[
         "router": [order.router, order.router_params, files.get(order.router_weights, order.router_weights)],
         "pad_to": order.pad_to,
         "seed": order.seed,
-        "precision": precision,
+        "precision": msgspec.to_builtins(plan),
         "opset": opset,
+        "calibration": [_folder_digest(calibration), calibration_images if str(calibration) else 0],
         "batches": batches,
         "with_plain": with_plain,
         "tools": _tools(),
         "edgecomp": source_digest(),
     }
     return hashlib.sha256(msgspec.json.encode(asked, order="sorted")).hexdigest()
+
+
+def _folder_digest(folder: str | Path) -> str:
+    """Return what names, sizes and times of a folder's files say; nothing of an empty name."""
+    if not str(folder):
+        return ""
+    files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+    told = [f"{file.relative_to(folder)} {(seen := file.stat()).st_size} {seen.st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
 def _module_digest(module: Any) -> str:
@@ -353,15 +392,17 @@ def _manifest(
     assembly: Assembly,
     order: Order,
     request: str,
-    precision: str,
+    plan: PrecisionPlan,
     opset: int,
     graphs: Graphs,
+    sampled: Sampled | None,
+    image_notes: Sequence[str],
 ) -> Manifest:
     from edgecomp.export.flops import count_module_flops
 
     model = assembly.models[-1]
     plain_flops = count_module_flops(assembly.plain) if assembly.plain is not None else 0
-    notes = list(assembly.notes)
+    notes = [*assembly.notes, *image_notes, *map(_risk, graphs.risky)]
     for bucket in graphs.buckets:
         ratio = bucket.flops / bucket.batch / plain_flops if plain_flops else 0.0
         if ratio > 1 and bucket.batch == min(b.batch for b in graphs.buckets):
@@ -384,7 +425,10 @@ def _manifest(
         image_size=assembly.image_size,
         input_dtype=order.input_dtype,
         output=assembly.output,
-        precision=precision,  # type: ignore[arg-type]
+        precision=plan.word,
+        rest=plan.rest,
+        fp32=plan.fp32,
+        samples=sampled.record if sampled is not None else None,
         opset=opset,
         seed=order.seed,
         weights=assembly.weights,
@@ -423,6 +467,51 @@ def _router_record(assembly: Assembly, order: Order, graphs: tuple[RouterGraph, 
     return RouterRecord("fixed", {"budget": budget}, False, (), (), None, (), fixed=budget)
 
 
+def _require_calibration(plan: PrecisionPlan, calibration: str | Path, images: int) -> None:
+    """Refuse images that nothing would read, before torch is loaded."""
+    if images < 1:
+        raise InvalidSpec(f"--calibration-images {images} is below 1; 64 is the default")
+    if str(calibration) and not plan.needs_samples:
+        raise InvalidSpec(
+            f"--calibration {calibration}: {plan.word} takes nothing from images; drop it, or ask for fp16, int8 or fp8"
+        )
+    if str(calibration) and not Path(calibration).is_dir():
+        raise InvalidSpec(f"--calibration {calibration} is not a folder; give one with images")
+
+
+def _samples(
+    plan: PrecisionPlan, assembly: Assembly, folder: str | Path, limit: int, seed: int, progress: Progress
+) -> tuple[Sampled | None, tuple[str, ...]]:
+    """Return what to calibrate with, if anything, and notes about it."""
+    from edgecomp.export.samples import golden_samples, image_samples
+
+    if not plan.needs_samples:
+        return None, ()
+    specs = assembly.models[0].input_specs(1)
+    if not str(folder):
+        return golden_samples(specs, seed=seed, preprocess=assembly.preprocess), ()
+    progress("reading calibration images")
+    images = open_images(folder, limit=limit, seed=seed)
+    name = Path(folder).resolve().name
+    pictures = (images.image(index) for index in images.indices)
+    sampled = image_samples(pictures, specs, source=name, seed=seed, preprocess=assembly.preprocess)
+    few = (
+        f"{len(images.indices)} calibration images are few; {_ENOUGH} or more make scales that hold for others"
+        if len(images.indices) < _ENOUGH
+        else ""
+    )
+    return sampled, (*images.notes, *([few] if few else []))
+
+
+def _risk(value: OutOfRange) -> str:
+    """Return what the range check found, and the cure."""
+    cures = " ".join(f"--fp32 '{name}'" for name in value.island)
+    return (
+        f"fp16 ends at 65504, and {value.op} {value.node!r}{f' of {value.module}' if value.module else ''} reached "
+        f"{value.absmax:.4g} on the calibration inputs; other inputs may overflow: {cures}"
+    )
+
+
 def _require_fixed(assembly: Assembly, order: Order) -> None:
     """Refuse what the router `fixed` cannot be asked for, before anything is exported."""
     if order.router != "fixed":
@@ -448,12 +537,13 @@ def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> 
     rows: list[OutputParity] = []
     version = ""
     graphs: list[Bucket | PlainGraph | RouterGraph] = [*manifest.buckets, *manifest.routers, *manifest.plain]
-    for graph in graphs:
-        progress(f"checking {graph.model} in ONNX Runtime")
-        with open_graph("onnxruntime", Bundle(work, manifest), graph, threads=0) as runner:
-            rows.extend(check_bucket(runner, graph, goldens, tolerance))
-            version = runner.version
-    report = ParityReport(str(folder), "onnxruntime", version, 0, manifest.precision, tolerance, tuple(rows))
+    with runnable(Bundle(work, manifest), "onnxruntime", progress=progress) as (ready, emulated):
+        for graph in graphs:
+            progress(f"checking {graph.model} in ONNX Runtime")
+            with open_graph("onnxruntime", ready, graph, threads=0) as runner:
+                rows.extend(check_bucket(runner, graph, goldens, tolerance))
+                version = runner.version
+    report = ParityReport(str(folder), "onnxruntime", version, 0, manifest.precision, tolerance, tuple(rows), emulated)
     if not report:
         worst = report.worst
         raise ParityError(

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from edgecomp.api._emulate import runnable
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import Bundle, golden_key, open_bundle
 from edgecomp.parity import CASES, OutputParity, ParityReport, cases_of, check_bucket, judge, read_goldens
@@ -59,15 +60,16 @@ def parity(
     goldens, tolerance = read_goldens(opened.path), manifest.recipe.tolerances[manifest.precision]
     rows: list[OutputParity] = []
     version = ""
-    for graph in graphs:
-        progress(f"{graph.model} in {runner}")
-        with open_graph(runner, opened, graph, threads=threads) as loaded:
-            rows.extend(check_bucket(loaded, graph, goldens, tolerance))
-            version = loaded.version
-    if budget is None and manifest.router is not None:
-        progress(f"requests as the router sends them, in {runner}")
-        rows.extend(_check_routed(opened, goldens, tolerance, runner=runner, threads=threads))
-    return ParityReport(str(bundle), runner, version, threads, manifest.precision, tolerance, tuple(rows))
+    with runnable(opened, runner, progress=progress) as (ready, emulated):
+        for graph in graphs:
+            progress(f"{graph.model} in {runner}")
+            with open_graph(runner, ready, graph, threads=threads) as loaded:
+                rows.extend(check_bucket(loaded, graph, goldens, tolerance))
+                version = loaded.version
+        if budget is None and manifest.router is not None:
+            progress(f"requests as the router sends them, in {runner}")
+            rows.extend(_check_routed(ready, goldens, tolerance, runner=runner, threads=threads))
+    return ParityReport(str(bundle), runner, version, threads, manifest.precision, tolerance, tuple(rows), emulated)
 
 
 def _check_routed(

@@ -34,8 +34,18 @@ def command(
     ] = None,
     output: Annotated[str, typer.Option(help="`tokens` or `logits`.")] = "",
     input_dtype: Annotated[str, typer.Option(help="`float32`, or `uint8`: raw RGB frames (B, S, S, 3).")] = "float32",
-    precision: Annotated[str, typer.Option(help="`fp32`.")] = "",
-    opset: Annotated[int | None, typer.Option(help="18 to 20; default: 20.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="`fp32`, `fp16`, `bf16`, `int8` or `fp8`, written into the graph.")
+    ] = "",
+    rest: Annotated[str, typer.Option(help="What int8 and fp8 leave: `fp16` (default), `bf16`, `fp32`.")] = "",
+    fp32: Annotated[
+        list[str] | None, typer.Option("--fp32", help="A module (`blocks.3.mlp*`) or node kept in fp32; repeatable.")
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="A folder of images for scales and ranges; default: seeded inputs and a photograph.")
+    ] = "",
+    calibration_images: Annotated[int, typer.Option(help="The most images read of it.")] = 64,
+    opset: Annotated[int | None, typer.Option(help="18 to 20; default: 20, and 22 with bf16.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="params.NAME=VALUE, or router.NAME=VALUE; repeatable.")
     ] = None,
@@ -73,6 +83,10 @@ def command(
             output=output,
             input_dtype=input_dtype,
             precision=precision,
+            rest=rest,
+            fp32=fp32 or (),
+            calibration=calibration,
+            calibration_images=calibration_images,
             opset=opset or 0,
             params=params,
             stem=not no_stem,

@@ -41,7 +41,11 @@ class OutputParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How close a runner's outputs are to the original's; `bool(report)` is the verdict."""
+    """How close a runner's outputs are to the original's; `bool(report)` is the verdict.
+
+    Attributes:
+        emulated: a twin ran in place of the graphs: fp32, rounded as the precision rounds.
+    """
 
     bundle: str
     runner: str
@@ -50,6 +54,7 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: str
     tolerance: Tolerance
     outputs: tuple[OutputParity, ...]
+    emulated: bool = False
 
     def __bool__(self) -> bool:
         return all(self.outputs)

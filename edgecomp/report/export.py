@@ -45,7 +45,8 @@ def describe_export(report: ExportReport) -> str:
         f"{report.bundle}: {head}",
         f"  method     {manifest.method}, preset {manifest.preset}, {manifest.placement}"
         + (f" {manifest.backbone} (feature layer {manifest.feature_layer})" if manifest.backbone != "none" else ""),
-        f"  input      {_inputs(manifest)}; {manifest.precision}, opset {manifest.opset}",
+        f"  input      {_inputs(manifest)}",
+        f"  precision  {precision_line(manifest)}",
         f"  weights    {manifest.weights}",
     ]
     if manifest.backbone_weights is not None:
@@ -71,9 +72,31 @@ def describe_export(report: ExportReport) -> str:
         lines.append(
             f"  parity     {'pass' if report.parity else 'FAIL'}: {len(report.parity.outputs)} outputs in "
             f"{report.parity.version}, max rel error {worst.max_rel:.2g} (allowed {report.parity.tolerance.max_rel:g})"
+            + (", emulated: fp32 rounded as the type" if report.parity.emulated else "")
         )
     lines.append(f"  next       edgecomp parity {report.bundle}")
     return "\n".join(lines)
+
+
+def precision_line(manifest: Manifest) -> str:
+    """Return what a bundle's graphs compute in, how many nodes are in fp32 beside that, and what set the scales."""
+    word = (
+        f"{manifest.precision}, the rest {manifest.rest}"
+        if manifest.precision in ("int8", "fp8")
+        else manifest.precision
+    )
+    parts = [word, f"opset {manifest.opset}"]
+    graphs = [*manifest.stem, *manifest.buckets[:1]]  # what one request runs
+    if quantized := sum(len(graph.quantized) for graph in graphs):
+        parts.append(f"{quantized} linear layers quantised")
+    if islands := sum(len(graph.islands) for graph in graphs):
+        parts.append(f"{islands} nodes in fp32")
+    if manifest.fp32:
+        parts.append(f"fp32 asked for: {', '.join(manifest.fp32)}")
+    if manifest.samples is not None:
+        what = "scales from" if is_quantized else "range seen on"
+        parts.append(f"{what} {manifest.samples.count} inputs: {manifest.samples.source}")
+    return "; ".join(parts)
 
 
 def router_line(router: RouterRecord) -> str:

@@ -26,8 +26,9 @@ def describe_parity(report: ParityReport) -> str:
     ]
     header = ["model", "case", "output", "max abs", "max rel", "cosine mean", "cosine min", "PSNR dB", ""]
     threads = report.threads or "its own choice of"
+    word = report.precision + (" emulated in fp32" if report.emulated else "")
     lines = [
-        f"{report.bundle}: {report.version}, {threads} threads, {report.precision}, against the PyTorch original",
+        f"{report.bundle}: {report.version}, {threads} threads, {word}, against the PyTorch original",
         "",
         table(header, rows),
         "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 
 from edgecomp.bundle import Bundle
+from edgecomp.errors import RunError
 from edgecomp.runners import Array, Runner, open_runner
 from edgecomp.specs.manifest import Graph
 
@@ -51,7 +52,17 @@ class ChainRunner:
 
 
 def open_graph(name: str, bundle: Bundle, graph: Graph, *, threads: int, takes_turns: bool = False) -> Runner:
-    """Load a graph of a bundle, with its stem where it has one; see `open_runner`. Stem and rest always take turns."""
+    """Load a graph of a bundle, with its stem where it has one; see `open_runner`. Stem and rest always take turns.
+
+    Raises:
+        RunError: the runner has no kernels for the bundle's precision, or cannot load a graph.
+    """
+    if name == "onnxruntime" and not bundle.manifest.runs_on_cpu:
+        word = "fp8" if bundle.manifest.precision == "fp8" else "bf16"
+        raise RunError(
+            f"ONNX Runtime on the CPU has no kernels for {word}, which {bundle.path} computes in; `edgecomp parity` "
+            "checks it by twins in fp32, `edgecomp build` makes an engine, and --precision fp16 runs here"
+        )
     if not graph.stem:
         return open_runner(name, bundle.path / graph.model, threads=threads, takes_turns=takes_turns)
     stem, rest = (

@@ -43,6 +43,8 @@ class OnnxRuntimeRunner:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
+        # Where the CPU has no VNNI, sums of two int8 products would saturate at 16 bits, and the numbers be wrong.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         if takes_turns:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         if share_weights:

@@ -8,6 +8,7 @@ import msgspec
 
 from edgecomp.specs.budget import TokenBudget
 from edgecomp.specs.origin import WeightsOrigin
+from edgecomp.specs.precision import Rest, WrittenPrecision
 from edgecomp.specs.preprocess import Preprocess
 from edgecomp.specs.recipe import Recipe
 from edgecomp.specs.site import Output, Placement
@@ -21,6 +22,7 @@ __all__ = [
     "PlainGraph",
     "RouterGraph",
     "RouterRecord",
+    "Samples",
     "StoredFile",
 ]
 
@@ -43,6 +45,8 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         flops: of one run at this batch, the stem's with it; 2 for a multiply-add of matrix products and convolutions.
         ops: how often each op occurs in the file.
         stem: file name of the graph whose outputs this one reads; "" where it is whole.
+        islands: name of each node that stays in fp32 in a graph of another type, and why.
+        quantized: names of the nodes that compute on int8 or fp8 numbers.
     """
 
     model: str
@@ -52,6 +56,8 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     flops: int
     ops: dict[str, int]
     stem: str = ""
+    islands: dict[str, str] = {}
+    quantized: tuple[str, ...] = ()
 
 
 class Bucket(Graph, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -135,6 +141,20 @@ class RouterRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     calibration: Calibration | None = None
 
 
+class Samples(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a precision was calibrated with.
+
+    Attributes:
+        source: the name of a folder, never its path, or what was made in its place.
+        count: how many inputs.
+        sha256: over all of them, prepared and in their order.
+    """
+
+    source: str
+    count: int
+    sha256: str
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a bundle is; `docs/bundle.md` says what each field means."""
 
@@ -152,7 +172,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     image_size: int
     input_dtype: str
     output: Output
-    precision: Literal["fp32"]
+    precision: WrittenPrecision
     opset: int
     seed: int
     weights: WeightsOrigin
@@ -170,6 +190,14 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     notes: tuple[str, ...]
     files: tuple[StoredFile, ...]
     digest: str = ""
+    rest: Rest = "fp32"
+    fp32: tuple[str, ...] = ()
+    samples: Samples | None = None
+
+    @property
+    def runs_on_cpu(self) -> bool:
+        """Whether ONNX Runtime's CPU kernels know all types of the graphs; bf16 and fp8 they do not."""
+        return self.precision != "fp8" and self.rest != "bf16"
 
     @property
     def routers(self) -> tuple[RouterGraph, ...]:

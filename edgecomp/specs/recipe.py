@@ -13,6 +13,7 @@ from edgecomp.errors import InvalidSpec, UnknownName
 from edgecomp.resources import data_path
 from edgecomp.specs._toml import read_toml
 from edgecomp.specs.budget import BudgetRule
+from edgecomp.specs.precision import WrittenPrecision
 from edgecomp.specs.site import Output, Placement
 
 if TYPE_CHECKING:
@@ -68,6 +69,13 @@ class Tolerance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     derivation: Annotated[str, Meta(min_length=20)]
 
 
+class _Shared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Thresholds of the precisions whose noise depends on the type and hardly on the method."""
+
+    schema: Literal[1]
+    tolerances: dict[WrittenPrecision, Tolerance]
+
+
 class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A named size of a method.
 
@@ -98,7 +106,7 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch: tuple[Batch, ...]
     output: Output
     opset: Annotated[int, Meta(ge=18, le=20)]
-    precision: Literal["fp32"]
+    precision: WrittenPrecision
     backbone: str = "none"
     feature_layer: Annotated[int, Meta(le=-1)] = -1
 
@@ -116,6 +124,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         presets: named sizes; those whose name begins with `smoke` are what the tests run.
         unread: checkpoint keys (shell patterns) that no forward pass reads, with the reason.
         extra_ops: ops outside the allow-lists that this method may use, with the reason.
+        tolerances: of each precision; those that a file leaves out are the shared ones of `export/tolerances.toml`.
         invariances: changes of the input that cannot change the output, with the reason.
     """
 
@@ -130,7 +139,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     placements: dict[Placement, str]
     presets: dict[str, Preset]
     preprocess: ImageStatistics
-    tolerances: dict[Literal["fp32"], Tolerance]
+    tolerances: dict[WrittenPrecision, Tolerance]
     unread: dict[str, str] = {}
     extra_ops: dict[str, str] = {}
     invariances: dict[Literal["token-order"], str] = {}
@@ -184,9 +193,9 @@ def load_recipe(name_or_path: str) -> Recipe:
     A method of another package has its recipe beside its module: `pkg/foo.py` and `pkg/foo.toml`.
     """
     if name_or_path.endswith(".toml"):
-        return read_toml(Path(name_or_path), Recipe, what="recipe")
+        return _read(Path(name_or_path))
     if name_or_path in _shipped_methods():
-        return read_toml(data_path("export", "recipes", f"{name_or_path}.toml"), Recipe, what="recipe")
+        return _read(data_path("export", "recipes", f"{name_or_path}.toml"))
     points = method_entry_points()
     if name_or_path not in points:
         raise UnknownName("method", name_or_path, method_names(), hint="--recipe FILE takes a recipe of your own.")
@@ -196,4 +205,11 @@ def load_recipe(name_or_path: str) -> Recipe:
             f"method {name_or_path!r}: its entry point {points[name_or_path].value!r} names a module that is not "
             "there; reinstall the package that brings it"
         )
-    return read_toml(Path(module.origin).with_suffix(".toml"), Recipe, what="recipe")
+    return _read(Path(module.origin).with_suffix(".toml"))
+
+
+def _read(path: Path) -> Recipe:
+    """Read a recipe, and add the tolerances that all methods share."""
+    recipe = read_toml(path, Recipe, what="recipe")
+    shared = read_toml(data_path("export", "tolerances.toml"), _Shared, what="tolerances")
+    return msgspec.structs.replace(recipe, tolerances={**shared.tolerances, **recipe.tolerances})
