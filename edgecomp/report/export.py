@@ -80,12 +80,8 @@ def describe_export(report: ExportReport) -> str:
 
 def precision_line(manifest: Manifest) -> str:
     """Return what a bundle's graphs compute in, how many nodes are in fp32 beside that, and what set the scales."""
-    word = (
-        f"{manifest.precision}, the rest {manifest.rest}"
-        if manifest.precision in ("int8", "fp8")
-        else manifest.precision
-    )
-    parts = [word, f"opset {manifest.opset}"]
+    is_quantized = manifest.precision != manifest.rest
+    parts = [manifest.precision + (f", the rest {manifest.rest}" if is_quantized else ""), f"opset {manifest.opset}"]
     graphs = [*manifest.stem, *manifest.buckets[:1]]  # what one request runs
     if quantized := sum(len(graph.quantized) for graph in graphs):
         parts.append(f"{quantized} linear layers quantised")
