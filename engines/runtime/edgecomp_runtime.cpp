@@ -30,7 +30,7 @@ constexpr int64_t kLARGEST_LIBRARY = int64_t{1} << 30;  // bytes; edgecomp/engin
 constexpr size_t kMOST_VALUES = size_t{1} << 18;        // in one JSON text
 constexpr int32_t kDEEPEST = 32;                        // objects and lists within each other
 constexpr size_t kMOST_SIZES = 8;                       // dimensions of a tensor; TensorRT has no more
-constexpr size_t kLONGEST_SHOWN = 120;                  // bytes of one name in a message
+constexpr size_t kLONGEST_PATH = 1024;                  // bytes of a path in a message; of a name 120
 constexpr size_t kCHUNK = size_t{1} << 20;              // bytes read at once
 
 // -- text -----------------------------------------------------------------------------------------------------------
@@ -48,6 +48,8 @@ std::string cat(T const&... parts) {
     ((text += asText(parts)), ...);
     return text;
 }
+
+std::string shownPath(std::string const& path) { return printable(path, kLONGEST_PATH); }
 
 std::string quoted(std::string const& text) { return cat("'", printable(text), "'"); }
 
@@ -179,13 +181,13 @@ public:
         file.mHandle = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         struct stat found {};
         if (file.mHandle < 0 || ::fstat(file.mHandle, &found) != 0) {
-            return Error{Code::kFILE, cat("cannot be read: ", reason(errno)), printable(path), remedy};
+            return Error{Code::kFILE, cat("cannot be read: ", reason(errno)), shownPath(path), remedy};
         }
-        if (!S_ISREG(found.st_mode)) return Error{Code::kFILE, "is no plain file", printable(path), remedy};
+        if (!S_ISREG(found.st_mode)) return Error{Code::kFILE, "is no plain file", shownPath(path), remedy};
         file.mSize = found.st_size;
         if (file.mSize > largest) {
             return Error{Code::kFORMAT, cat("has ", file.mSize, " bytes; at most ", largest, " are read"),
-                         printable(path), remedy};
+                         shownPath(path), remedy};
         }
         return file;
     }
@@ -213,7 +215,7 @@ private:
 Error shortRead(std::string const& path) {
     bool const failed = errno != 0;
     return {Code::kFILE, failed ? cat("cannot be read: ", reason(errno)) : "became shorter while it was read",
-            printable(path), "copy it here again"};
+            shownPath(path), "copy it here again"};
 }
 
 // -- JSON (RFC 8259), strict ----------------------------------------------------------------------------------------
@@ -700,7 +702,7 @@ Result<Bytes> readPlan(std::string const& plan, Record const& record) {
     if (!file) return file.error();
     if (file->size() != record.sizeBytes || file->size() == 0) {
         return Error{Code::kMISMATCH, cat("has ", file->size(), " bytes, and its record says ", record.sizeBytes),
-                     printable(plan), "it is truncated or another plan: copy both files again, or build again"};
+                     shownPath(plan), "it is truncated or another plan: copy both files again, or build again"};
     }
     Result<Bytes> content = Bytes::allocate(static_cast<size_t>(file->size()), "the plan");
     if (!content) return content;
@@ -714,7 +716,7 @@ Result<Bytes> readPlan(std::string const& plan, Record const& record) {
     if (found != record.sha256) {
         return Error{Code::kMISMATCH,
                      cat("has the sha256 ", found.substr(0, 12), ", and its record says ", record.sha256.substr(0, 12)),
-                     printable(plan), "it was altered or is another plan: copy both files again, or build again"};
+                     shownPath(plan), "it was altered or is another plan: copy both files again, or build again"};
     }
     return content;
 }
@@ -749,7 +751,7 @@ Result<std::vector<std::string>> matchPlugins(Record const& record, std::vector<
             return Error{Code::kMISMATCH,
                          cat("has the sha256 ", found.substr(0, 12), ", and the engine needs ",
                              needs.empty() ? "no plugin" : needs),
-                         printable(path), "name the libraries that lie beside the plan, and no other"};
+                         shownPath(path), "name the libraries that lie beside the plan, and no other"};
         }
     }
     for (size_t i = 0; i < matched.size(); ++i) {
@@ -757,7 +759,7 @@ Result<std::vector<std::string>> matchPlugins(Record const& record, std::vector<
         PluginRecord const& plugin = record.plugins[i];
         return Error{Code::kMISMATCH,
                      cat("the engine needs the plugin ", quoted(plugin.name), " for ", printable(plugin.op)),
-                     printable(record.path),
+                     shownPath(record.path),
                      cat("name its library ", quoted(plugin.library), ", which lies beside the plan (--plugin FILE)")};
     }
     return matched;
@@ -884,14 +886,14 @@ Status requireSm(Record const& record, Device const& device) {
         return Error{Code::kMISMATCH,
                      cat("the plan was built for ", smText(record.sm), " (", printable(record.target), "), and ",
                          device.name, " has SM", device.sm),
-                     printable(record.path), "build the engine for this GPU: edgecomp build BUNDLE --target NAME"};
+                     shownPath(record.path), "build the engine for this GPU: edgecomp build BUNDLE --target NAME"};
     }
     for (PluginRecord const& plugin : record.plugins) {
         if (has(plugin.sm)) continue;
         return Error{Code::kMISMATCH,
                      cat("the plugin ", quoted(plugin.name), " was compiled for ", smText(plugin.sm), ", and ",
                          device.name, " has SM", device.sm),
-                     printable(record.path), cat("compile it again: edgecomp plugin build NAME --sm ", device.sm)};
+                     shownPath(record.path), cat("compile it again: edgecomp plugin build NAME --sm ", device.sm)};
     }
     return {};
 }
@@ -969,7 +971,7 @@ Result<TensorRt> loadTensorRt(std::string const& named, bool isRtx, Version cons
     int64_t const packed = number("getInferLibVersion");
     Dl_info info{};
     bool const known = found.create != nullptr && ::dladdr(reinterpret_cast<void*>(found.create), &info) != 0;
-    found.path = printable(known && info.dli_fname != nullptr ? info.dli_fname : named);
+    found.path = shownPath(known && info.dli_fname != nullptr ? info.dli_fname : named);
     if (found.create == nullptr || packed <= 0) {
         return Error{Code::kLIBRARY, "is no TensorRT: it has no createInferRuntime_INTERNAL or no getInferLibVersion",
                      found.path, "name libnvinfer.so or libtensorrt_rtx.so"};
@@ -994,7 +996,7 @@ Status requireVersion(Record const& record, bool isRtx, Version const& wanted, T
         return Error{Code::kMISMATCH,
                      cat("the plan was built by ", title(isRtx), " ", printable(record.runtimeVersion), ", and ",
                          found.path, " is ", found.text()),
-                     printable(record.path),
+                     shownPath(record.path),
                      "build the engine with the TensorRT that runs it (edgecomp build), or name its library"};
     }
     for (PluginRecord const& plugin : record.plugins) {
@@ -1005,7 +1007,7 @@ Status requireVersion(Record const& record, bool isRtx, Version const& wanted, T
         return Error{Code::kMISMATCH,
                      cat("the plugin ", quoted(plugin.name), " was compiled with the headers of TensorRT ",
                          printable(plugin.tensorrt), ", and ", found.path, " is ", found.text()),
-                     printable(record.path), "compile it again with fitting headers: edgecomp plugin build"};
+                     shownPath(record.path), "compile it again with fitting headers: edgecomp plugin build"};
     }
     return {};
 }
@@ -1110,11 +1112,11 @@ std::string Error::text() const {
     return cat(where.empty() ? "" : cat(where, ": "), what, remedy.empty() ? "" : cat("; ", remedy));
 }
 
-std::string printable(std::string const& text) {
+std::string printable(std::string const& text, size_t longest) {
     std::string out;
     char const* const end = text.data() + text.size();
     for (char const* at = text.data(); at < end;) {
-        if (out.size() >= kLONGEST_SHOWN) return out + "...";
+        if (out.size() >= longest) return out + "...";
         size_t const size = characterAt(at, end);
         auto const byte = static_cast<uint8_t>(*at);
         bool const c1 = size == 2 && byte == 0xC2 && static_cast<uint8_t>(at[1]) < 0xA0;
@@ -1160,7 +1162,7 @@ Result<std::vector<Tensor>> readSafetensors(std::string const& path) noexcept {
     char const* const remedy = "write the file again, with the package safetensors for example";
     Result<File> file = File::open(path, kLARGEST_FILE, "name a safetensors file");
     if (!file) return file.error();
-    auto const wrong = [&](std::string const& what) { return Error{Code::kFORMAT, what, printable(path), remedy}; };
+    auto const wrong = [&](std::string const& what) { return Error{Code::kFORMAT, what, shownPath(path), remedy}; };
     std::array<uint8_t, 8> prefix{};
     auto const prefixSize = static_cast<int64_t>(prefix.size());
     if (file->size() < prefixSize) return wrong(cat("has ", file->size(), " bytes, too few for safetensors"));
@@ -1215,7 +1217,7 @@ Status writeSafetensors(std::string const& path, std::vector<Tensor> const& tens
     std::string const fresh = cat(path, ".", static_cast<int64_t>(::getpid()), ".tmp");
     int32_t const handle = ::open(fresh.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     auto const failed = [&] {
-        return Error{Code::kFILE, cat("cannot be written: ", reason(errno)), printable(path),
+        return Error{Code::kFILE, cat("cannot be written: ", reason(errno)), shownPath(path),
                      "free space, or name another file"};
     };
     if (handle < 0) return failed();
@@ -1255,7 +1257,7 @@ Result<Record> readRecord(std::string const& plan) noexcept {
     record.path = path;
     if (wrong.empty()) wrong = fillRecord(json, record);
     if (!wrong.empty()) {
-        return Error{Code::kFORMAT, cat("is no record of an engine: ", wrong), printable(path), kBUILD_AGAIN};
+        return Error{Code::kFORMAT, cat("is no record of an engine: ", wrong), shownPath(path), kBUILD_AGAIN};
     }
     return record;
 }
@@ -1351,7 +1353,7 @@ struct Engine::Impl {
         for (size_t i = 0; i < paths.size(); ++i) {
             PluginRecord const& plugin = record.plugins[i];
             auto const refused = [&](std::string const& why) {
-                return Error{Code::kLIBRARY, why, printable(paths[i]), "compile it on this machine: edgecomp plugin build"};
+                return Error{Code::kLIBRARY, why, shownPath(paths[i]), "compile it on this machine: edgecomp plugin build"};
             };
             // TensorRT says only that it failed; this says why. The handle stays open, since layers may outlive it.
             if (::dlopen(paths[i].c_str(), RTLD_NOW | RTLD_LOCAL) == nullptr) {
@@ -1373,7 +1375,7 @@ struct Engine::Impl {
 
     Status deserialise(Bytes const& plan, std::string const& path) {
         auto const refused = [&](std::string const& why) {
-            return Error{Code::kRUN, why, printable(path), "build the engine again on this machine (edgecomp build)"};
+            return Error{Code::kRUN, why, shownPath(path), "build the engine again on this machine (edgecomp build)"};
         };
         engine.reset(runtime->deserializeCudaEngine(plan.data(), plan.size()));
         if (engine == nullptr) return refused(cat("is refused by TensorRT: ", Logger::instance().errors()));
@@ -1405,7 +1407,7 @@ struct Engine::Impl {
             if (!done) return done;
             if (!execution->setTensorAddress(buffer.info->name.c_str(), reinterpret_cast<void*>(buffer.pointer))) {
                 return Error{Code::kRUN, cat("TensorRT takes no address for ", quoted(buffer.info->name), ": ",
-                                             Logger::instance().errors()), printable(record.path), kBUILD_AGAIN};
+                                             Logger::instance().errors()), shownPath(record.path), kBUILD_AGAIN};
             }
         }
         return {};
@@ -1413,7 +1415,7 @@ struct Engine::Impl {
 
     Status enqueueOnce() {
         if (execution->enqueueV3(static_cast<cudaStream_t>(stream))) return {};
-        return Error{Code::kRUN, cat("TensorRT does not run: ", Logger::instance().errors()), printable(record.path),
+        return Error{Code::kRUN, cat("TensorRT does not run: ", Logger::instance().errors()), shownPath(record.path),
                      "build the engine again on this machine (edgecomp build)"};
     }
 
@@ -1466,7 +1468,7 @@ Result<Engine> Engine::load(std::string const& plan, Options const& options) noe
     Version wanted{};
     if (!readVersion(impl->record.runtimeVersion, wanted)) {
         return Error{Code::kFORMAT, cat("runtime_version ", quoted(impl->record.runtimeVersion), " is no version"),
-                     printable(impl->record.path), kBUILD_AGAIN};
+                     shownPath(impl->record.path), kBUILD_AGAIN};
     }
     Result<Bytes> content = readPlan(plan, impl->record);
     if (!content) return content.error();

@@ -172,7 +172,8 @@ struct Options {
     void* logUser = nullptr;
 };
 
-// An engine on a GPU, with memory for its inputs and outputs there. Movable; one thread at a time.
+// An engine on a GPU, with memory for its inputs and outputs there. Movable; one thread at a time. TensorRT has one log
+// for a process: what it says of engines that run at the same time in several threads may stand in each other's errors.
 class Engine {
 public:
     // Checks record, plan, TensorRT, GPU and plugins, in this order, and only then hands the plan to TensorRT.
@@ -210,8 +211,8 @@ private:
     std::unique_ptr<Impl> mImpl;
 };
 
-// Text that may go to a terminal: at most 120 bytes, control characters and what is no UTF-8 written as \xHH.
-std::string printable(std::string const& text);
+// Text that may go to a terminal: cut, and control characters and what is no UTF-8 written as \xHH.
+std::string printable(std::string const& text, size_t longest = 120);
 
 } // namespace edgecomp
 
