@@ -559,8 +559,9 @@ std::string readHeader(char const* text, size_t size, int64_t dataSize, std::vec
     int64_t at = 0;
     for (Stored const& tensor : stored) {
         if (tensor.begin != at) {
-            return cat("tensor ", quoted(tensor.info.name), " begins at ", tensor.begin, tensor.begin < at ? ", within" :
-                       ", with a gap behind", " the data of another that ends at ", at);
+            char const* const how = tensor.begin < at ? ", within" : ", with a gap behind";
+            return cat("tensor ", quoted(tensor.info.name), " begins at ", tensor.begin, how,
+                       " the data of another that ends at ", at);
         }
         at = tensor.end;
     }
@@ -810,7 +811,7 @@ struct Cuda {
 #undef EDGECOMP_MEMBER
 
     // Status of a call; `what` says what was tried.
-    Status check(int32_t code, char const* what, std::string const& remedy = "look at the log of the driver (dmesg)") const {
+    Status check(int32_t code, char const* what, char const* remedy = "look at the log of the driver (dmesg)") const {
         if (code == 0) return {};
         char const* name = nullptr;
         if (cuGetErrorName == nullptr || cuGetErrorName(code, &name) != 0 || name == nullptr) name = "an unknown error";
@@ -854,7 +855,8 @@ Result<Device> openDevice(Cuda const& cuda, int32_t number) {
     constexpr int32_t kNO_DEVICE = 100;
     if (code != 0 && code != kNO_DEVICE) return cuda.check(code, "starting CUDA (cuInit)", advice).error();
     if (code == 0) {
-        if (Status done = cuda.check(cuda.cuDeviceGetCount(&count), "counting GPUs", advice); !done) return done.error();
+        Status const done = cuda.check(cuda.cuDeviceGetCount(&count), "counting GPUs", advice);
+        if (!done) return done.error();
     }
     if (count == 0) {
         return Error{Code::kDEVICE, "the NVIDIA driver is there, and no GPU that this process may use", "", advice};
@@ -881,7 +883,9 @@ std::string smText(std::vector<int64_t> const& sm) {
 }
 
 Status requireSm(Record const& record, Device const& device) {
-    auto const has = [&](std::vector<int64_t> const& sm) { return std::find(sm.begin(), sm.end(), device.sm) != sm.end(); };
+    auto const has = [&](std::vector<int64_t> const& sm) {
+        return std::find(sm.begin(), sm.end(), device.sm) != sm.end();
+    };
     if (!has(record.sm)) {
         return Error{Code::kMISMATCH,
                      cat("the plan was built for ", smText(record.sm), " (", printable(record.target), "), and ",
@@ -1159,7 +1163,7 @@ Result<Bytes> Bytes::allocate(size_t size, std::string const& what) {
 // -- public: files --------------------------------------------------------------------------------------------------
 
 Result<std::vector<Tensor>> readSafetensors(std::string const& path) noexcept {
-    char const* const remedy = "write the file again, with the package safetensors for example";
+    char const* const remedy = "copy or write the file again";
     Result<File> file = File::open(path, kLARGEST_FILE, "name a safetensors file");
     if (!file) return file.error();
     auto const wrong = [&](std::string const& what) { return Error{Code::kFORMAT, what, shownPath(path), remedy}; };
@@ -1245,7 +1249,8 @@ Status writeSafetensors(std::string const& path, std::vector<Tensor> const& tens
 
 Result<Record> readRecord(std::string const& plan) noexcept {
     std::string const path = recordPath(plan);
-    Result<File> file = File::open(path, kLARGEST_RECORD, "copy the JSON file that lies beside the engine, or build again");
+    char const* const remedy = "copy the JSON file that lies beside the engine, or build again";
+    Result<File> file = File::open(path, kLARGEST_RECORD, remedy);
     if (!file) return file.error();
     Result<Bytes> content = Bytes::allocate(static_cast<size_t>(file->size()), "a record");
     if (!content) return content.error();
@@ -1353,7 +1358,8 @@ struct Engine::Impl {
         for (size_t i = 0; i < paths.size(); ++i) {
             PluginRecord const& plugin = record.plugins[i];
             auto const refused = [&](std::string const& why) {
-                return Error{Code::kLIBRARY, why, shownPath(paths[i]), "compile it on this machine: edgecomp plugin build"};
+                return Error{Code::kLIBRARY, why, shownPath(paths[i]),
+                             "compile it on this machine: edgecomp plugin build"};
             };
             // TensorRT says only that it failed; this says why. The handle stays open, since layers may outlive it.
             if (::dlopen(paths[i].c_str(), RTLD_NOW | RTLD_LOCAL) == nullptr) {
@@ -1548,7 +1554,8 @@ Status Engine::setInput(std::string const& name, void const* data, size_t bytes)
     }
     EDGECOMP_CURRENT;
     Cuda const& cuda = mImpl->cuda;
-    Status done = cuda.check(cuda.cuMemcpyHtoDAsync_v2(buffer->pointer, data, bytes, mImpl->stream), "copying an input");
+    Status done =
+        cuda.check(cuda.cuMemcpyHtoDAsync_v2(buffer->pointer, data, bytes, mImpl->stream), "copying an input");
     buffer->isGiven = static_cast<bool>(done);
     return done;
 }
@@ -1580,7 +1587,8 @@ Status Engine::getOutput(std::string const& name, void* data, size_t bytes) noex
     }
     EDGECOMP_CURRENT;
     Cuda const& cuda = mImpl->cuda;
-    Status done = cuda.check(cuda.cuMemcpyDtoHAsync_v2(data, buffer->pointer, bytes, mImpl->stream), "copying an output");
+    Status done =
+        cuda.check(cuda.cuMemcpyDtoHAsync_v2(data, buffer->pointer, bytes, mImpl->stream), "copying an output");
     if (done) done = cuda.check(cuda.cuStreamSynchronize(mImpl->stream), "the inference");
     return done;
 }
@@ -1593,9 +1601,8 @@ Result<double> Engine::time() noexcept {
     if (done) done = enqueue();
     if (done) done = cuda.check(cuda.cuEventRecord(mImpl->events[1], mImpl->stream), "recording an event");
     if (done) done = cuda.check(cuda.cuStreamSynchronize(mImpl->stream), "the inference");
-    if (done) {
-        done = cuda.check(cuda.cuEventElapsedTime(&milliseconds, mImpl->events[0], mImpl->events[1]), "reading the time");
-    }
+    auto const& [start, end] = mImpl->events;
+    if (done) done = cuda.check(cuda.cuEventElapsedTime(&milliseconds, start, end), "reading the time");
     if (!done) return done.error();
     return static_cast<double>(milliseconds) * 1000.0;
 }
@@ -1617,7 +1624,8 @@ Result<std::vector<Tensor>> Engine::infer(std::vector<Tensor> const& given) noex
         }
     }
     for (TensorInfo const& wanted : inputs()) {
-        bool const there = std::any_of(given.begin(), given.end(), [&](Tensor const& t) { return t.info.name == wanted.name; });
+        bool const there = std::any_of(given.begin(), given.end(),
+                                       [&](Tensor const& tensor) { return tensor.info.name == wanted.name; });
         if (!there) {
             return Error{Code::kTENSOR, cat("input ", quoted(wanted.name), " (", wanted.text(), ") is missing; given: ",
                                             joined(given, [](Tensor const& t) { return quoted(t.info.name); })), "",

@@ -197,8 +197,8 @@ public:
     Status enqueue() noexcept;                                                         // on `stream()`; returns at once
     Status synchronize() noexcept;
     Status getOutput(std::string const& name, void* data, size_t bytes) noexcept; // waits, copies from the GPU
-    // Where a tensor lies on the GPU (a CUdeviceptr), or null for a name that the engine has not. An input whose address
-    // was asked for counts as given.
+    // Where a tensor lies on the GPU (a CUdeviceptr), or null for a name that the engine has not. An input whose
+    // address was asked for counts as given.
     void* deviceAddress(std::string const& name) noexcept;
     // The CUstream / cudaStream_t of this engine.
     void* stream() const noexcept;

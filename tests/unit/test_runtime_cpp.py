@@ -43,6 +43,10 @@ TENSORS = {
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 GIVEN = {"x": X, "m": np.array([True, False])}
 WARNINGS = ["-O0", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror"]
+MIXED = {
+    "x": X, "scalar": np.array(3.0), "empty": np.zeros((0, 4), np.int8), "half": X.astype(np.float16),
+    'q"\\\u00e9\x01': np.array([1, 2], np.int64), "flags": np.array([True]),
+}  # fmt: skip
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 #: What edgecomp_runtime.cpp calls of TensorRT; the headers of 10.0, 10.3, 10.16, 11.0 and 11.1 have each, and within a
@@ -127,6 +131,13 @@ def program(include: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     """edgecomp-run with the sanitizers of addresses and undefined behaviour, and two ways in for the tests of files."""
     out = tmp_path_factory.mktemp("program") / "edgecomp-run"
     return compile_cpp(out, *WARNINGS, *SANITIZERS, *include, f"-I{RUNTIME}", NATIVE / "runtime_on_host.cpp")
+
+
+@pytest.fixture(scope="session")
+def released(include: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """edgecomp-run as it is shipped: the sanitizers and a real driver do not go together."""
+    sources = [RUNTIME / "edgecomp_runtime.cpp", RUNTIME / "edgecomp_run.cpp"]
+    return compile_cpp(tmp_path_factory.mktemp("released") / "edgecomp-run", "-O2", *include, *sources)
 
 
 def write_stubs(out: Path, headers: Path) -> None:
@@ -257,6 +268,32 @@ def test_prefix_reads_the_golden_file_of_a_bundle(run: Run, plan: Path) -> None:
     said = run("--prefix", "input.fhoto.", inputs="golden.safetensors")
     assert said.code == 2
     assert re.search(r"no tensor's name begins with 'input\.fhoto\.'", said.err)
+
+
+def test_steps_for_a_product_that_keeps_its_tensors(
+    program: Path, fakes: Path, headers: Headers, plan: Path, tmp_path: Path
+) -> None:
+    """Every step says how it ended; an engine that was moved goes on; nothing runs before all inputs are there."""
+    environment = {"LD_LIBRARY_PATH": str(fakes), "FAKE_TENSORRT": f"{headers.version}.48"}
+    environment["FAKE_LOG"] = str(tmp_path / "log")
+    said = call([program, "--steps", plan], environment)
+    assert (said.code, said.err) == (0, "")
+    good = ["x: ok", "run: ok", "wait: ok", "y: ok"]
+    assert said.out.splitlines() == [
+        "early: input 'x' was not given; the engine takes 'x', 'm'",
+        "short: input 'x' has 20 bytes, and the engine takes float32 [2, 3], 24 bytes; give it in that type and shape",
+        "unknown: there is no input 'y'; the engine has 'x', 'm'; rename the tensor, or take another engine",
+        "x: ok",
+        "no m: input 'm' was not given; the engine takes 'x', 'm'",
+        "addresses: 0 1",
+        *good,
+        "1 3 5 7",
+        *good,
+        "19 17 15 13",
+        "x is no output: there is no output 'x'; the engine has 'y'; rename the tensor, or take another engine",
+        "small: output 'y' is float32 [2, 2], 16 bytes, and there is room for 12; give as many bytes as it has",
+    ]
+    assert log_of(plan)[-1] == "released"
 
 
 def test_plugin_is_loaded_when_it_is_named_and_the_recorded_one(
@@ -545,6 +582,12 @@ def test_help_names_every_option(program: Path) -> None:
         assert option in (RUNTIME / "README.md").read_text()
 
 
+def test_program_of_the_readme_compiles(tmp_path: Path) -> None:
+    (source,) = re.findall(r"```cpp\n(.*?)```", (RUNTIME / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "program.cpp").write_text(source)
+    compile_cpp(tmp_path / "none", "-fsyntax-only", *WARNINGS[:-1], f"-I{RUNTIME}", tmp_path / "program.cpp")
+
+
 # -- files that nobody should trust ------------------------------------------------------------------------------
 
 
@@ -605,13 +648,25 @@ def test_broken_safetensors(program: Path, run: Run, plan: Path) -> None:
     assert log_of(plan) == []
 
 
+def test_what_is_written_is_read_by_others(program: Path, tmp_path: Path) -> None:
+    """Names of any kind, scalars and empty tensors; each tensor lies at a multiple of its type's size."""
+    source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(MIXED, source)
+    assert call([program, "--copy", source, out], {}).code == 0
+    copied = load_file(out)
+    assert {name: (value.dtype, value.shape, value.tobytes()) for name, value in copied.items()} == {
+        name: (value.dtype, value.shape, value.tobytes()) for name, value in MIXED.items()
+    }
+    (size,) = struct.unpack_from("<Q", out.read_bytes())
+    assert size % 8 == 0
+    for name, described in json.loads(out.read_bytes()[8 : 8 + size]).items():
+        assert described["data_offsets"][0] % MIXED[name].itemsize == 0, name
+
+
 def test_mutated_files_are_refused_or_read_as_others_read_them(program: Path, tmp_path: Path) -> None:
     """Some hundred damaged files: no crash, an error in words, and what is accepted is what `safetensors` reads."""
     rng = random.Random(7)
-    whole = save({
-        "x": X, "scalar": np.array(3.0), "empty": np.zeros((0, 4), np.int8), "half": X.astype(np.float16),
-        'q"\\\u00e9': np.array([1, 2], np.int64), "flags": np.array([True]),
-    }, metadata={"format": "np"})  # fmt: skip
+    whole = save(MIXED, metadata={"format": "np"})
     contents = {"whole": whole}
     for number in range(400):
         content = bytearray(whole)
@@ -817,7 +872,7 @@ def test_compiles_without_exceptions_and_for_rtx(headers: Headers, cuda_include:
 @pytest.mark.gpu
 @pytest.mark.parametrize("words", [[], ["--cuda-graph"]])
 def test_engine_equals_onnxruntime(
-    words: list[str], program: Path, exported: Path, headers: Headers, tmp_path: Path
+    words: list[str], released: Path, exported: Path, headers: Headers, tmp_path: Path
 ) -> None:
     """A bundle built for the GPU here, run from C++ on its goldens, against ONNX Runtime on the same."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -843,7 +898,7 @@ def test_engine_equals_onnxruntime(
         out = tmp_path / "out.safetensors"
         golden = ["--inputs", bundle / "golden.safetensors", "--prefix", "input.photo.", "--outputs", out]
         environment = {"LD_LIBRARY_PATH": ":".join([*folders, os.environ.get("LD_LIBRARY_PATH", "")])}
-        said = call([program, engine.path, *golden, *words], environment)
+        said = call([released, engine.path, *golden, *words], environment)
         assert said.code == 0, said.err
         session = onnxruntime.InferenceSession(bundle / engine.record.model, providers=["CPUExecutionProvider"])
         feed = {tensor.name: tensors[f"input.photo.{tensor.name}"] for tensor in engine.record.inputs}

@@ -1,4 +1,4 @@
-// A driver of CUDA whose GPU is the host's memory: enough of libcuda.so.1 for engines/runtime, and strict about pointers.
+// A driver of CUDA whose GPU is the host's memory: enough of libcuda.so.1 for engines/runtime, strict about pointers.
 //
 // FAKE_GPUS: how many (1). FAKE_SM: their compute capability (86). FAKE_CUDA_FAIL: "name code", a call that fails.
 #include <cstdint>
