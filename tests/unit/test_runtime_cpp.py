@@ -153,7 +153,7 @@ def write_stubs(out: Path, headers: Path) -> None:
         text = re.sub(r"#if ENABLE_FEATURE.*?#endif", "", text, flags=re.DOTALL)
         body = re.search(rf"class {name}\b[^;{{]*\{{(.*?)^\}};", text, re.DOTALL | re.MULTILINE)
         assert body is not None, name
-        open_functions = re.findall(r"\bvirtual ([^;]*?) = 0;", body[1], re.DOTALL)
+        open_functions = re.findall(r"\bvirtual ([^;~]*?) = 0;", body[1], re.DOTALL)
         assert len(open_functions) > 10
         lines += [f"class {name} : public {base} {{ public:"]
         lines += [f"{function} override {{ std::abort(); }}" for function in open_functions] + ["};"]
