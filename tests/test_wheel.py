@@ -124,6 +124,7 @@ def test_wheel_holds_exactly_the_package_and_its_data(repository: tuple[str, ...
         "edgecomp/_data/engines/README.md",
         "edgecomp/_data/engines/plugins/topk_merge/kernel.cu",
         "edgecomp/_data/engines/plugins/topk_merge/plugin.toml",
+        "edgecomp/_data/engines/runtime/edgecomp_runtime.h",
         "edgecomp/_data/profiles/targets/t4.toml",
     ):
         assert name in found
