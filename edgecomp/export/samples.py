@@ -11,14 +11,14 @@ import numpy.typing as npt
 
 from edgecomp.errors import InvalidSpec
 from edgecomp.export.golden import golden_inputs
-from edgecomp.images import to_pixels
+from edgecomp.images import PixelType, to_pixels
 from edgecomp.specs import Preprocess, TensorSpec
 from edgecomp.specs.manifest import Samples
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Sample", "Sampled", "golden_samples", "image_samples", "in_rows"]
+__all__ = ["Sample", "Sampled", "golden_samples", "image_samples", "in_rows", "require_image"]
 
 Array = npt.NDArray[np.generic]
 Sample = Mapping[str, Array]
@@ -49,35 +49,35 @@ def golden_samples(specs: Sequence[TensorSpec], *, seed: int, preprocess: Prepro
     return _sampled(made, f"{_SEEDED} inputs of seeded numbers and the shipped photograph")
 
 
-def image_samples(
-    images: Iterable[Image.Image],
-    specs: Sequence[TensorSpec],
-    *,
-    source: str,
-    seed: int,
-    preprocess: Preprocess | None,
-) -> Sampled:
-    """Return one input for each image; what a model takes beside it has seeded numbers.
+def require_image(specs: Sequence[TensorSpec], *, source: str) -> None:
+    """Refuse images for a model that takes none.
 
     Args:
-        source: name of the folder, for the manifest.
+        source: the folder as it was given.
 
     Raises:
         InvalidSpec: the model takes no image.
     """
-    first, *others = specs
-    if first.kind != "image" or preprocess is None:
+    if specs[0].kind != "image":
         raise InvalidSpec(
             f"--calibration {source}: the model takes {', '.join(map(str, specs))} and no images; drop it, and seeded "
             "inputs are used, or give a --backbone"
         )
-    rest = {spec.name: golden_inputs(specs, seed=seed + _APART, preprocess=preprocess)["seeded"] for spec in others}
-    given = {name: inputs[name] for name, inputs in rest.items()}
-    pixels = "uint8" if first.dtype == "uint8" else "float32"
-    made = [
-        {first.name: to_pixels(image, preprocess, pixels).reshape(first.shape), **given}  # type: ignore[arg-type]
-        for image in images
-    ]
+
+
+def image_samples(
+    images: Iterable[Image.Image], specs: Sequence[TensorSpec], *, source: str, seed: int, preprocess: Preprocess
+) -> Sampled:
+    """Return one input for each image; what a model takes beside it has seeded numbers.
+
+    Args:
+        specs: of the model's inputs at batch 1, the image first.
+        source: name of the folder, for the manifest.
+    """
+    first = specs[0]
+    given = dict(golden_inputs(specs, seed=seed + _APART, preprocess=preprocess)["seeded"])
+    pixels: PixelType = "uint8" if first.dtype == "uint8" else "float32"
+    made = [{**given, first.name: to_pixels(image, preprocess, pixels).reshape(first.shape)} for image in images]
     return _sampled(made, f"images of {source}")
 
 
