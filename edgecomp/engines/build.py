@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -51,7 +52,7 @@ from edgecomp.engines.proof import prove
 from edgecomp.engines.record import EngineRecord, read_record, sidecar_path
 from edgecomp.engines.settings import OWN_SETTINGS, BuilderSettings
 from edgecomp.engines.timing import TimingCache, choose_timing_cache, load_timing_cache, store_timing_cache
-from edgecomp.engines.watching import Watch, interruptible
+from edgecomp.engines.watching import Watch, interruptible, no_collection
 from edgecomp.errors import BuildError, TargetMismatch
 from edgecomp.specs.origin import file_sha256
 from edgecomp.specs.target import Target
@@ -299,8 +300,10 @@ def _build_plan(job: _Job, label: str) -> tuple[memoryview, dict[str, object]]:
         raise BuildError(f"there is no file {onnx}; export the model first")
     start = time.monotonic()
     logger = collecting_logger(flavour)
-    builder = flavour.module.Builder(logger)
-    with loaded_plugins(builder, job.choices):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(no_collection())
+        builder = flavour.module.Builder(logger)
+        stack.enter_context(loaded_plugins(builder, job.choices))
         network = create_network(flavour, builder)
         parser = parse_onnx(flavour, network, logger, onnx, content=graph_for_plugins(flavour, onnx, job.choices))
         require_static(network, onnx)

@@ -108,7 +108,7 @@ def prove(
     for found in find_products(network):
         product, same = found, asked.get(found.path)
         if same is not None:
-            product = dataclasses.replace(found, weights=max(found.weights, same.weights))
+            product = dataclasses.replace(found, op=same.op, weights=max(found.weights, same.weights))
             _require_same(onnx, product, same)
             matched += bool(same.dtype)
         products.append(product)

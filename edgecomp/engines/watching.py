@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-__all__ = ["Watch", "interruptible"]
+__all__ = ["Watch", "interruptible", "no_collection"]
 
 _SECONDS_BETWEEN = 0.5
 
@@ -42,6 +43,22 @@ class Watch:
     def stop(self) -> None:
         """Ask the builder to end at its next step."""
         self.stopped = True
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep Python's cyclic collector still while TensorRT may call our logger.
+
+    TensorRT holds a lock while it does. An older builder or network that the collector frees in that moment takes the
+    same lock, and the process stands still for ever (seen with TensorRT for RTX 1.7.1, after a build that failed).
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextlib.contextmanager
