@@ -85,7 +85,8 @@ def _stability(engine: EngineFile) -> str:
     if not engine.differing_bytes:
         return "stable: a second build gives the same bytes"
     how = "another size" if engine.differing_bytes < 0 else f"{engine.differing_bytes} other bytes"
-    return f"NOT stable: a second build gives {how}; the builder times tactics anew, so that a timing cache may cure it"
+    cure = "" if engine.record.timing_cache or engine.record.runtime == "rtx" else "; a timing cache may cure it"
+    return f"NOT stable: a second build gives {how}{cure}"
 
 
 _SHOWN = 4

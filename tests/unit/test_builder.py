@@ -6,6 +6,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from typer.testing import CliRunner
 
 from edgecomp import api
+from edgecomp.cli.app import app
 from edgecomp.engines import (
     OWN,
     BuilderSettings,
@@ -392,7 +395,16 @@ def test_report_of_stability(differing: int | None, verdict: bool, words: str) -
     report = report_of(differing_bytes=differing)
     assert bool(report) is verdict
     text = describe_build(report)
-    assert not words or pytest.importorskip("re").search(words, text)
+    assert not words or re.search(words, text)
+    assert "timing cache" not in text  # TensorRT for RTX has none
+
+
+def test_report_of_stability_with_full_tensorrt() -> None:
+    """It times tactics, so that a cache of the timings is the first thing to try, where none was used."""
+    record = msgspec.structs.replace(report_of().engines[0].record, runtime="tensorrt")
+    assert "a timing cache may cure it" in describe_build(report_of(differing_bytes=7, record=record))
+    cached = msgspec.structs.replace(record, timing_cache="empty")
+    assert "a timing cache may cure it" not in describe_build(report_of(differing_bytes=7, record=cached))
 
 
 # -- what a plan is refused for -------------------------------------------------------------------------------------
@@ -480,6 +492,34 @@ def test_precision_is_refused_before_any_file_is_hashed(tmp_path: Path, monkeypa
     with pytest.raises(TargetMismatch, match=r"orin-nano \(SM87\) does not run fp8"):
         api.build(tmp_path, target="orin-nano")
     assert opened == [False]
+
+
+@pytest.mark.parametrize(("differing", "code"), [(None, 0), (3, 1)])
+def test_options_of_the_command_line(differing: int | None, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each option reaches the verb, and a build that is not stable exits with 1."""
+    given: dict[str, Any] = {}
+
+    def instead(bundle: str, **named: Any) -> BuildReport:
+        given.update(named, bundle=bundle)
+        return report_of(differing_bytes=differing)
+
+    monkeypatch.setattr(api, "build", instead)
+    words = "build some --target a10 --opt-level 1 --low-memory --timing-cache off --force-memory --check-stable"
+    done = CliRunner().invoke(app, words.split())
+    assert done.exit_code == code, done.output
+    assert "model.rtx.engine: precision fp16" in done.stdout
+    del given["progress"]
+    assert given == {
+        "bundle": "some", "target": "a10", "runtime": "auto", "budget": None, "batch": None, "workspace_mib": 0,
+        "opt_level": 1, "low_memory": True, "timing_cache": "off", "plugin": "auto", "force": False,
+        "force_memory": True, "check_stable": True,
+    }  # fmt: skip
+
+
+def test_json_of_a_report_holds_the_proof() -> None:
+    found = msgspec.json.decode(msgspec.json.encode(msgspec.to_builtins(report_of().engines[0].record)))
+    assert found["proof"]["products"] == {"float16": 49, "float32": 24}
+    assert found["proof"]["by"] == "network"
 
 
 def test_defaults_of_the_verb_are_the_builders_own() -> None:
