@@ -541,6 +541,7 @@ def test_timing_cache_that_tensorrt_refuses(how: str, install: Callable[..., Sta
     def complain(self: Any, content: bytes) -> Any:
         if content:
             loggers[-1].log(module.ILogger.Severity.ERROR, "Failed to deserialize timing cache")
+            loggers[-1].log(module.ILogger.Severity.WARNING, "Returning an empty timing cache")
         return create(self, content)
 
     def refuse(self: Any, cache: Any, ignore_mismatch: bool) -> bool:
