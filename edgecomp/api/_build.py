@@ -7,7 +7,14 @@ from pathlib import Path
 
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import WEIGHTS, open_bundle
-from edgecomp.engines import build_engine, find_plugin_nodes, local_gpu_sm
+from edgecomp.engines import (
+    OWN,
+    build_engine,
+    find_plugin_nodes,
+    local_gpu_sm,
+    require_target_runs,
+    settings_of,
+)
 from edgecomp.errors import BundleError, EdgecompError, InvalidSpec, TargetMismatch
 from edgecomp.report.build import BuildReport, EngineFile
 from edgecomp.specs import Target, load_target, target_names
@@ -25,8 +32,13 @@ def build(
     budget: str | int | None = None,
     batch: int | None = None,
     workspace_mib: int = 0,
+    opt_level: int = OWN,
+    low_memory: bool = False,
+    timing_cache: str = "auto",
     plugin: str = "auto",
     force: bool = False,
+    force_memory: bool = False,
+    check_stable: bool = False,
     progress: Progress = silent,
 ) -> BuildReport:
     """Build an engine for each bucket and its stem, strongly typed, unless one is there that was built from the same.
@@ -37,10 +49,15 @@ def build(
         runtime: `tensorrt`, `rtx` (TensorRT for RTX), or `auto`: full TensorRT where it is installed and fits.
         budget, batch: only these buckets and their stem; None: all, the router and the plain model.
         workspace_mib: the most scratch memory of a layer; 0: the builder's own limit.
+        opt_level: 0 (builds quickly) to 5 (tries most); -1: the builder's own.
+        low_memory: take the preset `low-memory`; workspace and level that are given stand above it.
+        timing_cache: `auto` keeps one for each target and TensorRT in the user's cache folder; `off`; or a file.
         plugin: `auto` takes a compiled library that fits the target, and else the function bodies of the graph;
             `require` compiles one where nvcc and headers are there, and fails otherwise; `off` takes none; a path
             that ends in `.so` takes that library.
         force: build even when nothing changed.
+        force_memory: build on a board whose CPU and GPU share memory, though it is likely not to suffice.
+        check_stable: build each engine once more, in memory, and compare the bytes; the report tells.
         progress: takes one line for each step.
 
     Raises:
@@ -49,9 +66,10 @@ def build(
         BuildError: the parser or the builder refuses a graph, naming the node.
         PluginMissing: a plugin was asked for, and there is none that fits; the text says what is missing.
     """
-    if not 0 <= workspace_mib <= 1 << 20:
-        raise InvalidSpec(f"workspace {workspace_mib} MiB is not between 0 (the builder's own limit) and {1 << 20}")
+    settings = settings_of(preset="low-memory" if low_memory else "", workspace_mib=workspace_mib, opt_level=opt_level)
     chosen = local_target() if target == "auto" else load_target(target)
+    # The precision, before any file is hashed: what the hardware lacks does not get better by waiting.
+    require_target_runs(open_bundle(Path(bundle), verify=False).manifest.precision, chosen)
     opened = open_bundle(Path(bundle))
     buckets = opened.select(budget=budget, batch=batch)
     models = [*dict.fromkeys(bucket.stem for bucket in buckets if bucket.stem), *(bucket.model for bucket in buckets)]
@@ -64,6 +82,7 @@ def build(
     if opened.path.resolve() not in folder.resolve().parents:
         raise BundleError(f"bundle {opened.path}: {folder} is a link that leaves the bundle; remove it")
     merging = [model for model in models if find_plugin_nodes(opened.path / model)]
+    graphs = {graph.model: graph for graph in opened.manifest.graphs}
     built = []
     for model in models:
         # Where one bucket merges, `require` is about that one: the plain model never does.
@@ -73,15 +92,22 @@ def build(
             folder,
             target=chosen,
             runtime=runtime,
-            precision=opened.manifest.precision,
+            precision=graphs[model].precision,
             onnx_sha256=opened.file(model).sha256,
             weights_sha256=opened.file(WEIGHTS).sha256,
-            workspace_mib=workspace_mib,
+            weight_bytes=opened.file(WEIGHTS).size,
+            fp32_nodes=tuple(graphs[model].islands),
+            settings=settings,
+            timing_cache=timing_cache,
             plugin=wanted,
             force=force,
+            force_memory=force_memory,
+            check_stable=check_stable,
             progress=progress,
         )
-        built.append(EngineFile(engine.path, engine.record, engine.reused, engine.plugins))
+        built.append(
+            EngineFile(engine.path, engine.record, engine.reused, engine.plugins, engine.notes, engine.differing_bytes)
+        )
     record = built[0].record
     return BuildReport(str(bundle), chosen.name, chosen.sm, record.runtime, record.runtime_version, tuple(built))
 

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from edgecomp import __version__
-from edgecomp.engines.flavour import Flavour, choose_flavour, create_config, create_network, load_flavour
+from edgecomp.engines.adapter import (
+    Flavour,
+    FlavourName,
+    create_config,
+    create_network,
+    has_product,
+    read_engine,
+    watch,
+)
+from edgecomp.engines.flavour import choose_flavour, load_flavour
+from edgecomp.engines.gpu import local_gpu_sm
+from edgecomp.engines.inspector import confirm
+from edgecomp.engines.lock import build_lock
+from edgecomp.engines.memory import require_memory
 from edgecomp.engines.network import (
     collecting_logger,
     count_layer_types,
     network_inputs,
     network_outputs,
     parse_onnx,
-    require_precision,
     require_static,
 )
 from edgecomp.engines.plugin_use import (
@@ -35,15 +48,20 @@ from edgecomp.engines.plugin_use import (
     require_plugin_layers,
     without_libraries,
 )
+from edgecomp.engines.proof import prove
 from edgecomp.engines.record import EngineRecord, read_record, sidecar_path
+from edgecomp.engines.settings import OWN_SETTINGS, BuilderSettings
+from edgecomp.engines.timing import TimingCache, choose_timing_cache, load_timing_cache, store_timing_cache
+from edgecomp.engines.watching import Watch, interruptible, no_collection
 from edgecomp.errors import BuildError, TargetMismatch
 from edgecomp.specs.origin import file_sha256
 from edgecomp.specs.target import Target
 
-__all__ = ["BuiltEngine", "EngineRecord", "build_engine", "read_record"]
+__all__ = ["BuiltEngine", "EngineRecord", "build_engine", "read_record", "require_target_runs"]
 
 _ERRORS_SHOWN = 5
-_TURING = 75
+_FIRST_SM = {"bf16": 80, "fp8": 89, "fp4": 100}  # the first hardware with such matrix products
+_SHORTEST_SHOWN = 40  # characters of a changed value; a hash is longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +73,37 @@ class BuiltEngine:
         record: what is known about it.
         reused: it was there already, and nothing was built.
         plugins: one line for each op that a plugin could run: what runs it, and why.
+        notes: what the user should know of how it was built: a timing cache or a lock that was left out.
+        differing_bytes: of a second build from the first, where one was asked for; -1: the sizes differ.
     """
 
     path: Path
     record: EngineRecord
     reused: bool
     plugins: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    differing_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One engine to build: what it is made of, what it is made with, and how it is told."""
+
+    flavour: Flavour
+    onnx: Path
+    out_dir: Path
+    inputs: dict[str, Any]
+    settings: BuilderSettings
+    fp32_nodes: Collection[str]
+    timing: TimingCache | None
+    choices: tuple[PluginChoice, ...]
+    progress: Callable[[str], None]
+    notes: list[str]
+
+    def note(self, line: str) -> None:
+        """Tell a line now, and in the report."""
+        self.notes.append(line)
+        self.progress(line)
 
 
 def build_engine(
@@ -72,9 +115,14 @@ def build_engine(
     precision: str,
     onnx_sha256: str,
     weights_sha256: str = "",
-    workspace_mib: int = 0,
+    weight_bytes: int = 0,
+    fp32_nodes: Collection[str] = (),
+    settings: BuilderSettings = OWN_SETTINGS,
+    timing_cache: str = "auto",
     plugin: str = "auto",
     force: bool = False,
+    force_memory: bool = False,
+    check_stable: bool = False,
     progress: Callable[[str], None],
 ) -> BuiltEngine:
     """Build `<out_dir>/<stem of onnx>.<runtime>.engine`, a raw plan, and its record beside it.
@@ -88,21 +136,26 @@ def build_engine(
         out_dir: where the engine goes; made when it is missing.
         target: the device that the engine is for.
         runtime: "tensorrt", "rtx" or "auto".
-        precision: the word that the graph was exported with. It does not change the graph's types: it is checked.
+        precision: the word that the graph was exported with. It does not change the graph's types: it is proven.
         onnx_sha256: hash of the graph, from the bundle's manifest.
         weights_sha256: hash of the external data, or "" where there is none.
-        workspace_mib: the most scratch memory for a layer; 0 leaves the builder's own limit.
+        weight_bytes: size of the external data, for the estimate of memory.
+        fp32_nodes: names of the nodes that stay in fp32 on purpose; they may belong to other graphs of the bundle.
+        settings: what the builder may use.
+        timing_cache: "auto", "off" or a file.
         plugin: "auto" takes a library that is compiled for the target, "require" compiles one or fails, "off" takes
             none; a path that ends in `.so` takes that library.
         force: build even when nothing changed.
+        force_memory: build even where the memory is likely not to suffice.
+        check_stable: build once more, in memory alone, and compare.
         progress: receives a line for each step.
     """
-    if workspace_mib < 0:
-        raise BuildError(f"workspace_mib={workspace_mib} is negative; give MiB, or 0 for the builder's own limit")
     flavour = load_flavour(choose_flavour(target, runtime))
-    _require_target_runs(precision, target, flavour.name)
+    require_target_runs(precision, target, flavour.name)
+    timing = choose_timing_cache(timing_cache, flavour, target=target.name, sm=target.sm)
     found = find_plugin_nodes(onnx)
     choices = choose_libraries(onnx, found, plugin, sm=target.sm, flavour=flavour, progress=progress)
+    islands = "\n".join(sorted(fp32_nodes))
     inputs = {
         "model": onnx.name,
         "onnx_sha256": onnx_sha256,
@@ -112,70 +165,109 @@ def build_engine(
         "runtime_version": flavour.version,
         "sm": (target.sm,),
         "precision": precision,
-        "workspace_mib": workspace_mib,
+        "fp32_nodes_sha256": hashlib.sha256(islands.encode()).hexdigest() if islands else "",
+        **msgspec.structs.asdict(settings),
     }
+    job = _Job(flavour, onnx, out_dir, inputs, settings, fp32_nodes, timing, choices, progress, [])
+
+    def guard() -> None:
+        if not force_memory and onnx.is_file():
+            size = onnx.stat().st_size + weight_bytes
+            require_memory(onnx, size, target, settings, local_sm=local_gpu_sm())
+
     try:
-        return _build_or_keep(flavour, onnx, out_dir, inputs, choices, force=force, progress=progress)
+        return _build_or_keep(job, guard, force=force, check_stable=check_stable)
     except SizeAboveLimit as error:
         if plugin != "auto":
             raise
-        choices = without_libraries(choices, str(error))
-        progress(choices[0].line)
-        return _build_or_keep(flavour, onnx, out_dir, inputs, choices, force=force, progress=progress)
+        job = dataclasses.replace(job, choices=without_libraries(choices, str(error)))
+        progress(job.choices[0].line)
+        return _build_or_keep(job, guard, force=force, check_stable=check_stable)
 
 
-def _build_or_keep(
-    flavour: Flavour,
-    onnx: Path,
-    out_dir: Path,
-    inputs: dict[str, Any],
-    choices: tuple[PluginChoice, ...],
-    *,
-    force: bool,
-    progress: Callable[[str], None],
-) -> BuiltEngine:
-    """Build one engine with these libraries, unless it is there."""
-    plugins = tuple(one for choice in choices if (one := choice.record()) is not None)
-    kind = f"{flavour.name}.plugin" if plugins else flavour.name
-    engine = out_dir / f"{onnx.stem}.{kind}.engine"
-    inputs = {**inputs, "plugins": plugins}
-    lines = tuple(choice.line for choice in choices)
-    reason = "a rebuild was asked for" if force else _why_rebuild(engine, inputs)
-    if not reason:
-        for choice in choices:
-            copy_library(choice, out_dir)
-        progress(f"{engine.name}: kept, nothing changed since it was built")
-        return BuiltEngine(engine, read_record(engine), reused=True, plugins=lines)
-    sm = inputs["sm"]
-    progress(f"{engine.name}: building with {flavour.name} {flavour.version} for SM{sm[0]} ({reason})")
-    plan, measured = _build_plan(
-        flavour, onnx, sms=sm, precision=inputs["precision"], workspace_mib=inputs["workspace_mib"], choices=choices
-    )
-    fields = {"schema": 1, **inputs, **measured, "edgecomp_version": __version__}
-    record = msgspec.convert(fields, EngineRecord)
-    for choice in choices:
-        copy_library(choice, out_dir)
-    _write_pair(engine, plan, record)
-    warned = f", {len(record.warnings)} warnings" if record.warnings else ""
-    progress(f"{engine.name}: {record.size_bytes} bytes in {record.seconds:.1f} s{warned}")
-    return BuiltEngine(engine, record, reused=False, plugins=lines)
+def require_target_runs(precision: str, target: Target, runtime: FlavourName | None = None) -> None:
+    """Refuse a type that the hardware has not; TensorRT says so late in the build, or not at all.
 
-
-def _require_target_runs(precision: str, target: Target, runtime: str) -> None:
-    """Refuse a type that the hardware has not; TensorRT says so late in the build, or not at all."""
-    if runtime == "rtx" and target.sm == _TURING and precision == "fp32":
+    Args:
+        precision: the word that the graph was exported with.
+        target: the device.
+        runtime: the flavour, where it is known already.
+    """
+    first = _FIRST_SM.get(precision, 0)
+    has = tuple(word for word in target.precisions if target.sm >= _FIRST_SM.get(word, 0))
+    if precision != "fp32" and precision not in has:
+        since = f"; {precision} begins with SM{first}" if target.sm < first else ""
         raise TargetMismatch(
-            f"TensorRT for RTX has no fp32 matrix product for {target.name} (SM{target.sm}; tried with 1.7.1), and the "
-            "graph is fp32; full TensorRT has it: build where that GPU and TensorRT are, with --runtime tensorrt"
-        )
-    if precision != "fp32" and precision not in target.precisions:
-        raise TargetMismatch(
-            f"{target.name} (SM{target.sm}) does not run {precision}; it runs {', '.join(target.precisions)}. "
+            f"{target.name} (SM{target.sm}) does not run {precision}; it runs {', '.join(has)}{since}. "
             f"Export the model with one of these"
         )
+    if runtime and not has_product(runtime, target.sm, precision):
+        raise TargetMismatch(
+            f"TensorRT for RTX has no {precision} matrix product for {target.name} (SM{target.sm}; tried with 1.7.1), "
+            f"and the graph is {precision}; full TensorRT has it: build where that GPU and TensorRT are, with "
+            f"--runtime tensorrt"
+        )
 
 
-def _why_rebuild(engine: Path, inputs: dict[str, object]) -> str:
+def _build_or_keep(job: _Job, guard: Callable[[], None], *, force: bool, check_stable: bool) -> BuiltEngine:
+    """Build one engine with these libraries, unless it is there."""
+    plugins = tuple(one for choice in job.choices if (one := choice.record()) is not None)
+    kind = f"{job.flavour.name}.plugin" if plugins else job.flavour.name
+    engine = job.out_dir / f"{job.onnx.stem}.{kind}.engine"
+    job = dataclasses.replace(job, inputs={**job.inputs, "plugins": plugins})
+    lines = tuple(choice.line for choice in job.choices)
+    if force or _why_rebuild(engine, job.inputs):
+        guard()
+        with build_lock(job.out_dir, job.note):
+            # Once more: the build of another process may have ended while this one began.
+            reason = "a rebuild was asked for" if force else _why_rebuild(engine, job.inputs)
+            if reason:
+                return _build(job, engine, reason, lines, check_stable=check_stable)
+    for choice in job.choices:
+        copy_library(choice, job.out_dir)
+    job.progress(f"{engine.name}: kept, nothing changed since it was built")
+    differing = None
+    if check_stable:
+        guard()
+        job.progress(f"{engine.name}: building again to compare")
+        differing = _count_differing(engine, _build_plan(job, engine.name)[0])
+    return BuiltEngine(engine, read_record(engine), True, lines, tuple(job.notes), differing)
+
+
+def _build(job: _Job, engine: Path, reason: str, lines: tuple[str, ...], *, check_stable: bool) -> BuiltEngine:
+    """Build an engine and write it; the lock is held."""
+    _remove_leftovers(engine)
+    sms = ", ".join(f"SM{sm}" for sm in job.inputs["sm"])
+    job.progress(f"{engine.name}: building with {job.flavour.name} {job.flavour.version} for {sms} ({reason})")
+    plan, measured = _build_plan(job, engine.name)
+    fields = {"schema": 1, **job.inputs, **measured, "edgecomp_version": __version__}
+    record = msgspec.convert(fields, EngineRecord)
+    for choice in job.choices:
+        copy_library(choice, job.out_dir)
+    _write_pair(engine, plan, record)
+    del plan
+    warned = f", {len(record.warnings)} warnings" if record.warnings else ""
+    job.progress(f"{engine.name}: {record.size_bytes} bytes in {record.seconds:.1f} s{warned}")
+    differing = None
+    if check_stable:
+        job.progress(f"{engine.name}: building once more to compare")
+        differing = _count_differing(engine, _build_plan(job, engine.name)[0])
+    return BuiltEngine(engine, record, False, lines, tuple(job.notes), differing)
+
+
+def _count_differing(engine: Path, plan: memoryview) -> int:
+    """Return how many bytes of a plan differ from the file; -1 where the sizes do."""
+    first = engine.read_bytes()
+    if len(first) != plan.nbytes:
+        return -1
+    if memoryview(first) == plan:
+        return 0
+    step = 1 << 16
+    pieces = ((first[at : at + step], plan[at : at + step]) for at in range(0, len(first), step))
+    return sum(a != b for one, other in pieces if one != other for a, b in zip(one, other, strict=True))
+
+
+def _why_rebuild(engine: Path, inputs: dict[str, Any]) -> str:
     """Return the reason why the engine that is there cannot be kept, or "" when it can."""
     if not engine.is_file():
         return "there is none yet"
@@ -183,56 +275,82 @@ def _why_rebuild(engine: Path, inputs: dict[str, object]) -> str:
         record = read_record(engine)
     except BuildError as error:
         return str(error)
-    changed = [name for name, value in inputs.items() if getattr(record, name) != value]
-    if changed:
-        return f"changed: {', '.join(changed)}"
-    if file_sha256(engine) != record.sha256:
+    changed = [_change(name, getattr(record, name), value) for name, value in inputs.items()]
+    if any(changed):
+        return f"changed: {', '.join(filter(None, changed))}"
+    if record.proof is None:
+        return "its record holds no proof of precision"
+    if engine.stat().st_size != record.size_bytes or file_sha256(engine) != record.sha256:
         return "the file is not the one that its record describes"
     return ""
 
 
-def _build_plan(
-    flavour: Flavour,
-    onnx: Path,
-    *,
-    sms: tuple[int, ...],
-    precision: str,
-    workspace_mib: int,
-    choices: tuple[PluginChoice, ...],
-) -> tuple[memoryview, dict[str, object]]:
+def _change(name: str, before: object, now: object) -> str:
+    """Return what changed: the name, and both values where they are short."""
+    if before == now:
+        return ""
+    values = str(before), str(now)
+    return name if max(map(len, values)) > _SHORTEST_SHOWN else f"{name} {values[0]} -> {values[1]}"
+
+
+def _build_plan(job: _Job, label: str) -> tuple[memoryview, dict[str, object]]:
     """Return the plan, and the fields of its record that are known only after building."""
+    flavour, onnx = job.flavour, job.onnx
     if not onnx.is_file():
         raise BuildError(f"there is no file {onnx}; export the model first")
     start = time.monotonic()
     logger = collecting_logger(flavour)
-    builder = flavour.module.Builder(logger)
-    with loaded_plugins(builder, choices):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(no_collection())
+        builder = flavour.module.Builder(logger)
+        stack.enter_context(loaded_plugins(builder, job.choices))
         network = create_network(flavour, builder)
-        parser = parse_onnx(flavour, network, logger, onnx, content=graph_for_plugins(flavour, onnx, choices))
+        parser = parse_onnx(flavour, network, logger, onnx, content=graph_for_plugins(flavour, onnx, job.choices))
         require_static(network, onnx)
-        require_precision(flavour, network, onnx, precision)
-        merges = require_plugin_layers(flavour, network, onnx, choices)
-        config = create_config(flavour, builder, sms=sms, precision=precision, workspace_mib=workspace_mib)
-        serialized = builder.build_serialized_network(network, config)
+        proof, products = prove(flavour, network, onnx, job.inputs["precision"], job.fp32_nodes)
+        merges = require_plugin_layers(flavour, network, onnx, job.choices)
+        config = create_config(
+            flavour, builder, sms=job.inputs["sm"], precision=job.inputs["precision"], settings=job.settings
+        )
+        started_from = load_timing_cache(job.timing, config, logger, job.note)
+        seen = Watch(label, job.progress)
+        monitor = watch(flavour, config, seen.step)
+        with interruptible(seen):
+            serialized = builder.build_serialized_network(network, config)
         known = {
             "num_layers": network.num_layers,
             "layer_types": count_layer_types(network),
             "merges": merges,
             "inputs": network_inputs(network),
             "outputs": network_outputs(network),
+            "timing_cache": started_from,
         }
-        del parser, network  # the parser owns the weights until here, and plugin layers go before their library
-    if serialized is None:
-        errors = "; ".join(logger.errors[-_ERRORS_SHOWN:]) or "the builder gives no reason"
-        raise BuildError(f"{onnx.name} does not build with {flavour.name} {flavour.version}: {errors}")
-    plan = memoryview(serialized).cast("B")
+        if serialized is None:
+            errors = "; ".join(logger.errors[-_ERRORS_SHOWN:]) or "the builder gives no reason"
+            raise BuildError(f"{onnx.name} does not build with {flavour.name} {flavour.version}: {errors}")
+        store_timing_cache(job.timing, config, job.note)
+        plan = memoryview(serialized).cast("B")
+        if local_gpu_sm() in job.inputs["sm"]:
+            outputs = [tensor.name for tensor in network_outputs(network)]
+            information = read_engine(flavour, logger, plan)
+            if information:
+                proof = confirm(proof, products, information, onnx, outputs=outputs)
+        del parser, network, monitor  # the parser owns the weights until here; plugin layers go before their library
     return plan, {
         "seconds": round(time.monotonic() - start, 3),
         "size_bytes": plan.nbytes,
         "sha256": hashlib.sha256(plan).hexdigest(),
         "warnings": tuple(logger.warnings),
+        "proof": proof,
         **known,
     }
+
+
+def _remove_leftovers(engine: Path) -> None:
+    """Remove what a killed build left half-written; the lock says that nobody is writing now."""
+    for file in (engine, sidecar_path(engine)):
+        for left in file.parent.glob(f".{file.name}.*.tmp"):
+            left.unlink(missing_ok=True)
 
 
 def _write_pair(engine: Path, plan: memoryview, record: EngineRecord) -> None:

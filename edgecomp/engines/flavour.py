@@ -1,21 +1,16 @@
-"""The one place that knows how TensorRT 10, TensorRT 11 and TensorRT for RTX differ.
-
-Precision is not among the differences: every network is strongly typed, so the graph decides. What TensorRT 11
-removed (precision flags of the builder, calibrators, the explicit-batch flag) is not touched on any version.
-"""
+"""Which TensorRT builds for a target on this machine, and importing it. `adapter` knows how they differ."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import platform
 import sys
-from typing import Any, Literal
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from edgecomp.engines._soname import provide_soname
+from edgecomp.engines.adapter import TITLES, Flavour, FlavourName
 from edgecomp.engines.gpu import local_gpu_sm
 from edgecomp.errors import BuildError, InvalidSpec, MissingDependency, TargetMismatch, UnknownName
 from edgecomp.specs.target import Target
@@ -23,29 +18,14 @@ from edgecomp.specs.target import Target
 __all__ = [
     "Flavour",
     "choose_flavour",
-    "create_config",
-    "create_network",
     "installed_flavours",
     "load_flavour",
     "planned_flavour",
 ]
 
-FlavourName = Literal["tensorrt", "rtx"]
-
 _NAMES: tuple[FlavourName, ...] = ("tensorrt", "rtx")  # in the order that "auto" prefers
-_TITLES = {"tensorrt": "TensorRT", "rtx": "TensorRT for RTX"}
 _MODULES = {"tensorrt": ("tensorrt",), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _EXTRAS = {"tensorrt": "gpu", "rtx": "rtx"}
-_MIB = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Flavour:
-    """An imported TensorRT: its short name, its version, and the Python module."""
-
-    name: FlavourName
-    version: str
-    module: Any = dataclasses.field(repr=False)
 
 
 def installed_flavours() -> tuple[FlavourName, ...]:
@@ -96,8 +76,8 @@ def choose_flavour(target: Target, runtime: str = "auto") -> FlavourName:
     possible = tuple(name for name in asked if name in target.runtimes)
     if not possible:
         raise TargetMismatch(
-            f"{_TITLES[asked[0]]} does not build for {target.name} (SM{target.sm}), "
-            f"{' or '.join(_TITLES[name] for name in target.runtimes)} does; {target.build_on}"
+            f"{TITLES[asked[0]]} does not build for {target.name} (SM{target.sm}), "
+            f"{' or '.join(TITLES[name] for name in target.runtimes)} does; {target.build_on}"
         )
     installed = tuple(name for name in possible if _module_name(name))
     if not installed:
@@ -105,8 +85,8 @@ def choose_flavour(target: Target, runtime: str = "auto") -> FlavourName:
         other = tuple(flavour for flavour in _NAMES if flavour not in possible and _module_name(flavour))
         if other and runtime == "auto":
             raise TargetMismatch(
-                f"{_TITLES[other[0]]}, which is installed here, does not build for {target.name} (SM{target.sm}); "
-                f"{_TITLES[name]} {target.runtimes[name]} does. {target.build_on}"
+                f"{TITLES[other[0]]}, which is installed here, does not build for {target.name} (SM{target.sm}); "
+                f"{TITLES[name]} {target.runtimes[name]} does. {target.build_on}"
             )
         raise _missing(name, f"building an engine for {target.name} (SM{target.sm}; {target.build_on.rstrip('.')})")
     refusals = []
@@ -116,7 +96,7 @@ def choose_flavour(target: Target, runtime: str = "auto") -> FlavourName:
             return name
         refusals.append(refusal)
     refusals += [
-        f"{_TITLES[name]} would build for it and is not installed: pip install 'edgecomp[{_EXTRAS[name]}]'"
+        f"{TITLES[name]} would build for it and is not installed: pip install 'edgecomp[{_EXTRAS[name]}]'"
         for name in possible
         if name not in installed
     ]
@@ -143,8 +123,8 @@ def planned_flavour(target: Target, runtime: str = "auto") -> FlavourName:
     possible = tuple(name for name in asked if name in target.runtimes)
     if not possible:
         raise TargetMismatch(
-            f"{_TITLES[asked[0]]} does not build for {target.name} (SM{target.sm}), "
-            f"{' or '.join(_TITLES[name] for name in target.runtimes)} does; {target.build_on}"
+            f"{TITLES[asked[0]]} does not build for {target.name} (SM{target.sm}), "
+            f"{' or '.join(TITLES[name] for name in target.runtimes)} does; {target.build_on}"
         )
     for name in possible:
         if _module_name(name) and (name == "rtx" or local_gpu_sm() == target.sm):
@@ -158,40 +138,6 @@ def _missing(name: FlavourName, needed_for: str) -> MissingDependency:
     if name == "tensorrt" and platform.machine() != "x86_64":
         advice = "on Jetson it comes with JetPack: make the virtual environment with --system-site-packages"
     return MissingDependency(_MODULES[name][0], needed_for=needed_for, extra=_EXTRAS[name], advice=advice)
-
-
-def create_network(flavour: Flavour, builder: Any) -> Any:
-    """Return an empty network that is strongly typed: 10.x needs the flag, and all later versions accept it."""
-    return builder.create_network(1 << int(flavour.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-
-
-def create_config(flavour: Flavour, builder: Any, *, sms: tuple[int, ...], precision: str, workspace_mib: int) -> Any:
-    """Return the builder's configuration.
-
-    The TF32 flag is the one precision that a graph cannot state: TensorRT sets it by default, and would then run
-    fp32 layers with 10 bits of mantissa. It is cleared unless the precision asked for is "tf32".
-
-    Args:
-        flavour: the TensorRT that builds.
-        builder: its builder.
-        sms: compute capabilities of the plan; full TensorRT takes that of the local GPU.
-        precision: the word that the graph was exported with.
-        workspace_mib: the most scratch memory that a layer may use; 0 leaves the builder's own limit.
-    """
-    trt = flavour.module
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the plan then tells which types its layers run in
-    if precision == "tf32":
-        config.set_flag(trt.BuilderFlag.TF32)
-    else:
-        config.clear_flag(trt.BuilderFlag.TF32)
-    if workspace_mib > 0:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib * _MIB)
-    if flavour.name == "rtx":
-        config.num_compute_capabilities = len(sms)
-        for index, sm in enumerate(sms):
-            config.set_compute_capability(_compute_capability(flavour, sm), index)
-    return config
 
 
 def _require_name(name: str) -> FlavourName:
@@ -232,14 +178,4 @@ def _refusal(name: FlavourName, target: Target) -> str:
         raise InvalidSpec(
             f"target {target.name}: runtimes.{name} = {wanted!r} is no version range; write for example '>=10.3,<12'"
         ) from None
-    return "" if fits else f"{_TITLES[name]} {version} is installed, and {target.name} needs {wanted}"
-
-
-def _compute_capability(flavour: Flavour, sm: int) -> Any:
-    known = flavour.module.ComputeCapability
-    if not hasattr(known, f"SM{sm}"):
-        names = sorted((name for name in dir(known) if name.startswith("SM")), key=lambda name: int(name[2:]))
-        raise TargetMismatch(
-            f"{_TITLES[flavour.name]} {flavour.version} has no compute capability SM{sm}; it has {', '.join(names)}"
-        )
-    return getattr(known, f"SM{sm}")
+    return "" if fits else f"{TITLES[name]} {version} is installed, and {target.name} needs {wanted}"

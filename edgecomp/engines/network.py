@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgecomp.engines.flavour import Flavour
+from edgecomp.engines.adapter import Flavour
 from edgecomp.engines.record import EngineTensor
 from edgecomp.errors import BuildError
 
 __all__ = [
     "collecting_logger",
     "count_layer_types",
+    "dtype_of",
     "network_inputs",
     "network_outputs",
     "parse_onnx",
-    "require_precision",
     "require_static",
 ]
 
@@ -34,17 +33,6 @@ _DTYPES = {
     "INT4": "int4",
     "FP4": "float4_e2m1fn",
 }
-_REQUIRED = {
-    "fp32": "float32",
-    "tf32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "int8": "int8",
-    "fp8": "float8_e4m3fn",
-    "fp4": "float4_e2m1fn",
-}
-_REDUCED = frozenset({"float16", "bfloat16", "int8", "float8_e4m3fn", "int4", "float4_e2m1fn"})
-
 # Warnings that tell nothing about the engine. TensorRT keeps the first logger of a process and says so whenever a later
 # one is handed over, and still sends the messages of a builder to that builder's own logger. A function body that
 # serves several nodes is inlined for each, under the same names.
@@ -114,33 +102,6 @@ def require_static(network: Any, onnx: Path) -> None:
                 )
 
 
-def require_precision(flavour: Flavour, network: Any, onnx: Path, precision: str) -> None:
-    """Raise unless the network is strongly typed and its layers hold the type that `precision` promises.
-
-    A reduced precision needs at least one layer of its type; the rest may be islands of another. "fp32" and "tf32"
-    allow no layer of a reduced type.
-    """
-    if precision not in _REQUIRED:
-        raise BuildError(f"no precision {precision!r}; known: {', '.join(_REQUIRED)}")
-    if not network.get_flag(flavour.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED):
-        raise BuildError(f"{onnx.name}: {flavour.name} {flavour.version} made a network that is not strongly typed")
-    found: dict[str, str] = {}  # type -> the first layer that has it
-    for layer, dtype in _layer_types(network):
-        found.setdefault(dtype, layer)
-    wanted = _REQUIRED[precision]
-    if wanted not in found:
-        raise BuildError(
-            f"{onnx.name}: precision {precision} was asked for, and none of the {network.num_layers} layers gives "
-            f"{wanted}; they give {', '.join(sorted(found))}. Export the model with that precision"
-        )
-    if wanted == "float32":
-        for dtype in sorted(_REDUCED & found.keys()):
-            raise BuildError(
-                f"{onnx.name}: precision {precision} was asked for, and layer {found[dtype]!r} gives {dtype}; "
-                f"export the model in fp32, or build with the precision it has"
-            )
-
-
 def count_layer_types(network: Any) -> dict[str, int]:
     """Return how many layers of each type a parsed network has, by TensorRT's names, the most frequent first."""
     names = (str(network.get_layer(index).type).rpartition(".")[2] for index in range(network.num_layers))
@@ -157,20 +118,12 @@ def network_outputs(network: Any) -> tuple[EngineTensor, ...]:
     return tuple(_tensor(network.get_output(index)) for index in range(network.num_outputs))
 
 
-def _layer_types(network: Any) -> Iterator[tuple[str, str]]:
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        for output in range(layer.num_outputs):
-            tensor = layer.get_output(output)
-            if tensor is not None:  # an optional output that nobody reads
-                yield layer.name, _dtype(tensor)
-
-
 def _tensor(tensor: Any) -> EngineTensor:
-    return EngineTensor(tensor.name, tuple(int(size) for size in tensor.shape), _dtype(tensor))
+    return EngineTensor(tensor.name, tuple(int(size) for size in tensor.shape), dtype_of(tensor))
 
 
-def _dtype(tensor: Any) -> str:
+def dtype_of(tensor: Any) -> str:
+    """Return the type of a network's tensor, by the names that numpy and safetensors use."""
     name = str(tensor.dtype.name)
     return _DTYPES.get(name, name.lower())
 

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from packaging.version import Version
-
 from edgecomp.engines._onnx import OnnxNode, custom_nodes, without_functions
-from edgecomp.engines.flavour import Flavour
+from edgecomp.engines.adapter import Flavour, prefers_function_bodies
 from edgecomp.engines.plugins import (
     PluginLibrary,
     build_library,
@@ -41,7 +39,6 @@ __all__ = [
 ]
 
 _WORDS = ("auto", "require", "off")
-_FUNCTIONS_GIVE_WAY = Version("10.7")  # from here on the ONNX parser prefers a plugin to a function body
 
 
 class SizeAboveLimit(BuildError):
@@ -161,7 +158,7 @@ def graph_for_plugins(flavour: Flavour, onnx: Path, choices: Sequence[PluginChoi
 
     Full TensorRT does so before 10.7 (JetPack 6 has 10.3). None: the file serves as it is.
     """
-    if flavour.name != "tensorrt" or Version(flavour.version) >= _FUNCTIONS_GIVE_WAY:
+    if not prefers_function_bodies(flavour):
         return None
     content = None
     for choice in choices:

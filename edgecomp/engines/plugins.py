@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from edgecomp.engines.flavour import Flavour
+from edgecomp.engines.adapter import Flavour, other_headers
 from edgecomp.engines.gpu import local_gpu_sm
 from edgecomp.errors import BuildError, InvalidSpec, PluginMissing
 from edgecomp.resources import cache_dir
@@ -54,7 +54,6 @@ _SYSTEM_HEADERS = (
 )
 _PACKAGE_OF_HEADERS = ("kernel_lens", "include/tensorrt")  # a development dependency; TensorRT 10.14
 _USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
-_OLDEST_RTX_HEADERS = 10  # TensorRT for RTX 1.x takes a library made with the headers of TensorRT 10
 _LINES_SHOWN = 12
 _ELF_HEADER = 64  # bytes, in a 64-bit file
 
@@ -216,14 +215,9 @@ def why_unfit(library: PluginLibrary, plugin: Plugin, sm: int, flavour: Flavour)
     if sm not in found.sm:
         names = ", ".join(f"SM{number}" for number in found.sm)
         return f"it was compiled for {names}, and SM{sm} is needed: {again}"
-    wanted, title = int(flavour.version.partition(".")[0]), "TensorRT"
-    fits = found.tensorrt_major == wanted
-    if flavour.name == "rtx":
-        wanted, title = _OLDEST_RTX_HEADERS, "TensorRT for RTX"
-        fits = found.tensorrt_major >= wanted
-    if not fits:
+    if wanted := other_headers(flavour, found.tensorrt_major):
         return (
-            f"it was compiled with the headers of TensorRT {found.tensorrt}, and {title} {flavour.version} is here: "
+            f"it was compiled with the headers of TensorRT {found.tensorrt}, and {flavour.title} is here: "
             f"{again} --tensorrt-include DIR, with the headers of TensorRT {wanted}"
         )
     if found.sources_sha256 != plugin.source_digest():

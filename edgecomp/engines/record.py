@@ -10,9 +10,19 @@ from typing import Literal
 
 import msgspec
 
-from edgecomp.errors import BuildError
+from edgecomp.errors import BuildError, TargetMismatch
+from edgecomp.specs.origin import file_sha256
 
-__all__ = ["EngineMerge", "EnginePlugin", "EngineRecord", "EngineTensor", "read_record", "sidecar_path"]
+__all__ = [
+    "EngineMerge",
+    "EnginePlugin",
+    "EngineProof",
+    "EngineRecord",
+    "EngineTensor",
+    "read_record",
+    "require_engine",
+    "sidecar_path",
+]
 
 _SCHEMA = 1
 _LARGEST_SIDECAR = 1 << 24  # bytes
@@ -57,6 +67,29 @@ class EngineMerge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     by: Literal["plugin", "function"]
 
 
+class EngineProof(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """In which types the matrix products run, and where that was seen.
+
+    Attributes:
+        by: `network`: the typed network after parsing, which TensorRT keeps to; `engine`: in the built engine's own
+            layer information too.
+        products: matrix products and convolutions by the type of their operands; behind Q/DQ the quantised one.
+        weights: elements of their weights, likewise.
+        matched: how many were found in the ONNX file too, with the same type.
+        in_engine: how many the built engine names, with no wider type.
+        islands: those that the manifest keeps wider on purpose.
+        wider: other small ones that run wider than the precision says.
+    """
+
+    by: Literal["network", "engine"]
+    products: dict[str, int]
+    weights: dict[str, int]
+    matched: int
+    in_engine: int = 0
+    islands: tuple[str, ...] = ()
+    wider: tuple[str, ...] = ()
+
+
 class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where an engine comes from, and what it is.
 
@@ -77,6 +110,12 @@ class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         warnings: what the parser and the builder warned of, each once.
         plugins: libraries that have to be loaded before the engine is.
         merges: every node that a plugin could run, and what runs it.
+        opt_level: what the builder was given; -1 is its own.
+        max_aux_streams: likewise.
+        tactic_sources: likewise; none: its own.
+        fp32_nodes_sha256: hash of the names of the islands that the manifest lists, "" where there are none.
+        timing_cache: hash of the cache that the builder started from; `empty`, or "" where it had none.
+        proof: in which types the matrix products run; none in records from before there was one.
     """
 
     schema: Literal[1]
@@ -100,6 +139,12 @@ class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     plugins: tuple[EnginePlugin, ...] = ()
     merges: tuple[EngineMerge, ...] = ()
     layer_types: dict[str, int] = {}
+    opt_level: int = -1
+    max_aux_streams: int = -1
+    tactic_sources: tuple[str, ...] | None = None
+    fp32_nodes_sha256: str = ""
+    timing_cache: str = ""
+    proof: EngineProof | None = None
 
 
 class _Versioned(msgspec.Struct, frozen=True):
@@ -132,3 +177,48 @@ def read_record(engine_path: Path) -> EngineRecord:
         return msgspec.json.decode(content, type=EngineRecord)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BuildError(f"{path} is no record of an engine: {error}; build the engine again") from None
+
+
+def require_engine(engine: Path, *, runtime: str, version: str, sm: int) -> EngineRecord:
+    """Return the record of an engine that this TensorRT and this GPU can run, or say why they cannot.
+
+    A plan holds native code of one TensorRT version for its GPUs: loaded elsewhere, it fails late or not at all.
+
+    Args:
+        engine: the plan.
+        runtime: "tensorrt" or "rtx".
+        version: of that TensorRT.
+        sm: compute capability of the GPU.
+
+    Raises:
+        TargetMismatch: it was built by another TensorRT, or for another GPU; both are named.
+        BuildError: plan and record disagree, or one of them is missing.
+    """
+    record = read_record(engine)
+    titles = {"rtx": "TensorRT for RTX", "tensorrt": "TensorRT"}
+    if (record.runtime, record.runtime_version) != (runtime, version):
+        raise TargetMismatch(
+            f"{engine} was built by {titles[record.runtime]} {record.runtime_version}, and "
+            f"{titles.get(runtime, runtime)} {version} is here; a plan runs in the version that built it: build again"
+            " here"
+        )
+    if sm not in record.sm:
+        built = ", ".join(f"SM{number}" for number in record.sm)
+        raise TargetMismatch(
+            f"{engine} was built for {record.target} ({built}), and the GPU here is SM{sm}; build again here"
+        )
+    if not engine.is_file():
+        raise BuildError(f"there is a record and no plan {engine}; build the engine again")
+    size = engine.stat().st_size
+    if size != record.size_bytes:
+        raise BuildError(
+            f"{engine} has {size} bytes, and its record says {record.size_bytes}; it is truncated or of another build: "
+            f"copy plan and record together, or build the engine again"
+        )
+    seen = file_sha256(engine)
+    if seen != record.sha256:
+        raise BuildError(
+            f"{engine} has sha256 {seen[:12]}, and its record says {record.sha256[:12]}; plan and record are not of "
+            f"the same build: copy both together, or build the engine again"
+        )
+    return record

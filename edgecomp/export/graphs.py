@@ -76,7 +76,7 @@ def write_graphs(
                 name = side_file("stem", batch, batches)
                 one = writer.write(name, front, batch)
                 specs = front.input_specs(batch), front.output_specs(batch)
-                stem = Graph(name, batch, *specs, one.flops, one.ops, "", one.islands, one.quantized)
+                stem = Graph(name, batch, *specs, one.flops, one.ops, "", *one.types)
                 stems.append(stem)
             if assembly.router is not None:
                 name, router = side_file("router", batch, batches), assembly.router
@@ -92,14 +92,12 @@ def write_graphs(
                 part = model if seam is None else Rest(model, seam)
                 one = writer.write(name, part, batch, f"m{budget.tokens_out}")
                 specs, flops = (model.input_specs(batch), model.output_specs(batch)), stem.flops + one.flops
-                buckets.append(
-                    Bucket(name, batch, *specs, flops, one.ops, stem.model, one.islands, one.quantized, budget=budget)
-                )
+                buckets.append(Bucket(name, batch, *specs, flops, one.ops, stem.model, *one.types, budget=budget))
             if with_plain and assembly.plain is not None:
                 name = side_file("plain", batch, batches)
                 specs = assembly.plain.input_specs(batch), assembly.plain.output_specs(batch)
                 one = writer.write(name, assembly.plain, batch)
-                plain.append(PlainGraph(name, batch, *specs, one.flops, one.ops, "", one.islands, one.quantized))
+                plain.append(PlainGraph(name, batch, *specs, one.flops, one.ops, "", *one.types))
         writer.require_patterns_used()
     for path in sorted(folder.glob("*.onnx")):
         try:

@@ -35,28 +35,35 @@ from edgecomp.export.ranges import OutOfRange, Range, collect_ranges, nodes_out_
 from edgecomp.export.samples import Sample, in_rows
 from edgecomp.routers import Router
 from edgecomp.specs import Recipe, TensorSpec, load_oplists
-from edgecomp.specs.precision import PrecisionPlan, pattern_of
+from edgecomp.specs.precision import PrecisionPlan, WrittenPrecision, pattern_of
 
 __all__ = ["GraphWriter", "Part", "Written"]
 
 Part = PlacedModel | PlainModel | Stem | Rest | Router
 _NAMED = 5
+_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
-class Written(NamedTuple):
-    """What is known of a graph's file.
+class Types(NamedTuple):
+    """What a graph computes in.
 
     Attributes:
-        flops: of one run.
-        ops: how often each occurs.
-        islands: nodes in fp32 of a graph that is not, each with the reason.
+        precision: of the graph.
+        islands: nodes that are kept out of it, each with the reason.
         quantized: nodes that compute on quantised numbers.
     """
 
+    precision: WrittenPrecision = "fp32"
+    islands: dict[str, str] = {}  # noqa: RUF012 - never changed
+    quantized: tuple[str, ...] = ()
+
+
+class Written(NamedTuple):
+    """What is known of a graph's file: FLOPs of one run, how often each op occurs, and what it computes in."""
+
     flops: int
     ops: dict[str, int]
-    islands: dict[str, str]
-    quantized: tuple[str, ...]
+    types: Types
 
 
 class GraphWriter:
@@ -103,17 +110,14 @@ class GraphWriter:
             graph = lower(module, inputs=inputs, outputs=outputs, opset=self.opset)
         strip_metadata(graph, producer_version=__version__)
         require_static(graph)
-        islands: dict[str, str] = {}
-        quantized: tuple[str, ...] = ()
-        if not isinstance(module, Router):
-            islands, quantized = self._set_types(graph, module, batch, outputs)
+        types = Types() if isinstance(module, Router) else self._set_types(graph, module, batch, outputs)
         add_merge_body(graph)
         with quiet_tools():
             flat = inline_functions(graph)
         require_static(flat)
         require_allowed(flat, load_oplists(), extra=self.recipe.extra_ops)
         name_weights(graph)
-        written = Written(count_flops(flat), count_ops(graph), islands, quantized)
+        written = Written(count_flops(flat), count_ops(graph), types)
         share_weights(graph, self.weights, user=user or name)
         (self.folder / name).write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
         return written
@@ -127,10 +131,8 @@ class GraphWriter:
                 f"{', '.join(modules[:: max(1, len(modules) // _NAMED)][:_NAMED])}"
             )
 
-    def _set_types(
-        self, graph: ir.Model, module: Part, batch: int, outputs: Sequence[TensorSpec]
-    ) -> tuple[dict[str, str], tuple[str, ...]]:
-        """Write the precision into a graph; return its islands and its quantised nodes."""
+    def _set_types(self, graph: ir.Model, module: Part, batch: int, outputs: Sequence[TensorSpec]) -> Types:
+        """Write the precision into a graph."""
         plan = self.precision
         asked = {pattern: is_named_in(graph, pattern) for pattern in plan.fp32}
         self._unused = {pattern: None for pattern in self._unused if not asked[pattern]}
@@ -141,17 +143,21 @@ class GraphWriter:
         if plan.quantized is not None:
             made = insert_qdq(graph, ranges, kind=plan.quantized, scale_type=plan.rest, keep=self._is_kept)
             quantized = tuple(one.node for one in made)
+        left = {name: f"left in {plan.rest}" for name in _products(graph) if name not in quantized} if quantized else {}
+        word = plan.quantized if quantized and plan.quantized is not None else plan.rest
         if plan.rest == "fp32":
-            return {}, quantized
+            return Types(word, left, quantized)
         # what a stem hands over beside tokens is what another graph chooses by
         scores = [spec.name for spec in outputs if spec.kind != "tokens"] if isinstance(module, Stem) else ()
         islands = set_precision(graph, plan.rest, fp32=plan.fp32, scores=scores)
         values = {value.name: value.dtype for node in graph.graph for value in node.outputs}
         for one in risky:
-            if ir.DataType.FLOAT16 in (values.get(one.tensor), values.get(f"{one.tensor}.fp16")):
+            if _TYPES[plan.rest] in (values.get(one.tensor), values.get(f"{one.tensor}.fp16")):
                 known = self.risky.get(one.node)
                 self.risky[one.node] = one if known is None or known.absmax < one.absmax else known
-        return islands, quantized
+        if word == plan.rest and _TYPES[plan.rest] not in values.values():
+            return Types()  # it moves numbers, and computes with none
+        return Types(word, {**left, **islands}, quantized)
 
     def _is_kept(self, node: ir.Node) -> bool:
         return bool(pattern_of(self.precision.fp32, node=node.name or "", module=module_of(node)))
@@ -167,3 +173,7 @@ class GraphWriter:
             handed = run_graph(runnable, samples)
             self._handed = [{**given, **made} for given, made in zip(samples, handed, strict=True)]
         return collect_ranges(runnable, samples, tensors=wanted) if every or wanted else {}
+
+
+def _products(graph: ir.Model) -> list[str]:
+    return [node.name or "" for node in graph.graph if node.op_type in ("MatMul", "Gemm", "Conv", "ConvTranspose")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -13,16 +14,27 @@ __all__ = ["BuildReport", "EngineFile", "describe_build"]
 
 
 class EngineFile(msgspec.Struct, frozen=True):
-    """One engine: where it lies, its record, whether it was there already, and what runs its merge nodes and why."""
+    """One engine.
+
+    Attributes:
+        path: where it lies.
+        record: what is known about it.
+        reused: it was there already.
+        plugins: what runs its merge nodes and why.
+        notes: what else happened: a timing cache or a lock that was left out.
+        differing_bytes: of a second build from the first; -1: the sizes differ; none: it was built once.
+    """
 
     path: Path
     record: EngineRecord
     reused: bool
     plugins: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    differing_bytes: int | None = None
 
 
 class BuildReport(msgspec.Struct, frozen=True):
-    """The engines of a bundle for one target."""
+    """The engines of a bundle for one target; false where a second build gave other bytes."""
 
     bundle: str
     target: str
@@ -30,6 +42,10 @@ class BuildReport(msgspec.Struct, frozen=True):
     runtime: str
     runtime_version: str
     engines: tuple[EngineFile, ...]
+
+    def __bool__(self) -> bool:
+        """No engine came out differently the second time."""
+        return not any(engine.differing_bytes for engine in self.engines)
 
 
 def _layer_types(record: EngineRecord) -> str:
@@ -40,6 +56,40 @@ def _layer_types(record: EngineRecord) -> str:
     return "layers before fusion: " + ", ".join(f"{count} {name}" for name, count in counted.items())
 
 
+def _proof_lines(record: EngineRecord) -> Iterator[str]:
+    """Yield what was proven of the precision."""
+    proof = record.proof
+    if proof is None:
+        return
+    total = sum(proof.weights.values())
+    share = {dtype: f" ({100 * count / total:.1f} % of the weights)" for dtype, count in proof.weights.items() if count}
+    parts = [f"{count} in {dtype}{share.get(dtype, '')}" for dtype, count in proof.products.items()]
+    seen = "the built engine" if proof.by == "engine" else "the network that TensorRT parsed"
+    yield f"precision {record.precision}, seen in {seen}: matrix products {', '.join(parts) or 'none'}"
+    if proof.islands:
+        yield f"islands that the bundle keeps in fp32: {_some(proof.islands)}"
+    if proof.wider:
+        yield f"small products wider than {record.precision}: {_some(proof.wider)}"
+
+
+def _some(names: tuple[str, ...]) -> str:
+    """Return the count and the first names."""
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} ({', '.join(names[:_SHOWN])}{more})"
+
+
+def _stability(engine: EngineFile) -> str:
+    """Return what a second build showed, or ""."""
+    if engine.differing_bytes is None:
+        return ""
+    if not engine.differing_bytes:
+        return "stable: a second build gives the same bytes"
+    how = "another size" if engine.differing_bytes < 0 else f"{engine.differing_bytes} other bytes"
+    cure = "" if engine.record.timing_cache or engine.record.runtime == "rtx" else "; a timing cache may cure it"
+    return f"NOT stable: a second build gives {how}{cure}"
+
+
+_SHOWN = 4
 _RUNTIMES = {"rtx": "TensorRT for RTX", "tensorrt": "TensorRT"}
 _OTHER = {"rtx": "tensorrt", "tensorrt": "rtx"}
 
@@ -66,6 +116,9 @@ def describe_build(report: BuildReport) -> str:
     ]
     lines += [f"{engine.path.name}: {line}" for engine in report.engines for line in engine.plugins]
     lines += [f"{engine.path.name}: {types}" for engine in report.engines if (types := _layer_types(engine.record))]
+    lines += [f"{engine.path.name}: {line}" for engine in report.engines for line in _proof_lines(engine.record)]
+    lines += [f"{engine.path.name}: {line}" for engine in report.engines if (line := _stability(engine))]
+    lines += [f"{engine.path.name}: {line}" for engine in report.engines for line in engine.notes]
     beside = dict.fromkeys(
         f"{engine.path.parent / plugin.library} (sha256 {plugin.sha256[:12]}) has to be loaded before the plan"
         for engine in report.engines

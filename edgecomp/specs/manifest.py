@@ -45,7 +45,8 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         flops: of one run at this batch, the stem's with it; 2 for a multiply-add of matrix products and convolutions.
         ops: how often each op occurs in the file.
         stem: file name of the graph whose outputs this one reads; "" where it is whole.
-        islands: name of each node that stays in fp32 in a graph of another type, and why.
+        precision: what the graph computes in; a router, and a graph that computes nothing, are in fp32 in any bundle.
+        islands: name of each node that stays in fp32, and why; in a quantised graph, products that are left, too.
         quantized: names of the nodes that compute on int8 or fp8 numbers.
     """
 
@@ -56,6 +57,7 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     flops: int
     ops: dict[str, int]
     stem: str = ""
+    precision: WrittenPrecision = "fp32"
     islands: dict[str, str] = {}
     quantized: tuple[str, ...] = ()
 

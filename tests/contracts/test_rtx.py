@@ -6,7 +6,7 @@ import pytest
 
 from edgecomp import api
 from edgecomp.engines import installed_flavours, load_flavour, read_record
-from edgecomp.engines.flavour import create_network
+from edgecomp.engines.adapter import create_network
 from edgecomp.engines.network import collecting_logger, parse_onnx
 from edgecomp.engines.plugins import find_headers, find_nvcc
 from edgecomp.errors import PluginMissing
