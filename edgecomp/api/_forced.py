@@ -1,0 +1,86 @@
+"""The forced form of a bundle's graphs, in its folder `parity/`: made once, found again by its hashes."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import msgspec
+
+from edgecomp import __version__
+from edgecomp.bundle import Bundle
+from edgecomp.errors import BundleError, MissingDependency
+from edgecomp.specs.choice import ForcedGraph
+from edgecomp.specs.manifest import Bucket
+from edgecomp.specs.origin import file_sha256
+
+__all__ = ["forced_graph"]
+
+_FOLDER = "parity"
+_LARGEST_SIDECAR = 4 << 20
+
+
+def forced_graph(bundle: Bundle, bucket: Bucket) -> tuple[Path, ForcedGraph]:
+    """Return the forced form of a bucket's graph and what is said of it, making it where it is not there.
+
+    Its weights are the bundle's: a runner reads them from there (`open_graph`), since a copy would double the bundle,
+    and ONNX refuses a file with two hard links as an attack.
+
+    Raises:
+        MissingDependency: it is not there, and onnx_ir is not installed. BundleError: the folder cannot be written.
+    """
+    folder = bundle.path / _FOLDER
+    if folder.is_symlink():
+        raise BundleError(f"bundle {bundle.path}: {_FOLDER} is a link, which may lead anywhere; remove it")
+    stem = bucket.model.removesuffix(".onnx")
+    graph, sidecar = folder / f"{stem}.forced.onnx", folder / f"{stem}.forced.json"
+    source = bundle.file(bucket.model).sha256
+    try:
+        found = _read(sidecar)
+        if found is None or found.source_sha256 != source or file_sha256(graph) != found.sha256:
+            folder.mkdir(exist_ok=True)
+            found = _make(bundle, bucket, graph)
+            _replace(sidecar, msgspec.json.encode(found))
+    except OSError as error:
+        raise BundleError(
+            f"bundle {bundle.path}: the forced graph cannot be written to {folder} ({error.strerror or error}); copy "
+            "the bundle to a place that can be written, or drop --selection"
+        ) from None
+    return graph, found
+
+
+def _read(sidecar: Path) -> ForcedGraph | None:
+    """Read what is said of a forced graph; none where it is not there, or is another version's."""
+    graph = sidecar.with_suffix(".onnx")
+    if any(one.is_symlink() or not one.is_file() for one in (sidecar, graph)):
+        return None
+    if sidecar.stat().st_size > _LARGEST_SIDECAR:
+        return None
+    try:
+        found = msgspec.json.decode(sidecar.read_bytes(), type=ForcedGraph)
+    except msgspec.DecodeError:
+        return None
+    return found if found.edgecomp == __version__ else None
+
+
+def _make(bundle: Bundle, bucket: Bucket, target: Path) -> ForcedGraph:
+    try:
+        from edgecomp.export.forced import write_forced
+    except ImportError as error:
+        raise MissingDependency(
+            error.name or str(error), needed_for="`edgecomp parity --selection`", extra="export"
+        ) from error
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        choices = write_forced(bundle.path / bucket.model, temporary, prefix="model." if bucket.stem else "")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return ForcedGraph(bucket.model, bundle.file(bucket.model).sha256, file_sha256(target), __version__, choices)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
