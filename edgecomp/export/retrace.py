@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -69,22 +70,22 @@ def rebuild(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_weight
 
 def _require_same(option: str, given: str, origin: WeightsOrigin | None) -> None:
     """Refuse weights other than the bundle's."""
-    if origin is None or (origin.kind == "random" and given == "random"):
+    if origin is None:
         return
     if origin.kind == "module":
         raise BundleError(
             f"the bundle's weights were handed over in Python ({option}), and cannot be loaded again here; "
             "use --selection --explain, which need none"
         )
-    if given == "random" or (origin.kind == "file" and file_sha256_of(given) != origin.sha256):
-        raise InvalidSpec(f"the bundle was made with {origin}, and {option} {given} is not that; give {option} FILE")
-
-
-def file_sha256_of(path: str) -> str:
-    """Return the sha256 of a file by its path."""
-    from pathlib import Path
-
-    return file_sha256(Path(path))
+    if origin.kind == "file":
+        is_same = Path(given).is_file() and file_sha256(Path(given)) == origin.sha256
+    else:
+        is_same = given == origin.kind
+    if not is_same:
+        wanted = "FILE" if origin.kind == "file" else origin.kind
+        raise InvalidSpec(
+            f"the bundle was made with {origin}, and {option} {given} is not that; give {option} {wanted}"
+        )
 
 
 def trace(model: nn.Module, inputs: Sequence[Array]) -> tuple[dict[str, Seen], tuple[Array, ...]]:

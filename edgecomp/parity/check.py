@@ -131,10 +131,11 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Return the choice that rounding may decide and that an output depends on; none: values must agree.
 
         Where the graph and the original may both be right and choose other tokens, the values of the free run say
-        nothing; with the choices forced they are held to the thresholds all the same.
+        nothing; with the choices forced they are held to the thresholds all the same. A wrong choice excuses nothing.
         """
-        found = (one for part in self.selection if part.model == row.model for one in part.choices)
-        return next((one for one in found if one.case == row.case and one.is_close), None)
+        mine = (part for part in self.selection if part.model == row.model)
+        found = [one for part in mine for one in part.choices if one.case == row.case]
+        return next((one for one in found if one.is_close), None) if all(found) else None
 
     @property
     def worst(self) -> OutputParity:

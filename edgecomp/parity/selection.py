@@ -73,6 +73,8 @@ class ChoiceParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             measured errors of the scores, at least some units in their last place, and at most the share of the
             largest score that the precision's tolerance allows.
         score_error: largest error of a score.
+        score_limit: what the precision's tolerance allows; where an error is larger, and no token went another way, it
+            is said and does not fail.
         worst: the flip with the largest margin over its noise; none where there is none.
         failures: in words, what rounding does not explain; empty when it passed.
     """
@@ -88,6 +90,7 @@ class ChoiceParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     margin: float | None
     noise: float
     score_error: float
+    score_limit: float
     worst: Flip | None
     failures: tuple[str, ...]
 
@@ -102,7 +105,10 @@ class ChoiceParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def verdict(self) -> str:
         """In a word or three."""
-        return "FAIL" if self.failures else "tie within noise" if self.flips else "agree"
+        if self.failures:
+            return "FAIL"
+        word = "tie within noise" if self.flips else "agree"
+        return word if self.score_error <= self.score_limit else f"{word}, scores off"
 
 
 class _Seen(NamedTuple):
@@ -113,7 +119,7 @@ class _Seen(NamedTuple):
         chosen: (rows, k) what the original chose; of `ArgMax` (rows, 2) its best two.
         got_scores: (rows, N) the runner's.
         got: (rows, k) what the runner chose; of `ArgMax` (rows, 1).
-        noise, error: as in `ChoiceParity`.
+        noise, error, limit: as in `ChoiceParity`.
         wrong: how the runner's choice does not follow from its own scores.
     """
 
@@ -124,6 +130,7 @@ class _Seen(NamedTuple):
     got: Array
     noise: float
     error: float
+    limit: float
     wrong: tuple[str, ...]
 
 
@@ -171,16 +178,16 @@ def _see(node: ChoiceNode, scores: Array, index: Array, got_scores: Array, got: 
     errors = np.abs(beside[real] - want[real])
     scale = float(np.abs(want[np.isfinite(want)]).max(initial=0.0))
     measured = NOISE_FACTOR * float(np.quantile(errors, _QUARTILE)) if errors.size else 0.0
-    noise = max(_ULPS * max(eps, _EPS) * scale, min(measured, max_rel * scale))
+    least, limit = _ULPS * max(eps, _EPS) * scale, max_rel * scale
+    noise = max(least, min(measured, limit))
     wrong = []
     if unreal := int(np.isnan(have).sum()):
         wrong.append(f"{unreal} of {have.size} scores are NaN")
     else:
         wrong += _broken_rule(node, have, chosen)
     error = float(errors.max(initial=0.0))
-    return _Seen(
-        node, want, places[:, : max(node.k, 1) if node.op == "TopK" else 2], have, chosen, noise, error, tuple(wrong)
-    )
+    taken = places[:, : node.k if node.op == "TopK" else 2]
+    return _Seen(node, want, taken, have, chosen, noise, error, max(limit, least), tuple(wrong))
 
 
 def _broken_rule(node: ChoiceNode, have: Array, chosen: Array) -> list[str]:
@@ -218,12 +225,13 @@ def _set_flips(seen: _Seen, cut: int, name: Callable[[int], int]) -> Iterator[Fl
             yield _flip(seen, row // per_row, (token, instead), want, have, what, name)
 
 
-def _order_flips(seen: _Seen, name: Callable[[int], int]) -> Iterator[Flip]:
-    """Yield the tokens that both sides chose, in another order."""
+def _order_flips(seen: _Seen, name: Callable[[int], int], *, first: int = 0) -> Iterator[Flip]:
+    """Yield the tokens that both sides chose, in another order, from a rank on."""
     per_row = len(seen.scores) // seen.node.indices[0]
     for row, (ours, theirs) in enumerate(zip(seen.chosen, seen.got, strict=True)):
-        common = set(ours.tolist()) & set(theirs.tolist())
-        lists = ([t for t in side.tolist() if t in common] for side in (ours, theirs))
+        ranked = ours[first:].tolist(), theirs[first:].tolist()
+        common = set(ranked[0]) & set(ranked[1])
+        lists = ([t for t in side if t in common] for side in ranked)
         for token, instead in zip(*lists, strict=True):
             if token != instead:
                 what = f"token {name(instead)} is ranked where {name(token)} was"
@@ -240,7 +248,7 @@ def _flip(
     return Flip(row, places[0], places[0], places[1], scores, got, margin, seen.noise, what)  # type: ignore[arg-type]
 
 
-def _gaps(seen: _Seen, cut: int, *, is_ordered: bool) -> Array:
+def _gaps(seen: _Seen, cut: int, *, is_ordered: bool, first: int = 0) -> Array:
     """Return the original's distances between neighbours that rounding could exchange; exact ties of both are none."""
     order = np.argsort(-seen.scores, axis=1, kind="stable")
     want, have = (
@@ -250,7 +258,7 @@ def _gaps(seen: _Seen, cut: int, *, is_ordered: bool) -> Array:
     matters = np.zeros(gaps.shape[1], bool)
     matters[max(0, cut - 1) : cut] = True
     if is_ordered:
-        matters[: seen.node.k] = True
+        matters[first : seen.node.k] = True
     kept: Array = gaps[:, matters][((gaps != 0) | (got != 0))[:, matters]]
     return kept
 
@@ -316,11 +324,12 @@ def _judge_merge(model: str, case: str, rank: _Seen, match: _Seen) -> ChoicePari
 
     cut = 2 * node.r if by_score else node.r
     is_ordered = by_score or node.k > cut
+    first = 0 if by_score else cut  # of sources that merge the order means nothing, where it does not pair them
     places = [range(node.r) if by_score else rank.chosen[b, : node.r].tolist() for b in range(batch)]
     merging = np.asarray([b * per_row + s for b in range(batch) for s in places[b]])
     flips = [
         *_set_flips(rank, cut, ranked),
-        *(_order_flips(rank, ranked) if is_ordered else ()),
+        *(_order_flips(rank, ranked, first=first) if is_ordered else ()),
         *_match_flips(match, merging, source, target),
     ]
     agreement = []
@@ -335,7 +344,7 @@ def _judge_merge(model: str, case: str, rank: _Seen, match: _Seen) -> ChoicePari
         )
         pairs = [{(s, to[s]) for s in chosen if s in to} for chosen, to in ((ours, goes[0]), (theirs, goes[1]))]
         agreement.append(jaccard(*pairs))
-    gaps = np.concatenate([_gaps(rank, cut, is_ordered=is_ordered), _match_gaps(match, merging)])
+    gaps = np.concatenate([_gaps(rank, cut, is_ordered=is_ordered, first=first), _match_gaps(match, merging)])
     return _verdict(model, case, (rank, match), "merge", agreement, flips, gaps)
 
 
@@ -363,6 +372,7 @@ def _verdict(
         margin=closest,
         noise=loudest.noise,
         score_error=max(one.error for one in seen),
+        score_limit=max(one.limit for one in seen),
         worst=worst,
         failures=tuple(failures),
     )

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from edgecomp.export.passes import add_merge_body
 from edgecomp.export.passes.strip_metadata import module_of
 
+QUICK = ("attention-pruning", "evit", "tome")  # of these one preset is enough, and the others are slow
 _CHOOSES = ("TopK", "ArgMax", "ArgMin")
 _FLOATS = (ir.DataType.FLOAT, None)  # in a function's body types are not known
 
