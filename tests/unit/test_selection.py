@@ -96,6 +96,15 @@ def test_a_flip_outside_the_noise_fails_and_names_tokens_scores_and_margin():
         assert part in text, part
 
 
+def test_one_wrong_score_does_not_excuse_itself_in_a_coarse_type():
+    """Its own error is no part of what counts as noise: that is of the scores that most tokens have."""
+    got = noisy(1e-6)
+    got[0, 1] = 0.6
+    row = judged(top_k(), SCORES, got, max_rel=1.0)
+    assert not row
+    assert row.noise < 1e-5
+
+
 def test_wrong_scores_everywhere_do_not_excuse_a_flip():
     """Noise that is measured on wrong scores would explain every flip."""
     row = judged(top_k(), SCORES, np.zeros_like(SCORES))
