@@ -39,7 +39,8 @@ def describe_parity(
     if explain:
         lines += _explanation(report)
     if bisect and not report.culprits:
-        lines.append(f"no module makes an error of its own: {len(report.layers)} compared")
+        compared = f"no module makes an error of its own: {len(report.layers)} compared"
+        lines.append(compared if report.layers else "not shown: no module of these graphs can be compared by itself")
     lines += [str(culprit) for culprit in report.culprits]
     lines.append(f"verdict: {'pass' if report else 'FAIL'}")
     return "\n".join(lines)

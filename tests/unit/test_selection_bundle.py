@@ -208,6 +208,12 @@ def test_a_sound_graph_has_no_culprit(cli, bundle):
     assert "compressor." in said.out
 
 
+def test_a_graph_without_modules_says_so(cli, merger):
+    said = cli("parity", merger, "--bisect")
+    assert said.code == 0
+    assert "not shown: no module of these graphs can be compared by itself" in said.out
+
+
 def test_bisect_names_the_module_that_an_error_was_planted_in(cli, bundle):
     import onnx_ir as ir
 
