@@ -382,6 +382,11 @@ def golden_key(role: str, case: str, name: str, *, part: str = "") -> str:
     return ".".join(word for word in (role, case, part, name) if word)
 
 
+def choice_key(case: str, part: str, number: int, name: str) -> str:
+    """Return the name of what the original chose, in the order of its choices: `choice.photo.m25.003.TopK.scores`."""
+    return f"choice.{case}.{part}.{number:03}.{name}"
+
+
 def bucket_file(budget: TokenBudget, batch: int) -> str:
     """Return the file name of a bucket's graph."""
     return f"model.m{budget.tokens_out}.b{batch}.onnx"

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -13,33 +14,64 @@ from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import Bundle
 from edgecomp.errors import MissingDependency
 
-__all__ = ["runnable"]
+__all__ = ["Runnable", "runnable"]
+
+
+class Runnable(NamedTuple):
+    """A bundle, and what of it can be run.
+
+    Attributes:
+        source: the bundle.
+        bundle: itself; or one of twins, which knows no precision but fp32.
+    """
+
+    source: Bundle
+    bundle: Bundle
+
+    @property
+    def emulated(self) -> bool:
+        """Whether twins run in place of the graphs."""
+        return self.bundle is not self.source
+
+    def form(self, graph: Path) -> Path:
+        """Return a graph that was made of one of the bundle's, and reads its weights, as it can be run."""
+        return _write_twin(graph, self.source.path, self.bundle.path) if self.emulated else graph
 
 
 @contextmanager
-def runnable(bundle: Bundle, runner: str, *, progress: Progress = silent) -> Iterator[tuple[Bundle, bool]]:
-    """Yield the bundle and False; or, for bf16 and fp8 on the CPU, one of twins that compute in fp32, and True.
+def runnable(bundle: Bundle, runner: str, *, progress: Progress = silent) -> Iterator[Runnable]:
+    """Yield the bundle; or, for bf16 and fp8 on the CPU, one of twins that compute in fp32 and round as the type would.
 
-    Twins round every number as the type would; they lie in a temporary folder, and know no precision but fp32.
+    Twins lie in a temporary folder.
 
     Raises:
         MissingDependency: a twin is needed, and what makes it is not installed.
     """
     if runner != "onnxruntime" or bundle.manifest.runs_on_cpu:
-        yield bundle, False
+        yield Runnable(bundle, bundle)
         return
+    with tempfile.TemporaryDirectory(prefix="edgecomp-twin-") as name:
+        folder = Path(name)
+        for graph in bundle.manifest.graphs:
+            progress(f"{graph.model}: a twin that computes in fp32 and rounds as {bundle.manifest.precision} does")
+            _write_twin(bundle.path / graph.model, bundle.path, folder)
+        manifest = msgspec.structs.replace(bundle.manifest, precision="fp32", rest="fp32")
+        yield Runnable(bundle, Bundle(folder, manifest))
+
+
+def _write_twin(graph: Path, weights: Path, folder: Path) -> Path:
+    """Write the twin of a graph into `folder`, with weights of its own."""
     try:
         import onnx_ir as ir
 
         from edgecomp.export.emulate import emulated
         from edgecomp.export.lower import quiet_tools
     except ImportError as error:
-        needed = f"the check of {bundle.manifest.precision} on the CPU, where ONNX Runtime has no kernels for it"
+        needed = "the check of bf16 and fp8 on the CPU, where ONNX Runtime has no kernels for them"
         raise MissingDependency(error.name or str(error), needed_for=needed, extra="export") from error
-    with tempfile.TemporaryDirectory(prefix="edgecomp-twin-") as folder:
-        for graph in bundle.manifest.graphs:
-            progress(f"{graph.model}: a twin that computes in fp32 and rounds")
-            with quiet_tools():
-                twin = emulated(ir.load(bundle.path / graph.model))
-            ir.save(twin, Path(folder) / graph.model, external_data=f"{graph.model}.data")
-        yield Bundle(Path(folder), msgspec.structs.replace(bundle.manifest, precision="fp32", rest="fp32")), True
+    model = ir.load(graph)
+    ir.external_data.set_base_dir(model.graph, weights)
+    with quiet_tools():
+        twin = emulated(model)
+    ir.save(twin, folder / graph.name, external_data=f"{graph.name}.data")
+    return folder / graph.name

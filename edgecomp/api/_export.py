@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,12 @@ import msgspec
 
 from edgecomp import __version__
 from edgecomp.api._emulate import runnable
+from edgecomp.api._forced import check_forced
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import GOLDEN, MANIFEST, WEIGHTS, Bundle, new_bundle, open_bundle, require_free, seal
 from edgecomp.errors import BundleError, InvalidSpec, MissingDependency, ParityError, UnknownName, WeightsError
 from edgecomp.evaluation.data import open_images
-from edgecomp.parity import OutputParity, ParityReport, check_bucket, read_goldens
+from edgecomp.parity import OutputParity, ParityReport, SelectionParity, check_bucket, read_goldens
 from edgecomp.parity.check import judge
 from edgecomp.report.export import ExportReport
 from edgecomp.resources import source_digest
@@ -537,15 +540,25 @@ def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> 
     """Run each graph in ONNX Runtime against the goldens."""
     goldens, tolerance = read_goldens(work), manifest.recipe.tolerances[manifest.precision]
     rows: list[OutputParity] = []
+    chosen: list[SelectionParity] = []
     version = ""
     graphs: list[Bucket | PlainGraph | RouterGraph] = [*manifest.buckets, *manifest.routers, *manifest.plain]
-    with runnable(Bundle(work, manifest), "onnxruntime", progress=progress) as (ready, emulated):
+    opener = partial(open_graph, "onnxruntime", threads=0)
+    with runnable(Bundle(work, manifest), "onnxruntime", progress=progress) as ready:
         for graph in graphs:
             progress(f"checking {graph.model} in ONNX Runtime")
-            with open_graph("onnxruntime", ready, graph, threads=0) as runner:
-                rows.extend(check_bucket(runner, graph, goldens, tolerance))
+            with opener(ready.bundle, graph) as runner:
+                found = check_bucket(runner, graph, goldens, tolerance)
                 version = runner.version
-    report = ParityReport(str(folder), "onnxruntime", version, 0, manifest.precision, tolerance, tuple(rows), emulated)
+            rows.extend(found)
+            if not all(found) and isinstance(graph, Bucket) and manifest.precision != "fp32":
+                progress(f"checking {graph.model} with the original's choices forced")
+                with tempfile.TemporaryDirectory(prefix="edgecomp-forced-") as place:
+                    chosen.append(check_forced(ready, graph, goldens, tolerance, open_one=opener, folder=Path(place)))
+    report = ParityReport(
+        str(folder), "onnxruntime", version, 0, manifest.precision, tolerance, tuple(rows),
+        selection=tuple(chosen), emulated=ready.emulated,
+    )  # fmt: skip
     if not report:
         worst = report.worst
         raise ParityError(

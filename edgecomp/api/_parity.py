@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
 from edgecomp.api._emulate import runnable
+from edgecomp.api._forced import check_forced
+from edgecomp.api._layers import compare_layers
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import Bundle, golden_key, open_bundle
-from edgecomp.parity import CASES, OutputParity, ParityReport, cases_of, check_bucket, judge, read_goldens
-from edgecomp.runners import Array, require_threads
+from edgecomp.errors import InvalidSpec, UnknownName
+from edgecomp.parity import (
+    CASES,
+    LayerParity,
+    OutputParity,
+    ParityReport,
+    SelectionParity,
+    SelfTest,
+    cases_of,
+    check_bucket,
+    find_culprits,
+    judge,
+    question_runner,
+    read_goldens,
+    read_limits,
+)
+from edgecomp.runners import Array, Runner, open_runner, require_threads, runner_names
 from edgecomp.runners.chain import open_graph
 from edgecomp.serving import Answer, Model
 from edgecomp.specs import Tolerance
-from edgecomp.specs.manifest import Bucket, PlainGraph, RouterGraph
+from edgecomp.specs.manifest import Bucket, Graph, PlainGraph, RouterGraph
 
 __all__ = ["parity"]
 
 _ROUNDING = 1e-4
+_ORIGINAL = "original"
+_THREAD_COUNTS = (1, 2, 4)
 
 
 def parity(
@@ -28,48 +50,136 @@ def parity(
     *,
     runner: str = "onnxruntime",
     threads: int = 0,
+    against: str = _ORIGINAL,
     budget: str | int | None = None,
     batch: int | None = None,
+    selection: bool = False,
+    self_test: bool = False,
+    per_layer: bool = False,
+    weights: str | Path = "random",
+    backbone_weights: str | Path = "random",
+    atol: Sequence[str | float] = (),
+    rtol: Sequence[str | float] = (),
     progress: Progress = silent,
 ) -> ParityReport:
     """Run a bundle's buckets on the golden inputs and compare with the original's outputs.
 
     Args:
         bundle: the folder.
-        runner: `onnxruntime` or `onnxruntime-cuda`.
-        threads: CPU threads; 0: as many as the runtime chooses.
+        runner: `onnxruntime` or `onnxruntime-cuda`, with threads of its own where wanted: `onnxruntime:4`.
+        threads: CPU threads where the runner says none; 0: as many as the runtime chooses.
+        against: `original`, or another runner whose outputs are expected on the golden inputs.
         budget: only the bucket that keeps so many tokens (a count or a percentage); None: all, the router, what routed
             requests get, and the plain model.
         batch: only this batch size; None: all.
+        selection: judge which tokens are chosen, and the values under the original's choices, apart.
+        self_test: ask the runner whether it agrees with itself: rows that are alike, runs again, numbers of threads.
+        per_layer: make the model again in torch, and compare each of its modules with the graph's; `report.culprits`
+            says where an error begins.
+        weights, backbone_weights: for `per_layer`, the files that the bundle was made with, where there were any.
+        atol, rtol: largest errors in place of the recipe's: `NAME:1e-3` for one output, `1e-3` for all others.
         progress: takes one line for each bucket.
 
     Returns:
         the report; `bool(report)` is the verdict. A missed threshold is a result, not an error.
 
     Raises:
-        BundleError: the bundle is not whole. InvalidSpec: it has no such bucket.
-        MissingDependency, RunError: the runner cannot run here.
+        BundleError: the bundle is not whole, or with `selection` holds no choices. InvalidSpec: it has no such bucket
+            or output. MissingDependency, RunError: the runner cannot run here.
     """
     require_threads(threads)
+    limits = read_limits(atol=atol, rtol=rtol)
+    one = _read_runner(runner, threads)
+    other = None if against == _ORIGINAL else _read_runner(against, threads)
     opened = open_bundle(Path(bundle))
     manifest = opened.manifest
-    graphs: list[Bucket | PlainGraph | RouterGraph] = list(opened.select(budget=budget, batch=batch))
+    buckets = list(opened.select(budget=budget, batch=batch))
+    graphs: list[Bucket | PlainGraph | RouterGraph] = list(buckets)
     if budget is None:
         graphs += [graph for graph in manifest.routers if batch in (None, graph.batch)]
         graphs += [graph for graph in manifest.plain if batch in (None, graph.batch)]
+    limits.require_known(spec.name for graph in graphs for spec in graph.outputs)
     goldens, tolerance = read_goldens(opened.path), manifest.recipe.tolerances[manifest.precision]
     rows: list[OutputParity] = []
+    chosen: list[SelectionParity] = []
+    tests: list[SelfTest] = []
     version = ""
-    with runnable(opened, runner, progress=progress) as (ready, emulated):
+    with runnable(opened, one.name, progress=progress) as ready:
         for graph in graphs:
             progress(f"{graph.model} in {runner}")
-            with open_graph(runner, ready, graph, threads=threads) as loaded:
-                rows.extend(check_bucket(loaded, graph, goldens, tolerance))
+            with ExitStack() as stack:
+                loaded = stack.enter_context(one.open(ready.bundle, graph))
+                expected = stack.enter_context(other.open(ready.bundle, graph)) if other is not None else None
+                rows.extend(check_bucket(loaded, graph, goldens, tolerance, limits=limits, against=expected))
                 version = loaded.version
-        if budget is None and manifest.router is not None:
+                if self_test and isinstance(graph, Bucket):
+                    progress(f"{graph.model} against itself in {runner}")
+                    counts = _THREAD_COUNTS if one.name == "onnxruntime" else ()
+                    threaded = {n: partial(_RunnerChoice(one.name, n).open, ready.bundle, graph) for n in counts}
+                    tests.extend(question_runner(loaded, graph, goldens, tolerance, with_threads=threaded))
+        layers: list[LayerParity] = []
+        for bucket in buckets if per_layer else ():
+            progress(f"modules of {bucket.model} in {runner}")
+            layers.extend(
+                compare_layers(
+                    ready.bundle,
+                    bucket,
+                    goldens,
+                    tolerance,
+                    partial(_open_derived, one, ready.bundle),
+                    weights=str(weights),
+                    backbone_weights=str(backbone_weights),
+                )
+            )
+        for bucket in buckets if selection else ():
+            progress(f"choices of {bucket.model} in {runner}")
+            chosen.append(
+                check_forced(
+                    ready,
+                    bucket,
+                    goldens,
+                    tolerance,
+                    limits=limits,
+                    open_one=one.open,
+                    open_other=None if other is None else other.open,
+                )
+            )
+        if budget is None and manifest.router is not None and other is None:
             progress(f"requests as the router sends them, in {runner}")
-            rows.extend(_check_routed(ready, goldens, tolerance, runner=runner, threads=threads))
-    return ParityReport(str(bundle), runner, version, threads, manifest.precision, tolerance, tuple(rows), emulated)
+            rows.extend(_check_routed(ready.bundle, goldens, tolerance, runner=one.name, threads=one.threads))
+    return ParityReport(
+        str(bundle), one.name, version, one.threads, manifest.precision, tolerance, tuple(rows),
+        against=against, limits=limits, selection=tuple(chosen), self_tests=tuple(tests), layers=tuple(layers),
+        culprits=find_culprits(layers, limit=tolerance.max_rel), emulated=ready.emulated,
+    )  # fmt: skip
+
+
+class _RunnerChoice(NamedTuple):
+    """A runner by name, with its threads."""
+
+    name: str
+    threads: int
+
+    def open(self, bundle: Bundle, graph: Graph, *, model: Path | None = None) -> Runner:
+        """Load a graph of a bundle, or another form of it."""
+        return open_graph(self.name, bundle, graph, threads=self.threads, model=model)
+
+
+def _open_derived(runner: _RunnerChoice, bundle: Bundle, model: Path) -> Runner:
+    """Load a graph that was made of one of the bundle's, and reads its weights."""
+    return open_runner(runner.name, model, threads=runner.threads, weights=bundle.path)
+
+
+def _read_runner(text: str, threads: int) -> _RunnerChoice:
+    """Read `NAME` or `NAME:THREADS`."""
+    name, colon, count = text.partition(":")
+    if (colon and not count.isascii()) or (colon and not count.isdigit()):
+        raise InvalidSpec(f"runner {text!r}: give a name, or NAME:THREADS, such as onnxruntime:4")
+    if name not in runner_names():
+        raise UnknownName("runner", name, (*runner_names(), _ORIGINAL))
+    chosen = int(count) if colon else threads
+    require_threads(chosen)
+    return _RunnerChoice(name, chosen)
 
 
 def _check_routed(

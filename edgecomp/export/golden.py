@@ -14,7 +14,8 @@ from torch import nn
 from edgecomp.backbones.assemble import Assembly
 from edgecomp.backbones.placed import PlacedModel, PlainModel
 from edgecomp.backbones.seam import Stem
-from edgecomp.bundle import GOLDEN, golden_key
+from edgecomp.bundle import GOLDEN, choice_key, golden_key
+from edgecomp.export.choices import ChoiceRecorder
 from edgecomp.images import PixelType, read_image, resize_and_crop, to_pixels
 from edgecomp.resources import photograph_path
 from edgecomp.specs import Preprocess, TensorSpec
@@ -60,10 +61,15 @@ def write_goldens(
             tensors[golden_key("input", case, name)] = np.ascontiguousarray(array)
         arrays = [inputs[spec.name] for spec in specs]
         for part, model in models.items():
-            expected, got = run_module(model.reference().eval(), arrays), run_module(model, arrays)
+            expected = run_module(model.reference().eval(), arrays)
+            with ChoiceRecorder() as recorder:
+                got = run_module(model, arrays)
             for spec, want, have in zip(model.output_specs(batch), expected, got, strict=True):
                 compare(case, spec.name, have, want)
                 tensors[golden_key("output", case, spec.name, part=part)] = np.ascontiguousarray(want)
+            for number, choice in enumerate(recorder.choices):  # equal outputs: these are the original's choices
+                tensors[choice_key(case, part, number, f"{choice.op}.scores")] = choice.scores
+                tensors[choice_key(case, part, number, f"{choice.op}.indices")] = choice.indices
     if assembly.router is not None:
         tensors |= _router_goldens(assembly, tensors, batch)
     (folder / GOLDEN).write_bytes(save(tensors))

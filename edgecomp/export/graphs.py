@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import onnx
 from msgspec.structs import replace
@@ -16,7 +16,7 @@ from edgecomp.errors import ExportError
 from edgecomp.export.passes import WeightsFile
 from edgecomp.export.ranges import OutOfRange
 from edgecomp.export.samples import Sample
-from edgecomp.export.writer import GraphWriter
+from edgecomp.export.writer import GraphWriter, Types
 from edgecomp.specs import Recipe
 from edgecomp.specs.manifest import Bucket, Graph, PlainGraph, RouterGraph
 from edgecomp.specs.precision import PrecisionPlan
@@ -24,6 +24,7 @@ from edgecomp.specs.precision import PrecisionPlan
 __all__ = ["Graphs", "write_graphs"]
 
 _NO_STEM = Graph("", 0, (), (), 0, {})
+_Kind = TypeVar("_Kind", bound=Graph)
 
 
 class Graphs(NamedTuple):
@@ -76,7 +77,7 @@ def write_graphs(
                 name = side_file("stem", batch, batches)
                 one = writer.write(name, front, batch)
                 specs = front.input_specs(batch), front.output_specs(batch)
-                stem = Graph(name, batch, *specs, one.flops, one.ops, "", *one.types)
+                stem = _typed(Graph(name, batch, *specs, one.flops, one.ops), one.types)
                 stems.append(stem)
             if assembly.router is not None:
                 name, router = side_file("router", batch, batches), assembly.router
@@ -92,12 +93,13 @@ def write_graphs(
                 part = model if seam is None else Rest(model, seam)
                 one = writer.write(name, part, batch, f"m{budget.tokens_out}")
                 specs, flops = (model.input_specs(batch), model.output_specs(batch)), stem.flops + one.flops
-                buckets.append(Bucket(name, batch, *specs, flops, one.ops, stem.model, *one.types, budget=budget))
+                bucket = Bucket(name, batch, *specs, flops, one.ops, stem.model, budget=budget)
+                buckets.append(_typed(bucket, one.types))
             if with_plain and assembly.plain is not None:
                 name = side_file("plain", batch, batches)
                 specs = assembly.plain.input_specs(batch), assembly.plain.output_specs(batch)
                 one = writer.write(name, assembly.plain, batch)
-                plain.append(PlainGraph(name, batch, *specs, one.flops, one.ops, "", *one.types))
+                plain.append(_typed(PlainGraph(name, batch, *specs, one.flops, one.ops), one.types))
         writer.require_patterns_used()
     for path in sorted(folder.glob("*.onnx")):
         try:
@@ -107,3 +109,8 @@ def write_graphs(
     buckets = [replace(bucket, own_bytes=weights.own_bytes(bucket.golden_part)) for bucket in buckets]
     buckets.sort(key=lambda bucket: bucket.budget.tokens_out)
     return Graphs(tuple(buckets), tuple(plain), tuple(stems), tuple(routers), tuple(writer.risky.values()))
+
+
+def _typed(graph: _Kind, types: Types) -> _Kind:
+    """Return a graph's record with what it computes in."""
+    return replace(graph, precision=types.precision, islands=types.islands, quantized=types.quantized)

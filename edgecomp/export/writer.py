@@ -37,7 +37,7 @@ from edgecomp.routers import Router
 from edgecomp.specs import Recipe, TensorSpec, load_oplists
 from edgecomp.specs.precision import PrecisionPlan, WrittenPrecision, pattern_of
 
-__all__ = ["GraphWriter", "Part", "Written"]
+__all__ = ["GraphWriter", "Part", "Types", "Written"]
 
 Part = PlacedModel | PlainModel | Stem | Rest | Router
 _NAMED = 5

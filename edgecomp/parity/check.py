@@ -11,16 +11,32 @@ import numpy.typing as npt
 
 from edgecomp.bundle import GOLDEN, golden_key
 from edgecomp.errors import BundleError
+from edgecomp.parity.layers import Culprit, LayerParity
+from edgecomp.parity.limits import Limits
 from edgecomp.parity.metrics import Difference, compare
+from edgecomp.parity.selection import ChoiceParity
 from edgecomp.runners import Runner
 from edgecomp.specs import Tolerance
 from edgecomp.specs.manifest import Bucket, PlainGraph, RouterGraph
 
-__all__ = ["OutputParity", "ParityReport", "cases_of", "check_bucket", "judge", "read_goldens"]
+__all__ = [
+    "OutputParity",
+    "ParityReport",
+    "SelectionParity",
+    "SelfTest",
+    "cases_of",
+    "check_bucket",
+    "expected_of",
+    "inputs_of",
+    "judge",
+    "read_goldens",
+    "rows_of",
+]
 
 Array = npt.NDArray[np.generic]
 CASES = ("seeded", "photo")
 _ROUTER_MAX_REL = 1e-3
+NO_LIMITS = Limits()
 
 
 class OutputParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,10 +56,53 @@ class OutputParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return not self.failures
 
 
+class SelectionParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one graph makes of the original's choices, and what it would have chosen itself.
+
+    Attributes:
+        forced: the outputs with the original's choices forced upon the graph.
+        choices: each choice, on the rows that the original had there; empty where the graph chooses nothing.
+    """
+
+    model: str
+    forced: tuple[OutputParity, ...]
+    choices: tuple[ChoiceParity, ...]
+
+    def __bool__(self) -> bool:
+        return all(self.forced) and all(self.choices)
+
+
+class SelfTest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One question that a runner answers about itself, without any original.
+
+    Attributes:
+        test: `duplicate rows`, `repeated run` or `threads`.
+        detail: what was compared, and how far it is apart; or why it could not be.
+        failures: as in `OutputParity`.
+        is_not_shown: the question could not be put, as `detail` says.
+    """
+
+    model: str
+    test: str
+    detail: str
+    failures: tuple[str, ...] = ()
+    is_not_shown: bool = False
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+
 class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How close a runner's outputs are to the original's; `bool(report)` is the verdict.
 
     Attributes:
+        outputs: of the graphs as they are.
+        against: whose outputs were expected: `original`, or another runner.
+        limits: thresholds in place of the recipe's.
+        selection: of graphs that choose tokens, where it was asked for.
+        self_tests: where they were asked for.
+        layers: each torch module of each graph, where that was asked for.
+        culprits: where an error begins, one for each graph and case that has one; none where all is within limits.
         emulated: a twin ran in place of the graphs: fp32, rounded as the precision rounds.
     """
 
@@ -54,10 +113,31 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: str
     tolerance: Tolerance
     outputs: tuple[OutputParity, ...]
+    against: str = "original"
+    limits: Limits = Limits()
+    selection: tuple[SelectionParity, ...] = ()
+    self_tests: tuple[SelfTest, ...] = ()
+    layers: tuple[LayerParity, ...] = ()
+    culprits: tuple[Culprit, ...] = ()
     emulated: bool = False
 
     def __bool__(self) -> bool:
-        return all(self.outputs)
+        return (
+            all(row or self.close_call(row) is not None for row in self.outputs)
+            and all(self.selection)
+            and all(self.self_tests)
+            and not self.culprits
+        )
+
+    def close_call(self, row: OutputParity) -> ChoiceParity | None:
+        """Return the choice that rounding may decide and that an output depends on; none: values must agree.
+
+        Where the graph and the original may both be right and choose other tokens, the values of the free run say
+        nothing; with the choices forced they are held to the thresholds all the same. A wrong choice excuses nothing.
+        """
+        mine = (part for part in self.selection if part.model == row.model)
+        found = [one for part in mine for one in part.choices if one.case == row.case]
+        return next((one for one in found if one.is_close), None) if all(found) else None
 
     @property
     def worst(self) -> OutputParity:
@@ -78,19 +158,28 @@ def read_goldens(bundle: Path) -> dict[str, Array]:
 
 
 def check_bucket(
-    runner: Runner, bucket: Bucket | PlainGraph | RouterGraph, goldens: Mapping[str, Array], tolerance: Tolerance
+    runner: Runner,
+    bucket: Bucket | PlainGraph | RouterGraph,
+    goldens: Mapping[str, Array],
+    tolerance: Tolerance,
+    *,
+    limits: Limits = NO_LIMITS,
+    against: Runner | None = None,
 ) -> tuple[OutputParity, ...]:
-    """Run one bucket, the plain model or the router on each of its golden cases, and judge each output."""
+    """Run one bucket, the plain model or the router on each of its golden cases, and judge each output.
+
+    Args:
+        against: another runner of the same graph, whose outputs are expected in place of the goldens.
+    """
     if isinstance(bucket, RouterGraph):  # shares of pixels at an edge: one pixel may fall to either side
         tolerance = msgspec.structs.replace(tolerance, max_rel=_ROUTER_MAX_REL, min_cosine=-1.0)
     rows = []
     for case in cases_of(bucket):
-        outputs = runner.infer(
-            {spec.name: _rows(goldens, golden_key("input", case, spec.name), bucket.batch) for spec in bucket.inputs}
-        )
-        for spec in bucket.outputs:
-            expected = _rows(goldens, golden_key("output", case, spec.name, part=bucket.golden_part), bucket.batch)
-            rows.append(judge(bucket.model, case, spec.name, outputs[spec.name], expected, tolerance))
+        inputs = inputs_of(bucket, goldens, case)
+        outputs = runner.infer(inputs)
+        wanted = against.infer(inputs) if against is not None else expected_of(bucket, goldens, case)
+        for name, expected in wanted.items():
+            rows.append(judge(bucket.model, case, name, outputs[name], expected, tolerance, limits))
     return tuple(rows)
 
 
@@ -102,7 +191,18 @@ def cases_of(graph: Bucket | PlainGraph | RouterGraph) -> tuple[str, ...]:
     return (*CASES, *sides)
 
 
-def _rows(goldens: Mapping[str, Array], key: str, batch: int) -> Array:
+def inputs_of(graph: Bucket | PlainGraph | RouterGraph, goldens: Mapping[str, Array], case: str) -> dict[str, Array]:
+    """Return the golden inputs of a graph by name."""
+    return {spec.name: rows_of(goldens, golden_key("input", case, spec.name), graph.batch) for spec in graph.inputs}
+
+
+def expected_of(graph: Bucket | PlainGraph | RouterGraph, goldens: Mapping[str, Array], case: str) -> dict[str, Array]:
+    """Return what the original makes of them."""
+    keys = {spec.name: golden_key("output", case, spec.name, part=graph.golden_part) for spec in graph.outputs}
+    return {name: rows_of(goldens, key, graph.batch) for name, key in keys.items()}
+
+
+def rows_of(goldens: Mapping[str, Array], key: str, batch: int) -> Array:
     """Return the first rows of a golden tensor; one row serves for all."""
     array = _golden(goldens, key)
     return np.ascontiguousarray(array[:batch] if len(array) >= batch else np.repeat(array[:1], batch, axis=0))
@@ -114,7 +214,15 @@ def _golden(goldens: Mapping[str, Array], key: str) -> Array:
     return goldens[key]
 
 
-def judge(model: str, case: str, output: str, got: Array, expected: Array, tolerance: Tolerance) -> OutputParity:
+def judge(
+    model: str,
+    case: str,
+    output: str,
+    got: Array,
+    expected: Array,
+    tolerance: Tolerance,
+    limits: Limits = NO_LIMITS,
+) -> OutputParity:
     """Compare one output with its golden and hold it to the thresholds; NaN and Inf always fail."""
     if got.shape != expected.shape:
         raise BundleError(
@@ -132,6 +240,10 @@ def judge(model: str, case: str, output: str, got: Array, expected: Array, toler
         return OutputParity(model, case, output, difference, tuple(failures))
     if difference.not_finite:
         failures.append(f"{difference.not_finite} of {got.size} values are NaN or Inf")
+    if limits.of(output) is not None:
+        if missed := limits.missed(output, got, expected):
+            failures.append(missed)
+        return OutputParity(model, case, output, difference, tuple(failures))
     if not difference.max_rel <= tolerance.max_rel:
         failures.append(
             f"max rel error {difference.max_rel:.3g} above {tolerance.max_rel:g} at {list(difference.worst)}: "

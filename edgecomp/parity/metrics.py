@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Difference", "compare"]
+__all__ = ["Difference", "compare", "jaccard"]
 
 Array = npt.NDArray[np.generic]
 _PSNR_CAP = 300.0  # dB, where the two are equal: JSON has no infinity
@@ -67,6 +69,11 @@ def compare(got: Array, expected: Array) -> Difference:
         expected=float(y[worst]),
         not_finite=not_finite,
     )
+
+
+def jaccard(one: Set[Any], other: Set[Any]) -> float:
+    """Return the share of two sets that is common to both; 1 of two empty ones."""
+    return len(one & other) / len(one | other) if one or other else 1.0
 
 
 def _cosine(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

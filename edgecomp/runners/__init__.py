@@ -70,7 +70,13 @@ def require_sharing(runner: str, *, share_weights: bool) -> None:
 
 
 def open_runner(
-    name: str, model: Path, *, threads: int, takes_turns: bool = False, share_weights: bool = False
+    name: str,
+    model: Path,
+    *,
+    threads: int,
+    takes_turns: bool = False,
+    share_weights: bool = False,
+    weights: Path | None = None,
 ) -> Runner:
     """Load an ONNX model.
 
@@ -80,6 +86,7 @@ def open_runner(
         takes_turns: several models are open and run in turn, so that none may hold on to cores between its runs.
         share_weights: read the weights where the system maps their file, once for all models that are open, instead of
             in a copy that is packed for speed; on the CPU alone.
+        weights: folder of the external data; none: it lies beside the model.
 
     Raises:
         UnknownName: no such runner. MissingDependency: its package is not installed. InvalidSpec: it cannot share.
@@ -97,4 +104,5 @@ def open_runner(
         threads=threads,
         takes_turns=takes_turns,
         share_weights=share_weights,
+        weights=weights,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
 
 from edgecomp.bundle import Bundle
@@ -51,8 +52,13 @@ class ChainRunner:
         return self.rest.infer({name: seen[name] for name in self.rest.input_names})
 
 
-def open_graph(name: str, bundle: Bundle, graph: Graph, *, threads: int, takes_turns: bool = False) -> Runner:
+def open_graph(
+    name: str, bundle: Bundle, graph: Graph, *, threads: int, takes_turns: bool = False, model: Path | None = None
+) -> Runner:
     """Load a graph of a bundle, with its stem where it has one; see `open_runner`. Stem and rest always take turns.
+
+    Args:
+        model: another form of the graph, which may take and give more; its weights are the bundle's.
 
     Raises:
         RunError: the runner has no kernels for the bundle's precision, or cannot load a graph.
@@ -63,9 +69,8 @@ def open_graph(name: str, bundle: Bundle, graph: Graph, *, threads: int, takes_t
             f"ONNX Runtime on the CPU has no kernels for {word}, which {bundle.path} computes in; `edgecomp parity` "
             "checks it by twins in fp32, `edgecomp build` makes an engine, and --precision fp16 runs here"
         )
+    path, weights = (bundle.path / graph.model, None) if model is None else (model, bundle.path)
     if not graph.stem:
-        return open_runner(name, bundle.path / graph.model, threads=threads, takes_turns=takes_turns)
-    stem, rest = (
-        open_runner(name, bundle.path / model, threads=threads, takes_turns=True) for model in (graph.stem, graph.model)
-    )
-    return ChainRunner(stem, rest)
+        return open_runner(name, path, threads=threads, takes_turns=takes_turns, weights=weights)
+    stem = open_runner(name, bundle.path / graph.stem, threads=threads, takes_turns=True)
+    return ChainRunner(stem, open_runner(name, path, threads=threads, takes_turns=True, weights=weights))

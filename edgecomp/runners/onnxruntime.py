@@ -24,10 +24,19 @@ class OnnxRuntimeRunner:
         threads: intra-op threads on the CPU; 0: ONNX Runtime's choice.
         takes_turns: threads rest as soon as a run ends, where else they spin for a while and take cores from others.
         share_weights: matrices stay where their file is mapped, where else each session packs its own copies.
+        weights: folder of the external data; none: it lies beside the model.
     """
 
     def __init__(
-        self, model: Path, *, name: str, provider: str, threads: int, takes_turns: bool, share_weights: bool
+        self,
+        model: Path,
+        *,
+        name: str,
+        provider: str,
+        threads: int,
+        takes_turns: bool,
+        share_weights: bool,
+        weights: Path | None = None,
     ) -> None:
         try:
             import onnxruntime
@@ -49,9 +58,13 @@ class OnnxRuntimeRunner:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         if share_weights:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if weights is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
         try:
             self._session: Any = onnxruntime.InferenceSession(
-                str(model), options, providers=[(provider, _OPTIONS.get(provider, {}))]
+                str(model) if weights is None else model.read_bytes(),
+                options,
+                providers=[(provider, _OPTIONS.get(provider, {}))],
             )
         except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no public base class
             first = str(error).strip().splitlines()[0]

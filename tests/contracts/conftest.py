@@ -100,6 +100,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def smoke_of() -> Callable[[str, str], Smoke]:
+    """Return a function that names a smoke preset of a method."""
+    return Smoke
+
+
 @pytest.fixture
 def smokes(method: str) -> tuple[Smoke, ...]:
     """Return all smoke presets of a method."""

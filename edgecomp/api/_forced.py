@@ -1,0 +1,130 @@
+"""The forced form of a bundle's graphs, in its folder `parity/`: made once, found again by its hashes."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from edgecomp import __version__
+from edgecomp.api._emulate import Runnable
+from edgecomp.bundle import Bundle
+from edgecomp.errors import BundleError, MissingDependency
+from edgecomp.parity import NO_LIMITS, Limits, SelectionParity, check_selection
+from edgecomp.runners import Array, Runner
+from edgecomp.specs import Tolerance
+from edgecomp.specs.choice import ForcedGraph
+from edgecomp.specs.manifest import Bucket, Graph
+from edgecomp.specs.origin import file_sha256
+
+__all__ = ["check_forced", "forced_graph"]
+
+_FOLDER = "parity"
+_LARGEST_SIDECAR = 4 << 20
+
+
+class Opener(Protocol):
+    """Loads a graph of a bundle, or another form of it."""
+
+    def __call__(self, bundle: Bundle, graph: Graph, *, model: Path | None = None) -> Runner:
+        """Return a runner of it."""
+
+
+def check_forced(
+    ready: Runnable,
+    bucket: Bucket,
+    goldens: Mapping[str, Array],
+    tolerance: Tolerance,
+    *,
+    open_one: Opener,
+    open_other: Opener | None = None,
+    limits: Limits = NO_LIMITS,
+    folder: Path | None = None,
+) -> SelectionParity:
+    """Run the forced form of a bucket's graph, where it chooses anything.
+
+    Args:
+        open_one: loads the graph that is judged.
+        open_other: loads what it is compared with; none: the goldens of the original.
+        folder: where the forced form is written; none: `parity/` in the bundle.
+    """
+    path, forced = forced_graph(ready.source, bucket, folder)
+    if not forced.choices:
+        return SelectionParity(bucket.model, (), ())
+    path = ready.form(path)
+    with ExitStack() as stack:
+        loaded = stack.enter_context(open_one(ready.bundle, bucket, model=path))
+        expected = stack.enter_context(open_other(ready.bundle, bucket, model=path)) if open_other is not None else None
+        return check_selection(
+            loaded, ready.source.path, bucket, forced.choices, goldens, tolerance, limits=limits, against=expected
+        )
+
+
+def forced_graph(bundle: Bundle, bucket: Bucket, folder: Path | None = None) -> tuple[Path, ForcedGraph]:
+    """Return the forced form of a bucket's graph and what is said of it, making it where it is not there.
+
+    Its weights are the bundle's: a runner reads them from there (`open_graph`), since a copy would double the bundle,
+    and ONNX refuses a file with two hard links as an attack.
+
+    Raises:
+        MissingDependency: it is not there, and onnx_ir is not installed. BundleError: the folder cannot be written.
+    """
+    folder = folder or bundle.path / _FOLDER
+    if folder.is_symlink():
+        raise BundleError(f"bundle {bundle.path}: {_FOLDER} is a link, which may lead anywhere; remove it")
+    stem = bucket.model.removesuffix(".onnx")
+    graph, sidecar = folder / f"{stem}.forced.onnx", folder / f"{stem}.forced.json"
+    source = bundle.file(bucket.model).sha256
+    try:
+        found = _read(sidecar)
+        if found is None or found.source_sha256 != source or file_sha256(graph) != found.sha256:
+            folder.mkdir(exist_ok=True)
+            found = _make(bundle, bucket, graph)
+            _replace(sidecar, msgspec.json.encode(found))
+    except OSError as error:
+        raise BundleError(
+            f"bundle {bundle.path}: the forced graph cannot be written to {folder} ({error.strerror or error}); copy "
+            "the bundle to a place that can be written, or drop --selection"
+        ) from None
+    return graph, found
+
+
+def _read(sidecar: Path) -> ForcedGraph | None:
+    """Read what is said of a forced graph; none where it is not there, or is another version's."""
+    graph = sidecar.with_suffix(".onnx")
+    if any(one.is_symlink() or not one.is_file() for one in (sidecar, graph)):
+        return None
+    if sidecar.stat().st_size > _LARGEST_SIDECAR:
+        return None
+    try:
+        found = msgspec.json.decode(sidecar.read_bytes(), type=ForcedGraph)
+    except msgspec.DecodeError:
+        return None
+    return found if found.edgecomp == __version__ else None
+
+
+def _make(bundle: Bundle, bucket: Bucket, target: Path) -> ForcedGraph:
+    try:
+        from edgecomp.export.forced import write_forced
+    except ImportError as error:
+        raise MissingDependency(
+            error.name or str(error), needed_for="`edgecomp parity --selection`", extra="export"
+        ) from error
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        choices = write_forced(bundle.path / bucket.model, temporary, prefix="model." if bucket.stem else "")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return ForcedGraph(bucket.model, bundle.file(bucket.model).sha256, file_sha256(target), __version__, choices)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,120 @@
+"""The torch model that a bundle was made of, made again, and what each of its modules reads and gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from edgecomp.backbones.assemble import assemble
+from edgecomp.backbones.placed import PlacedModel
+from edgecomp.errors import BundleError, InvalidSpec
+from edgecomp.export.golden import run_module
+from edgecomp.specs.manifest import Bucket, Manifest
+from edgecomp.specs.order import Order
+from edgecomp.specs.origin import WeightsOrigin, file_sha256
+
+__all__ = ["Seen", "explain", "rebuild", "trace"]
+
+Array = npt.NDArray[Any]
+
+
+class Seen(NamedTuple):
+    """What a module read and gave."""
+
+    read: Array
+    gave: Array
+
+
+def rebuild(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_weights: str) -> PlacedModel:
+    """Make the static model of a bucket again, with the weights that the bundle was made with.
+
+    Args:
+        weights, backbone_weights: files, where the bundle's came from files; else `random`.
+
+    Raises:
+        InvalidSpec: a file is needed, and another or none was given. BundleError: it was made of Python objects.
+    """
+    files = {
+        "--weights": (weights, manifest.weights),
+        "--backbone-weights": (backbone_weights, manifest.backbone_weights),
+    }
+    for option, (given, origin) in files.items():
+        _require_same(option, given, origin)
+    order = Order(
+        recipe=manifest.recipe,
+        preset=manifest.preset,
+        backbone="" if manifest.preset else manifest.backbone,
+        weights=weights,
+        backbone_weights=backbone_weights,
+        budgets=(str(bucket.budget.tokens_out),),
+        image_size=manifest.image_size if manifest.preset == "" or manifest.placement == "encoder" else 0,
+        feature_layer=manifest.feature_layer if manifest.placement == "after" and manifest.backbone != "none" else 0,
+        output=manifest.output,
+        input_dtype=manifest.input_dtype,  # type: ignore[arg-type]
+        seed=manifest.seed,
+    )
+    assembly = assemble(order)
+    other = {name: value for name, value in manifest.params.items() if assembly.params.get(name) != value}
+    if other:
+        assembly = assemble(msgspec.structs.replace(order, params=other))
+    return assembly.models[-1].eval()
+
+
+def _require_same(option: str, given: str, origin: WeightsOrigin | None) -> None:
+    """Refuse weights other than the bundle's."""
+    if origin is None:
+        return
+    if origin.kind == "module":
+        raise BundleError(
+            f"the bundle's weights were handed over in Python ({option}), and cannot be loaded again here; "
+            "use --selection --explain, which need none"
+        )
+    if origin.kind == "file":
+        is_same = Path(given).is_file() and file_sha256(Path(given)) == origin.sha256
+    else:
+        is_same = given == origin.kind
+    if not is_same:
+        wanted = "FILE" if origin.kind == "file" else origin.kind
+        raise InvalidSpec(
+            f"the bundle was made with {origin}, and {option} {given} is not that; give {option} {wanted}"
+        )
+
+
+def trace(model: nn.Module, inputs: Sequence[Array]) -> tuple[dict[str, Seen], tuple[Array, ...]]:
+    """Run a model and return what each of its modules without parts of its own read and gave, and its outputs.
+
+    Left out are modules that run several times, or take something else than one tensor.
+    """
+    seen: dict[str, list[Seen]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if next(module.children(), None) is not None:
+            continue
+
+        def note(_: nn.Module, args: Any, result: Any, name: str = name) -> None:
+            if len(args) == 1 and isinstance(args[0], torch.Tensor) and isinstance(result, torch.Tensor):
+                seen.setdefault(name, []).append(Seen(args[0].numpy().copy(), result.numpy().copy()))
+
+        handles.append(module.register_forward_hook(note))
+    try:
+        outputs = run_module(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: calls[0] for name, calls in seen.items() if len(calls) == 1}, outputs
+
+
+def explain(model: nn.Module, module: str, read: Array) -> Array:
+    """Return what a module makes of an input, in fp64."""
+    part = copy.deepcopy(model.get_submodule(module)).double()
+    with torch.inference_mode():
+        result: Array = part(torch.from_numpy(read.astype(np.float64))).numpy()
+    return result

@@ -1,0 +1,90 @@
+"""Parity catches what is planted into a graph, in one of its three parts: values, values forced, choices.
+
+By default one method of each kind is tried; `-m slow` has the others. `docs/parity.md` has the table.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import planted
+import pytest
+
+from edgecomp.export.forced import force_choices
+from edgecomp.parity import check_bucket, check_selection, read_goldens
+from edgecomp.runners import open_runner
+
+#: Faults that no part sees, and why.
+UNSEEN = {
+    ("half_softmax", "attention-pruning", "smoke-text"): "with random weights the error is 3.8e-6, within 2e-5",
+    ("half_softmax", "fastervlm", "smoke-host"): "likewise 3.5e-6",
+    ("half_softmax", "visionzip", "smoke-host"): "likewise 4.4e-6",
+    ("off_by_one", "pitome", "smoke"): "all that can merge do merge, so that nothing stands behind the last",
+}
+
+
+@pytest.fixture
+def parts_of(tmp_path):
+    """Return a function that says which parts of parity a graph fails: `values`, `forced`, `choices`."""
+
+    def find(bundle, bucket, model):
+        ir.save(model, tmp_path / "model.onnx")
+        goldens, tolerance = read_goldens(bundle.path), bundle.manifest.recipe.tolerances["fp32"]
+        with open_runner("onnxruntime", tmp_path / "model.onnx", threads=1) as runner:
+            failed = set() if all(check_bucket(runner, bucket, goldens, tolerance)) else {"values"}
+        model = ir.load(tmp_path / "model.onnx")
+        nodes = force_choices(model)
+        if nodes:
+            ir.save(model, tmp_path / "forced.onnx")
+            with open_runner("onnxruntime", tmp_path / "forced.onnx", threads=1) as runner:
+                part = check_selection(runner, bundle.path, bucket, nodes, goldens, tolerance)
+            failed |= {word for word, rows in (("forced", part.forced), ("choices", part.choices)) if not all(rows)}
+        return failed
+
+    return find
+
+
+def _load(bundle, bucket):
+    model = ir.load(bundle.path / bucket.model)
+    ir.external_data.load_to_model(model)
+    return model
+
+
+def _smokes(method):
+    from edgecomp.specs import load_recipe
+
+    return load_recipe(method).smoke_presets
+
+
+def test_what_is_planted_is_caught(hosted_method, bundle_of, parts_of, note, smoke_of):
+    """One bundle of a method, each fault in turn; and without any, nothing fails."""
+    seen = []
+    for preset in _smokes(hosted_method)[: None if hosted_method not in planted.QUICK else 1]:
+        bundle = bundle_of(smoke_of(hosted_method, preset))
+        bucket = bundle.manifest.buckets[0]
+        assert parts_of(bundle, bucket, _load(bundle, bucket)) == set()
+        for fault in planted.FAULTS:
+            model = _load(bundle, bucket)
+            if not fault(model):
+                continue
+            failed = parts_of(bundle, bucket, model)
+            if (fault.__name__, hosted_method, preset) in UNSEEN or _means_nothing(fault, bundle, bucket):
+                continue
+            assert failed, f"{fault.__name__} in {hosted_method} {preset} is not seen"
+            seen.append(f"{fault.__name__}: {', '.join(sorted(failed))}")
+    assert len(seen) >= 3, seen
+    note(f"planted in {hosted_method}: {'; '.join(seen)}")
+
+
+def _means_nothing(fault, bundle, bucket):
+    """Whether the recipe says that the order of the tokens cannot change the output."""
+    reads_tokens = bucket.inputs[0].kind == "tokens" and all(spec.name != "index" for spec in bucket.outputs)
+    return fault is planted.transposed_grid and reads_tokens and "token-order" in bundle.manifest.recipe.invariances
+
+
+def test_choices_alone_are_judged_by_layer(bundle_of, parts_of, smoke_of):
+    """First-k in a graph that is forced gives the right values: only the choices tell."""
+    bundle = bundle_of(smoke_of("evit", "smoke"))
+    bucket = bundle.manifest.buckets[0]
+    model = _load(bundle, bucket)
+    assert planted.first_k(model) == 2
+    assert parts_of(bundle, bucket, model) == {"values", "choices"}
