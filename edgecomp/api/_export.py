@@ -17,6 +17,7 @@ from edgecomp import __version__
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import GOLDEN, MANIFEST, WEIGHTS, Bundle, new_bundle, open_bundle, require_free, seal
 from edgecomp.errors import BundleError, InvalidSpec, MissingDependency, ParityError, UnknownName, WeightsError
+from edgecomp.lock import bundle_lock
 from edgecomp.parity import OutputParity, ParityReport, check_bucket, read_goldens
 from edgecomp.parity.check import judge
 from edgecomp.report.export import ExportReport
@@ -114,7 +115,7 @@ def export(
     Raises:
         SpecError, WeightsError: the request cannot be; nothing was written.
         ExportError: torch, a static check or an op allow-list refuses the graph; nothing was written.
-        EdgecompError: `out` is taken or cannot be written; the old content is whole.
+        EdgecompError: `out` is taken, in use or cannot be written; the old content is whole.
     """
     started = time.perf_counter()
     order = _order(
@@ -147,7 +148,7 @@ def export(
     _require_fixed(assembly, order)
     if with_plain and assembly.plain is None:
         raise InvalidSpec(f"{order.recipe.method} on given tokens has no uncompressed model; drop --with-plain")
-    with new_bundle(folder, force=force) as work:
+    with bundle_lock(folder, "export", say=progress), new_bundle(folder, force=force) as work:
         with _EXPORTER:
             graphs = write_graphs(
                 work, assembly, order.recipe, opset=opset, batches=batches, with_plain=with_plain, progress=progress
