@@ -288,7 +288,8 @@ def replace_manifest(bundle: Bundle, manifest: Manifest) -> None:
             f"bundle {bundle.path}: {MANIFEST} could not be written: {error.strerror}; nothing was changed"
         ) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that became read-only refuses even what is not there
+            beside.unlink(missing_ok=True)
 
 
 def _encode(manifest: Manifest) -> tuple[bytes, Manifest]:
