@@ -8,6 +8,7 @@ import importlib.util
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,16 @@ import msgspec
 from edgecomp import __version__
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import GOLDEN, MANIFEST, WEIGHTS, Bundle, new_bundle, open_bundle, require_free, seal
-from edgecomp.errors import BundleError, InvalidSpec, MissingDependency, ParityError, UnknownName, WeightsError
-from edgecomp.lock import bundle_lock
+from edgecomp.errors import (
+    BundleBusy,
+    BundleError,
+    InvalidSpec,
+    MissingDependency,
+    ParityError,
+    UnknownName,
+    WeightsError,
+)
+from edgecomp.lock import bundle_lock, lock_path
 from edgecomp.parity import OutputParity, ParityReport, check_bucket, read_goldens
 from edgecomp.parity.check import judge
 from edgecomp.report.export import ExportReport
@@ -130,6 +139,9 @@ def export(
     request = _request_digest(order, precision, opset, batches, with_plain)
     if (found := _unchanged(folder, request)) is not None:
         size = found.file(WEIGHTS).size
+        if lock_path(folder).exists():  # what an export left that was killed after its last step
+            with suppress(BundleBusy), bundle_lock(folder, "export", say=progress):
+                pass
         return ExportReport(folder, found.manifest, True, None, time.perf_counter() - started, size)
     require_free(folder, force=force)
 
