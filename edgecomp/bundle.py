@@ -44,6 +44,9 @@ _KIND = "edgecomp bundle"
 _BELOW = ("engines", "parity", "profiles")  # folders that later verbs write
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LARGEST_MANIFEST = 16 << 20
+_LARGEST_GOLDEN = 8 << 30  # bytes; the file is read as a whole
+_MOST_ELEMENTS = (1 << 31) - 1  # of one tensor; what TensorRT takes
+_LARGEST_IMAGE = 8192  # pixels a side; what `export` takes
 
 
 class _Listing(msgspec.Struct, frozen=True):
@@ -101,6 +104,7 @@ def open_bundle(path: Path, *, verify: bool = True) -> Bundle:
     manifest = _read_manifest(path)
     _require_named(path, manifest)
     _require_router(path, manifest)
+    _require_sizes(path, manifest)
     _require_listing(path, manifest)
     for entry in manifest.files:
         size = (path / entry.name).stat().st_size
@@ -187,6 +191,30 @@ def _require_router(path: Path, manifest: Manifest) -> None:
         )
 
 
+def _require_sizes(path: Path, manifest: Manifest) -> None:
+    """Refuse sizes that nothing here could hold, before anything is allocated for them."""
+    for graph in manifest.graphs:
+        for spec in (*graph.inputs, *graph.outputs):
+            if min(spec.shape, default=1) < 1 or math.prod(spec.shape) > _MOST_ELEMENTS:
+                raise BundleError(
+                    f"bundle {path}: {graph.model} has a tensor {str(spec)[:200]}, which is not between 1 and "
+                    f"{_MOST_ELEMENTS} elements; export the bundle again"
+                )
+    sides = (manifest.image_size, manifest.preprocess.size if manifest.preprocess is not None else 0)
+    # `crop` divides the size: an image is resized to it before the centre is cut out
+    resized = manifest.preprocess.size / manifest.preprocess.crop if manifest.preprocess is not None else 0
+    if max(sides) > _LARGEST_IMAGE or resized > 4 * _LARGEST_IMAGE:
+        raise BundleError(
+            f"bundle {path}: images of {max(sides)} pixels a side (resized to {resized:.0f}) are above "
+            f"{_LARGEST_IMAGE}; export the bundle again"
+        )
+    golden = sum(entry.size for entry in manifest.files if entry.role == "golden")
+    if golden > _LARGEST_GOLDEN:
+        raise BundleError(
+            f"bundle {path}: {GOLDEN} has {golden} bytes, above {_LARGEST_GOLDEN}; export smaller batches"
+        )
+
+
 def _require_listing(path: Path, manifest: Manifest) -> None:
     expected = {MANIFEST, *(entry.name for entry in manifest.files)}
     seen = set()
@@ -198,6 +226,7 @@ def _require_listing(path: Path, manifest: Manifest) -> None:
         if entry.is_dir():
             if entry.name not in _BELOW:
                 raise BundleError(f"bundle {path}: folder {entry.name} does not belong there; remove it")
+            _require_plain(path, path / entry.name)
             continue
         if not entry.is_file():
             raise BundleError(f"bundle {path}: {entry.name} is a pipe, socket or device, not a file; remove it")
@@ -208,6 +237,18 @@ def _require_listing(path: Path, manifest: Manifest) -> None:
                 f"bundle {path}: {', '.join(sorted(names))} {'was' if len(names) == 1 else 'were'} {what}; "
                 + ("copy or export the bundle again" if what == "missing" else "remove what does not belong there")
             )
+
+
+def _require_plain(path: Path, folder: Path) -> None:
+    """Refuse links, pipes, sockets and devices below a folder: a link leads away, and reading a pipe never ends."""
+    for above, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            found = Path(above, name)
+            if found.is_symlink() or not (found.is_dir() or found.is_file()):
+                raise BundleError(
+                    f"bundle {path}: {found.relative_to(path)} is a link, pipe, socket or device; a bundle holds plain "
+                    "files alone, remove it"
+                )
 
 
 def digest_of(manifest: Mapping[str, Any]) -> str:
@@ -247,7 +288,8 @@ def replace_manifest(bundle: Bundle, manifest: Manifest) -> None:
             f"bundle {bundle.path}: {MANIFEST} could not be written: {error.strerror}; nothing was changed"
         ) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that became read-only refuses even what is not there
+            beside.unlink(missing_ok=True)
 
 
 def _encode(manifest: Manifest) -> tuple[bytes, Manifest]:
@@ -275,7 +317,7 @@ def new_bundle(out: Path, *, force: bool) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
-        for file in sorted(temporary.iterdir()):
+        for file in sorted(temporary.rglob("*")):
             _sync(file)
         _sync(temporary)
         require_free(out, force=force)  # again: something may have come in the meantime

@@ -9,6 +9,7 @@ EdgecompError
 │   ├── DynamicShape
 │   └── OpNotAllowed
 ├── BundleError          a bundle that is altered, incomplete or newer than this version
+├── BundleBusy           another process works in the same folder
 ├── BuildError           ONNX cannot become an engine
 │   ├── PluginMissing
 │   └── TargetMismatch
@@ -23,6 +24,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "BuildError",
+    "BundleBusy",
     "BundleError",
     "DynamicShape",
     "EdgecompError",
@@ -93,6 +95,10 @@ class OpNotAllowed(ExportError):
 
 class BundleError(EdgecompError):
     """A bundle is altered, incomplete, unsafe or newer than this version of edgecomp."""
+
+
+class BundleBusy(EdgecompError):
+    """Another process works in the same folder; the text names it."""
 
 
 class BuildError(EdgecompError):

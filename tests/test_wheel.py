@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -193,6 +195,90 @@ def test_module_lists_backbones(installed: Path, elsewhere: Path) -> None:
     done = run(installed / "python", "-m", "edgecomp", "list", "backbones", folder=elsewhere)
     assert done.returncode == 0, done.stderr
     assert "vit_small_patch16_224" in done.stdout
+
+
+# -- the verbs of a board -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle as one file, made here, where torch is."""
+    pytest.importorskip("torch")
+    from edgecomp import api
+
+    folder = tmp_path_factory.mktemp("packed")
+    bundle = api.export("lookupvit", preset="smoke", budget=[4], out=folder / "small").bundle
+    return api.pack(bundle, out=folder / "small.edgecomp.zip").path
+
+
+@pytest.fixture(scope="module")
+def with_runtime(built: Path, installed: Path) -> Path:
+    """The `bin` folder of an environment of its own that has ONNX Runtime as well, and no torch."""
+    environment = built / "with-runtime"
+    shutil.copytree(installed.parent, environment, symlinks=True)
+    python = environment / "bin" / "python"
+    done = run(python, "-m", "pip", "install", "--quiet", "onnxruntime", folder=built)
+    if done.returncode and NO_NETWORK.search(done.stdout + done.stderr):
+        pytest.skip("no package index can be reached, so onnxruntime cannot be installed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return python.parent
+
+
+def said_json(bin_folder: Path, *words: str | Path, folder: Path) -> dict[str, Any]:
+    done = run(bin_folder / "python", "-m", "edgecomp", *words, "--json", folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def test_every_verb_of_a_board_runs_without_torch(with_runtime: Path, packed: Path, elsewhere: Path) -> None:
+    """From the one file to outputs, in an environment with numpy, ONNX Runtime and a few small packages."""
+    code = "import importlib.util as u; print([n for n in ('torch', 'onnx', 'timm', 'tensorrt') if u.find_spec(n)])"
+    assert run(with_runtime / "python", "-c", code, folder=elsewhere).stdout == "[]\n"
+    unpacked = said_json(with_runtime, "bundle", "unpack", packed, "--out", "here", folder=elsewhere)
+    assert unpacked["bundle"] == "here/bundle"
+    bundle = Path("here") / "bundle"
+    verified = said_json(with_runtime, "verify", bundle, "--duration", "0.05", "--threads", "1", folder=elsewhere)
+    assert verified["verdict"] == "pass"
+    verdicts = {stage["name"]: stage["verdict"] for stage in verified["stages"]}
+    assert [verdicts[name] for name in ("hashes", "doctor", "parity", "profile")] == ["pass"] * 4
+    parity = said_json(with_runtime, "parity", bundle, "--threads", "1", folder=elsewhere)
+    assert {row["model"] for row in parity["outputs"]} == {"model.m4.b1.onnx"}
+    assert not [row for row in parity["outputs"] if row["failures"]]
+    profile = said_json(with_runtime, "profile", bundle, "--duration", "0.05", "--threads", "1", folder=elsewhere)
+    assert profile["profiles"][0]["p50_us"] > 0
+    run_ = said_json(with_runtime, "run", bundle, "--out", "out.safetensors", "--threads", "1", folder=elsewhere)
+    assert run_["model"] == "model.m4.b1.onnx"
+    assert (elsewhere / "out.safetensors").stat().st_size > 100
+    again = said_json(with_runtime, "bundle", "pack", bundle, "--out", "again.zip", folder=elsewhere)
+    assert (elsewhere / "again.zip").read_bytes() == packed.read_bytes()
+    assert (
+        again["digest"]
+        == unpacked["digest"]
+        == said_json(with_runtime, "inspect", bundle, folder=elsewhere)["manifest"]["digest"]
+    )
+
+
+def test_verbs_say_what_a_board_is_missing(installed: Path, packed: Path, elsewhere: Path) -> None:
+    said_json(installed, "bundle", "unpack", packed, "--out", "here", folder=elsewhere)
+    bundle = Path("here") / "bundle"
+    for words, package, extra in (
+        (["parity", bundle], "onnxruntime", "ort"),
+        (["run", bundle], "onnxruntime", "ort"),
+        (["profile", bundle], "onnxruntime", "ort"),
+        (["build", bundle, "--target", "a10"], "tensorrt_rtx", "rtx"),
+        (["check", bundle, "--target", "a10"], "onnx", "export"),
+    ):
+        done = run(installed / "edgecomp", *words, folder=elsewhere)
+        assert (done.returncode, done.stdout) == (2, ""), words
+        assert f"{package!r}" in done.stderr
+        assert f"pip install 'edgecomp[{extra}]'" in done.stderr
+        assert "Traceback" not in done.stderr
+    done = run(installed / "edgecomp", "verify", bundle, folder=elsewhere)
+    assert done.returncode == 1  # it could not be proven
+    assert "parity: the runner 'onnxruntime' needs the package 'onnxruntime'" in done.stdout
+    assert "pip install 'edgecomp[ort]'" in done.stdout
+    assert re.search(r"^hashes +pass", done.stdout, re.MULTILINE)
 
 
 def test_doctor_says_that_torch_is_missing(installed: Path, elsewhere: Path) -> None:

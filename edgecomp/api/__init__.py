@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from edgecomp.api._export import export
     from edgecomp.api._inspect import inspect
     from edgecomp.api._listing import list_backbones, list_methods, list_routers, list_targets
+    from edgecomp.api._pack import pack, unpack
     from edgecomp.api._parity import parity
     from edgecomp.api._plugin import plugin_build, plugin_check, plugin_list
     from edgecomp.api._profile import profile
     from edgecomp.api._run import run
+    from edgecomp.api._verify import verify
 
 __all__ = [
     "build",
@@ -38,12 +40,15 @@ __all__ = [
     "list_methods",
     "list_routers",
     "list_targets",
+    "pack",
     "parity",
     "plugin_build",
     "plugin_check",
     "plugin_list",
     "profile",
     "run",
+    "unpack",
+    "verify",
 ]
 
 
@@ -51,5 +56,5 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'edgecomp.api' has no attribute {name!r}")
     verb = name.partition("_")[0]
-    module = "_listing" if verb == "list" else f"_{verb}"
+    module = {"list": "_listing", "unpack": "_pack"}.get(verb, f"_{verb}")
     return getattr(importlib.import_module(f"edgecomp.api.{module}"), name)

@@ -18,6 +18,7 @@ from edgecomp.errors import InvalidSpec
 from edgecomp.evaluation import Images, open_images
 from edgecomp.evaluation.thresholds import Needs, Places, assign, choose
 from edgecomp.images import PixelType, to_pixels
+from edgecomp.lock import bundle_lock
 from edgecomp.parity import read_goldens
 from edgecomp.report.calibrate import BucketUse, CalibrationReport
 from edgecomp.runners import Array, require_threads
@@ -70,79 +71,80 @@ def calibrate(
     target, limit_of = _read_target(mean_tokens, latency_target_ms, keep_agreement)
     if limit is not None and limit < 1:
         raise InvalidSpec(f"limit {limit} is below 1; leave it out for 256 images")
-    opened = open_bundle(Path(bundle))
-    manifest, record = opened.manifest, opened.manifest.router
-    if record is None or not record.thresholds:
-        what = "no router" if record is None else f"the router {record.name}, which has no thresholds"
-        raise InvalidSpec(f"bundle {bundle} has {what}; export it with --router, for example --router difficulty")
-    first, *others = manifest.buckets[0].inputs
-    if first.kind != "image" or manifest.preprocess is None:
-        raise InvalidSpec(
-            f"bundle {bundle} takes {', '.join(map(str, manifest.buckets[0].inputs))}, and calibration has images; "
-            "export it with a --backbone"
-        )
-    if texts and not record.reads_words:
-        raise InvalidSpec(f"{len(texts)} texts were given, and the router {record.name} reads no words; drop them")
-    goldens = read_goldens(opened.path) if others else {}
-    features = {spec.name: goldens[golden_key("input", "seeded", spec.name)][:1] for spec in others}
-    progress("reading the data")
-    images = open_images(data, split=split, limit=limit, seed=seed)
-    with Model(opened, runner=runner, threads=threads, resident=None) as model:
-        ask = partial(_timed, model, features=features or None)
-        seen = _observe(model, images, ask, texts, dtype=first.dtype, progress=progress)
-        version = model.runner_version
-    buckets = model.buckets
-
-    def mean_ms(places: Places) -> float:
-        return float(seen.ms[places].mean()) + seen.router_ms
-
-    def agreement(places: Places) -> float:
-        return float(seen.agreement[np.arange(len(places)), places].mean())
-
-    tokens = np.asarray(buckets)
-    if mean_tokens is not None:
-        if mean_tokens > buckets[-1]:
+    with bundle_lock(Path(bundle), "calibrate", say=progress):
+        opened = open_bundle(Path(bundle))
+        manifest, record = opened.manifest, opened.manifest.router
+        if record is None or not record.thresholds:
+            what = "no router" if record is None else f"the router {record.name}, which has no thresholds"
+            raise InvalidSpec(f"bundle {bundle} has {what}; export it with --router, for example --router difficulty")
+        first, *others = manifest.buckets[0].inputs
+        if first.kind != "image" or manifest.preprocess is None:
             raise InvalidSpec(
-                f"mean tokens {mean_tokens:g} is above {buckets[-1]}, what the largest bucket keeps; no thresholds "
-                f"reach it. Give {buckets[0]} to {buckets[-1]}"
+                f"bundle {bundle} takes {', '.join(map(str, manifest.buckets[0].inputs))}, and calibration has images; "
+                "export it with a --backbone"
             )
-        found = choose(seen.needs, lambda places: float(tokens[places].mean()) <= mean_tokens, most=True)
-        reach = f"the least is {buckets[0]}, the smallest bucket for all"
-    elif latency_target_ms is not None:
-        found = choose(seen.needs, lambda places: mean_ms(places) <= latency_target_ms, most=True)
-        least = float(seen.ms.min()) + seen.router_ms
-        reach = f"the least is {least:.3f} ms, with the router ({seen.router_ms:.3f} ms)"
-    else:
-        found = choose(seen.needs, lambda places: agreement(places) >= limit_of, most=False)
-        reach = "the largest bucket for all reaches 1"
-    if found is None:
-        raise InvalidSpec(
-            f"no thresholds reach {target} on these {len(seen.needs)} images: {reach}; nothing was written"
+        if texts and not record.reads_words:
+            raise InvalidSpec(f"{len(texts)} texts were given, and the router {record.name} reads no words; drop them")
+        goldens = read_goldens(opened.path) if others else {}
+        features = {spec.name: goldens[golden_key("input", "seeded", spec.name)][:1] for spec in others}
+        progress("reading the data")
+        images = open_images(data, split=split, limit=limit, seed=seed)
+        with Model(opened, runner=runner, threads=threads, resident=None) as model:
+            ask = partial(_timed, model, features=features or None)
+            seen = _observe(model, images, ask, texts, dtype=first.dtype, progress=progress)
+            version = model.runner_version
+        buckets = model.buckets
+
+        def mean_ms(places: Places) -> float:
+            return float(seen.ms[places].mean()) + seen.router_ms
+
+        def agreement(places: Places) -> float:
+            return float(seen.agreement[np.arange(len(places)), places].mean())
+
+        tokens = np.asarray(buckets)
+        if mean_tokens is not None:
+            if mean_tokens > buckets[-1]:
+                raise InvalidSpec(
+                    f"mean tokens {mean_tokens:g} is above {buckets[-1]}, what the largest bucket keeps; no thresholds "
+                    f"reach it. Give {buckets[0]} to {buckets[-1]}"
+                )
+            found = choose(seen.needs, lambda places: float(tokens[places].mean()) <= mean_tokens, most=True)
+            reach = f"the least is {buckets[0]}, the smallest bucket for all"
+        elif latency_target_ms is not None:
+            found = choose(seen.needs, lambda places: mean_ms(places) <= latency_target_ms, most=True)
+            least = float(seen.ms.min()) + seen.router_ms
+            reach = f"the least is {least:.3f} ms, with the router ({seen.router_ms:.3f} ms)"
+        else:
+            found = choose(seen.needs, lambda places: agreement(places) >= limit_of, most=False)
+            reach = "the largest bucket for all reaches 1"
+        if found is None:
+            raise InvalidSpec(
+                f"no thresholds reach {target} on these {len(seen.needs)} images: {reach}; nothing was written"
+            )
+        places = assign(seen.needs, found)
+        made = Calibration(
+            target=target,
+            data=Path(data).resolve().name,
+            sha256=seen.sha256,
+            images=len(seen.needs),
+            mean_tokens=float(tokens[places].mean()),
+            agreement=agreement(places),
+            agreement_of=seen.agreement_of,
         )
-    places = assign(seen.needs, found)
-    made = Calibration(
-        target=target,
-        data=Path(data).resolve().name,
-        sha256=seen.sha256,
-        images=len(seen.needs),
-        mean_tokens=float(tokens[places].mean()),
-        agreement=agreement(places),
-        agreement_of=seen.agreement_of,
-    )
-    updated = msgspec.structs.replace(record, thresholds=found, calibration=made)
-    replace_manifest(opened, msgspec.structs.replace(manifest, router=updated))
-    return CalibrationReport(
-        bundle=str(bundle),
-        router=updated,
-        before=record.thresholds,
-        buckets=_uses(record, seen, buckets, places),
-        router_ms=seen.router_ms,
-        mean_ms=mean_ms(places),
-        runner=version,
-        threads=threads,
-        batch=min(bucket.batch for bucket in manifest.buckets),
-        notes=(*images.notes, *_notes(manifest, record, texts, others)),
-    )
+        updated = msgspec.structs.replace(record, thresholds=found, calibration=made)
+        replace_manifest(opened, msgspec.structs.replace(manifest, router=updated))
+        return CalibrationReport(
+            bundle=str(bundle),
+            router=updated,
+            before=record.thresholds,
+            buckets=_uses(record, seen, buckets, places),
+            router_ms=seen.router_ms,
+            mean_ms=mean_ms(places),
+            runner=version,
+            threads=threads,
+            batch=min(bucket.batch for bucket in manifest.buckets),
+            notes=(*images.notes, *_notes(manifest, record, texts, others)),
+        )
 
 
 def _read_target(

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,17 @@ from edgecomp.api._emulate import runnable
 from edgecomp.api._forced import check_forced
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import GOLDEN, MANIFEST, WEIGHTS, Bundle, new_bundle, open_bundle, require_free, seal
-from edgecomp.errors import BundleError, InvalidSpec, MissingDependency, ParityError, UnknownName, WeightsError
+from edgecomp.errors import (
+    BundleBusy,
+    BundleError,
+    InvalidSpec,
+    MissingDependency,
+    ParityError,
+    UnknownName,
+    WeightsError,
+)
 from edgecomp.evaluation.data import open_images
+from edgecomp.lock import bundle_lock, lock_path
 from edgecomp.parity import OutputParity, ParityReport, SelectionParity, check_bucket, read_goldens
 from edgecomp.parity.check import judge
 from edgecomp.report.export import ExportReport
@@ -131,7 +141,7 @@ def export(
     Raises:
         SpecError, WeightsError: the request cannot be; nothing was written.
         ExportError: torch, a static check or an op allow-list refuses the graph; nothing was written.
-        EdgecompError: `out` is taken or cannot be written; the old content is whole.
+        EdgecompError: `out` is taken, in use or cannot be written; the old content is whole.
     """
     started = time.perf_counter()
     order = _order(
@@ -148,6 +158,9 @@ def export(
     request = _request_digest(order, plan, opset, batches, with_plain, calibration, calibration_images)
     if (found := _unchanged(folder, request)) is not None:
         size = found.file(WEIGHTS).size
+        if lock_path(folder).exists():  # what an export left that was killed after its last step
+            with suppress(BundleBusy), bundle_lock(folder, "export", say=progress):
+                pass
         return ExportReport(folder, found.manifest, True, None, time.perf_counter() - started, size)
     require_free(folder, force=force)
 
@@ -167,7 +180,7 @@ def export(
     if with_plain and assembly.plain is None:
         raise InvalidSpec(f"{order.recipe.method} on given tokens has no uncompressed model; drop --with-plain")
     sampled, image_notes = _samples(plan, assembly, calibration, calibration_images, order.seed, progress)
-    with new_bundle(folder, force=force) as work:
+    with bundle_lock(folder, "export", say=progress), new_bundle(folder, force=force) as work:
         with _EXPORTER:
             graphs = write_graphs(
                 work,

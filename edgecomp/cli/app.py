@@ -12,6 +12,7 @@ import typer
 from edgecomp import __version__
 from edgecomp.cli import (
     build,
+    bundle,
     calibrate,
     check,
     doctor,
@@ -23,6 +24,7 @@ from edgecomp.cli import (
     plugin,
     profile,
     run,
+    verify,
 )
 from edgecomp.errors import EdgecompError, ParityError
 
@@ -35,8 +37,9 @@ app = typer.Typer(
     name="edgecomp", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 app.add_typer(listing.app, name="list", help="List methods, targets, backbones or routers.")
-for _module in (export, parity, build, run, profile, evaluate, calibrate, check, inspect, doctor):
+for _module in (export, parity, build, run, profile, evaluate, calibrate, check, inspect, doctor, verify):
     app.command(name=_module.__name__.rpartition(".")[2])(_module.command)
+app.add_typer(bundle.app, name="bundle", help="Pack a bundle into one file, or unpack one.")
 app.add_typer(plugin.app, name="plugin", help="Compile, list or check TensorRT plugins.")
 
 

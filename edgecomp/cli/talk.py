@@ -15,20 +15,29 @@ from edgecomp.errors import InvalidSpec
 
 __all__ = ["JSON", "emit", "finish", "progress", "read_lines"]
 
+_NOTE = "note: "
+
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[str], None]]:
-    """Give a function that shows what is being done, on a terminal's stderr alone."""
+    """Give a function that shows what is being done, on a terminal's stderr alone; notes stay, and go to any stderr."""
     if not sys.stderr.isatty():
-        yield lambda line: None
+        yield lambda line: typer.echo(line, err=True) if line.startswith(_NOTE) else None
         return
     from rich.console import Console
     from rich.markup import escape
 
-    with Console(stderr=True).status(escape(label)) as status:
-        yield lambda line: status.update(escape(f"{label}: {line}"))
+    console = Console(stderr=True)
+    with console.status(escape(label)) as status:
+        yield (
+            lambda line: (
+                console.print(escape(line), soft_wrap=True)
+                if line.startswith(_NOTE)
+                else status.update(escape(f"{label}: {line}"))
+            )
+        )
 
 
 def emit(report: Any, *, as_json: bool, text: Callable[[], str]) -> None:
