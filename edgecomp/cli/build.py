@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from edgecomp import api
+from edgecomp.cli.on import ON, run_on
 from edgecomp.cli.talk import JSON, emit, progress
 
 __all__ = ["command"]
 
 
 def command(
+    context: typer.Context,
     bundle: Annotated[str, typer.Argument(help="The bundle's folder.")],
     target: Annotated[str, typer.Option(help="A target's name, a TOML file, or `auto`: the GPU of this machine.")],
     runtime: Annotated[str, typer.Option(help="`tensorrt`, `rtx`, or `auto`.")] = "auto",
@@ -23,9 +25,12 @@ def command(
         str, typer.Option(help="Merge nodes in the plugin: `auto` (if compiled), `require`, `off`, or a library.so.")
     ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Build even when nothing changed.")] = False,
+    on: ON = "",
     json: JSON = False,
 ) -> None:
     """Build TensorRT engines, strongly typed, from a bundle."""
+    if on:
+        run_on(context)
     with progress("build") as say:
         report = api.build(
             bundle,

@@ -12,6 +12,7 @@ import msgspec
 import typer
 
 from edgecomp.errors import InvalidSpec
+from edgecomp.resources import says_each_step
 
 __all__ = ["JSON", "emit", "finish", "progress", "read_lines"]
 
@@ -20,7 +21,10 @@ JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[str], None]]:
-    """Give a function that shows what is being done, on a terminal's stderr alone."""
+    """Give a function that shows what is being done, on a terminal's stderr alone, or a line a step where asked to."""
+    if says_each_step():
+        yield lambda line: typer.echo(line, err=True)
+        return
     if not sys.stderr.isatty():
         yield lambda line: None
         return
