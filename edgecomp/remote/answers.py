@@ -56,10 +56,16 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class Started(msgspec.Struct, frozen=True):
-    """A job was started, or found; its log follows."""
+    """A job was started, or found; its log follows.
+
+    Attributes:
+        group: of its processes.
+        since: when it was started, by the clock there.
+        job: its folder.
+    """
 
     state: Literal["started", "running", "finished"]
-    pid: Count
+    group: Count
     since: str
     job: str
 

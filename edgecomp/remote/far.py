@@ -175,7 +175,7 @@ def start(root: Path, request: dict[str, Any]) -> None:
         supervise_detached(root, job, request, lock)
         os.close(lock)
     owner = read_json(job / "request.json")
-    answer({"state": state, "pid": owner.get("pid", 0), "since": owner.get("since", ""), "job": str(job)})
+    answer({"state": state, "group": owner.get("group", 0), "since": owner.get("since", ""), "job": str(job)})
     send_log(job, owner.get("pid", 0), request["offset"])
 
 
@@ -217,6 +217,7 @@ def supervise_detached(root: Path, job: Path, request: dict[str, Any], lock: int
         owner = {
             "job": request["job"],
             "pid": os.getpid(),
+            "group": os.getpgrp(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "command": " ".join(["edgecomp", request["verb"]]),
             "by": request["by"],

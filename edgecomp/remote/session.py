@@ -165,7 +165,7 @@ class _Session:
         }
         with self._connection.call("start", request) as reply:
             answer = read_answer(self._place, reply.fields, Started)
-            self._how_to_end = f"To end it: ssh {self._place.login} kill -- -{answer.pid}"
+            self._how_to_end = f"To end it: ssh {self._place.login} kill -- -{answer.group}"
             if not self._is_started:
                 self._say(self._tell(answer))
             self._is_started = True
