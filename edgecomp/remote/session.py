@@ -187,13 +187,22 @@ class _Session:
     def collect(self) -> RemoteRun:
         """Bring the results into the bundle here, and the exit code."""
         listing, out, files = self._patiently(self._collect_once)
+        try:
+            run = self._read_run(listing, out, files)
+        except RunError:  # an end without a result: there is nothing to come back for
+            self._patiently(lambda: self._note_collected(listing.end.run))
+            raise
         self._patiently(lambda: self._note_collected(listing.end.run))
+        return run
+
+    def _read_run(self, listing: Listing, out: bytes, files: tuple[str, ...]) -> RemoteRun:
+        """Return what the job did, and note it in the bundle where its verb writes no file of its own."""
         code = self._read_code(listing)
         if code not in (0, 1):
             return RemoteRun(self._place.host, code, None, files)
         document = self._read_document(out, listing.bundle)
         folder = {"parity": "parity", "profile": "profiles"}.get(self._job.verb)
-        if folder:  # these verbs write no file of their own
+        if folder:
             name = f"{folder}/{self._place.host.replace(':', '_')}.{self._job.id}.json"
             fields = {"on": self._place.host, "verb": self._job.verb, "words": self._job.words, "code": code}
             write_record(self._job.bundle, name, {**fields, "report": document})

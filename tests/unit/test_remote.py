@@ -673,7 +673,7 @@ def test_two_copies_at_once(bundle: Path, there: There) -> None:
          "its host key is not known here; run `ssh me@nano true` once"),
         ("@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.",
          "its host key is not the one that known_hosts has"),
-        ("/home/me/.ssh/config: line 3: Bad configuration option: x", "ssh itself refuses"),
+        ("/etc/ssh/ssh_config: line 3: Bad configuration option: x", "ssh itself refuses"),
         ("Connection closed by 10.0.0.7 port 22", "the connection ended too early (ssh said: Connection closed by"),
     ],
 )  # fmt: skip
