@@ -129,8 +129,8 @@ def fault(place: Place, fields: dict[str, Any]) -> RunError:
     texts = {
         "no-python": "there is no python3 on PATH for a login without a terminal; install Python 3.10 or newer there, "
         f"or make {venv} with one that PATH does not name",
-        "old-python": f"{told('path')} is Python {told('text')}, and edgecomp needs 3.10 or newer; install one and "
-        f"make a venv with it there: python3.10 -m venv --system-site-packages {venv}",
+        "old-python": f"{told('path')} is Python {told('text') or 'of no known version'}, and edgecomp needs 3.10 or "
+        f"newer; install one and make a venv with it there: python3.10 -m venv --system-site-packages {venv}",
         "python": f"{told('path')} does not run ({told('text')}); repair it, or remove {venv} there",
         "os": f"{told('path')}: {told('text')}; name a folder that this user can write to there",
         "full": f"the disk of {told('path')} is full, or a quota is spent ({told('text')}; {told('free')} bytes "

@@ -46,6 +46,7 @@ _OPTIONS = (
     "ForwardAgent=no",
     "ForwardX11=no",
     "PermitLocalCommand=no",
+    "RemoteCommand=none",  # a configuration may name one, and ssh then refuses ours
     "ControlMaster=no",  # one that is there is used; one that stays behind would hold our pipes open
     "LogLevel=ERROR",
 )

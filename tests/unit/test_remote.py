@@ -6,6 +6,7 @@ server. Where a test is about the connection, the far Python hands `-m edgecomp`
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import io
@@ -19,6 +20,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,18 @@ from edgecomp.bundle import open_bundle
 from edgecomp.cli.on import _read
 from edgecomp.errors import BundleError, EdgecompError, InvalidSpec, RunError
 from edgecomp.parity.metrics import Difference
-from edgecomp.remote import Attached, RemoteRun, far, read_place, run_there
+from edgecomp.remote import Attached, RemoteRun, far, job, read_place, run_there
 from edgecomp.remote.job import missing_packages
-from edgecomp.remote.ssh import Connection
+from edgecomp.remote.ssh import Connection, Reply
 from edgecomp.remote.wheel import make_wheel
 
 Cli = Callable[..., Any]
 ROOT = Path(edgecomp.__file__).parents[1]
 ON = "ssh://me@nano/~/ec"
 SAY_ARGUMENTS = 'python3 - "$@" <<END\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\nEND\n'
+
+
+made_wheel = functools.cache(make_wheel)  # by the first test; it takes a tenth of a second
 
 
 class There:
@@ -89,6 +94,7 @@ class There:
 @pytest.fixture
 def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[There]:
     machine = There(tmp_path)
+    monkeypatch.setattr(job, "make_wheel", made_wheel)
     monkeypatch.setenv("PATH", f"{machine.bin}:{os.environ['PATH']}")
     yield machine
     wait_for(lambda: not machine.root.is_dir() or far.take_lock(machine.root) is not None, seconds=20)
@@ -246,6 +252,7 @@ def test_an_installed_edgecomp_makes_the_same_wheel(tmp_path: Path) -> None:
     assert done.stdout.strip() == wheel.sha256
 
 
+@pytest.mark.slow
 def test_pip_takes_the_wheel(tmp_path: Path) -> None:
     if importlib.util.find_spec("pip") is None:
         pytest.skip("this environment has no pip")
@@ -337,7 +344,7 @@ def test_a_file_that_broke_there_is_copied_again(bundle: Path, there: There) -> 
     assert (folder / "weights.data").read_bytes() == (bundle / "weights.data").read_bytes()
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 7])
+@pytest.mark.parametrize("code", [1, 2])
 def test_exit_codes_are_carried_over(bundle: Path, there: There, cli: Cli, code: int) -> None:
     there.job(f"echo 'error: no such thing' >&2; echo '{{\"a\": null}}'; exit {code}")
     said = cli("parity", bundle, "--json", "--on", ON)
@@ -420,9 +427,9 @@ def test_a_link_here_is_not_followed(bundle: Path, there: There, tmp_path: Path)
     assert list((tmp_path / "outside").iterdir()) == []
 
 
-def forged(*results: dict[str, Any], out: str = "{}", data: str = "", **more: Any) -> dict[str, str]:
+def forged(*results: dict[str, Any], out: str = "{}", data: str = "", **more: Any) -> tuple[dict[str, Any], str]:
     listing = {"end": {"run": "1", "code": 0}, "out": len(out), "bundle": "/b", "results": results, **more}
-    return {"answer": f"{far.MARK.decode()}{json.dumps(listing)}\n{out}{data}"}
+    return json.loads(json.dumps(listing)), out + data
 
 
 def result(name: str, content: str = "x", **more: Any) -> dict[str, Any]:
@@ -457,33 +464,51 @@ def result(name: str, content: str = "x", **more: Any) -> dict[str, Any]:
         (forged(result("engines/x"), data="y"), "engines/x changed while it was copied (sha256 a1fce4363854"),
         (forged(result("engines/x")), "the connection ended with 1 bytes still to come"),
         (forged(out="no json"), "what edgecomp printed there is no JSON"),
-        ({"answer": "welcome\n" * 3}, "let us in and ran no program (exit code 0: it said nothing)"),
-        ({"answer": f"{far.MARK.decode()}[1]\n"}, "ran no program"),
-        ({"answer": f"{far.MARK.decode()}" + "[" * 100_000 + "\n"}, "ran no program"),
-        ({"answer": "x" * 100_000}, "ran no program"),
-        ({"answer": far.MARK.decode() + '{"error": "a\\u001bb"}\n'}, "a fault that this edgecomp does not know: a?b"),
-        ({"answer": far.MARK.decode() + '{"error": "lost", "log": "/l"}\n'}, "Its log is /l; run the same command"),
+        (({"error": "a\x1bb"}, ""), "a fault that this edgecomp does not know: a?b"),
+        (({"error": "lost", "log": "/l"}, ""), "Its log is /l; run the same command"),
+        (({"error": "busy", "owner": 3}, ""), "is in use: `?` runs there since ?"),
     ],
 )
 def test_a_foreign_answer_changes_nothing_here(
-    bundle: Path, there: There, monkeypatch: pytest.MonkeyPatch, answer: dict[str, str], says: str
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, answer: tuple[dict[str, Any], str], says: str
 ) -> None:
     before = names(bundle.parent)
     real = shutil.disk_usage(bundle)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=1 << 30))
-    ok = {"answer": far.MARK.decode() + '{"ok": true}\n'}
-    hello = {"root": "/r", "python": "3.11.0", "packages": {}, "free": 1 << 40, "there": {}}
-    started = {"state": "started", "group": 3, "since": "now", "job": "/j"}
-    there.plan(
-        hello=[{"answer": far.MARK.decode() + json.dumps(hello) + "\n"}],
-        put=[ok],
-        start=[{"answer": far.MARK.decode() + json.dumps(started) + "\n"}],
-        collect=[answer],
-        done=[ok],
-    )
+    answers = {
+        "hello": ({"root": "/r", "python": "3.11.0", "packages": {}, "free": 1 << 40, "there": {}}, ""),
+        "put": ({"ok": True}, ""),
+        "start": ({"state": "started", "group": 3, "since": "now", "job": "/j"}, ""),
+        "collect": answer,
+        "done": ({"ok": True}, ""),
+    }
+
+    @contextmanager
+    def call(self: Connection, verb: str, request: dict[str, Any], data: Any = ()) -> Iterator[Reply]:
+        fields, behind = answers[verb]
+        yield Reply(self.place.host, fields, io.BytesIO(behind.encode()))
+
+    monkeypatch.setattr(Connection, "call", call)
+    monkeypatch.setattr(job, "make_wheel", made_wheel)
     kind = EdgecompError if "MiB of results" in says else RunError
     assert says in refused(bundle, "build", kind=kind)
-    assert names(bundle.parent) - {"bin/calls", "bin/sent"} == before
+    assert names(bundle.parent) == before
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"welcome\n" * 3,
+        far.MARK,
+        far.MARK + b"[1]\n",
+        far.MARK + b'{"a": 1}',
+        far.MARK + b"[" * 100_000 + b"\n",
+        b"x" * 100_000 + far.MARK + b"{}\n",
+    ],
+)
+def test_what_is_no_answer(bundle: Path, there: There, answer: bytes) -> None:
+    there.plan(hello=[{"answer": answer.decode()}])
+    assert "nano let us in and ran no program (exit code 0: it said nothing); see what" in refused(bundle)
 
 
 def test_what_is_said_there_cannot_steer_the_terminal(bundle: Path, there: There) -> None:
@@ -559,8 +584,9 @@ def test_a_job_outlives_its_connection(bundle: Path, there: There) -> None:
     assert len(list((there.root / "jobs").iterdir())) == 1
 
 
-@pytest.mark.parametrize("cut_after", ['"state"', "first"], ids=["in_the_answer", "in_the_log"])
-@pytest.mark.parametrize("ends_first", [True, False], ids=["ended", "running"])
+@pytest.mark.parametrize(
+    ("cut_after", "ends_first"), [('"state"', False), ("first", True)], ids=["in_the_answer", "in_the_log"]
+)
 def test_the_same_command_finds_its_job(bundle: Path, there: There, ends_first: bool, cut_after: str) -> None:
     there.job(SLOW)
     there.plan(start=[{"cut_after": cut_after}])
@@ -718,8 +744,12 @@ def test_no_python_there(bundle: Path, there: There, tmp_path: Path) -> None:
 def test_python_is_too_old_there(bundle: Path, there: There, prints: str) -> None:
     there.program(there.far_bin / "python3", f"echo {prints}; exit 1")
     text = refused(bundle)
-    assert f"{there.far_bin}/python3 is Python {prints}, and edgecomp needs 3.10 or newer" in text
+    assert (
+        f"{there.far_bin}/python3 is Python {prints or 'of no known version'}, and edgecomp needs 3.10 or newer" in text
+    )
     assert "python3.10 -m venv --system-site-packages ~/ec/venv" in text
+    if prints:
+        return
     there.job("echo {}")
     assert go(bundle)[0].document == {}, "a venv in the folder is taken before"
 

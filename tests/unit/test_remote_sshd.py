@@ -104,6 +104,8 @@ class Server:
             "StrictHostKeyChecking no",  # what edgecomp asks for has to win
             f"UserKnownHostsFile {folder / 'known'}",
             "GlobalKnownHostsFile /dev/null",
+            "RemoteCommand top",
+            "RequestTTY yes",
         ]
         (folder / "config").write_text("\n".join([*lines, ""]), encoding="utf-8")
         program = folder / "ssh"
