@@ -11,7 +11,7 @@ import hashlib
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir", "data_path", "photograph_path", "source_digest"]
+__all__ = ["cache_dir", "data_path", "photograph_path", "says_each_step", "source_digest"]
 
 _PACKAGE = Path(__file__).resolve().parent
 _SHIPPED = _PACKAGE / "_data"
@@ -34,6 +34,11 @@ def cache_dir() -> Path:
 
     named = os.environ.get("EDGECOMP_CACHE_DIR", "")
     return Path(named) if named else Path(platformdirs.user_cache_dir("edgecomp"))
+
+
+def says_each_step() -> bool:
+    """Say whether long verbs write each step to stderr as a line, also where that is no terminal (`--on` has it so)."""
+    return os.environ.get("EDGECOMP_PROGRESS", "") == "lines"
 
 
 def source_digest() -> str:

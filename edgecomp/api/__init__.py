@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from edgecomp.api._parity import parity
     from edgecomp.api._plugin import plugin_build, plugin_check, plugin_list
     from edgecomp.api._profile import profile
+    from edgecomp.api._remote import remote
     from edgecomp.api._run import run
     from edgecomp.api._verify import verify
 
@@ -46,6 +47,7 @@ __all__ = [
     "plugin_check",
     "plugin_list",
     "profile",
+    "remote",
     "run",
     "unpack",
     "verify",

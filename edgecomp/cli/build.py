@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from edgecomp import api
+from edgecomp.cli.on import ON, run_on
 from edgecomp.cli.talk import JSON, emit, finish, progress
 
 __all__ = ["command"]
 
 
 def command(
+    context: typer.Context,
     bundle: Annotated[str, typer.Argument(help="The bundle's folder.")],
     target: Annotated[str, typer.Option(help="A target's name, a TOML file, or `auto`: the GPU of this machine.")],
     runtime: Annotated[str, typer.Option(help="`tensorrt`, `rtx`, or `auto`.")] = "auto",
@@ -38,9 +40,12 @@ def command(
     check_stable: Annotated[
         bool, typer.Option("--check-stable", help="Build twice and compare the bytes; exit 1 where they differ.")
     ] = False,
+    on: ON = "",
     json: JSON = False,
 ) -> None:
     """Build TensorRT engines, strongly typed, from a bundle."""
+    if on:
+        run_on(context)
     with progress("build") as say:
         report = api.build(
             bundle,

@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from edgecomp import api
+from edgecomp.cli.on import ON, run_on
 from edgecomp.cli.talk import JSON, emit, finish, progress
 
 __all__ = ["command"]
 
 
 def command(
+    context: typer.Context,
     bundle: Annotated[str, typer.Argument(help="The bundle's folder.")],
     runner: Annotated[
         str, typer.Option(help="`onnxruntime` or `onnxruntime-cuda`; with threads: `onnxruntime:4`.")
@@ -40,9 +42,12 @@ def command(
     backbone_weights: Annotated[str, typer.Option(help="For these two: the host's.")] = "random",
     atol: Annotated[list[str] | None, typer.Option(help="Largest absolute error: `1e-3`, or `NAME:1e-3`.")] = None,
     rtol: Annotated[list[str] | None, typer.Option(help="Largest relative error, likewise.")] = None,
+    on: ON = "",
     json: JSON = False,
 ) -> None:
     """Compare a bundle's outputs with the goldens of the PyTorch original; exit 1 when a threshold is missed."""
+    if on:
+        run_on(context)
     with progress("parity") as say:
         report = api.parity(
             bundle,

@@ -12,6 +12,7 @@ import msgspec
 import typer
 
 from edgecomp.errors import InvalidSpec
+from edgecomp.resources import says_each_step
 
 __all__ = ["JSON", "emit", "finish", "progress", "read_lines"]
 
@@ -22,7 +23,13 @@ JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[str], None]]:
-    """Give a function that shows what is being done, on a terminal's stderr alone; notes stay, and go to any stderr."""
+    """Give a function that shows what is being done, on a terminal's stderr alone, or a line a step where asked to.
+
+    Notes stay, and go to any stderr.
+    """
+    if says_each_step():
+        yield lambda line: typer.echo(line, err=True)
+        return
     if not sys.stderr.isatty():
         yield lambda line: typer.echo(line, err=True) if line.startswith(_NOTE) else None
         return

@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from edgecomp import api
+from edgecomp.cli.on import ON, run_on
 from edgecomp.cli.talk import JSON, emit, finish, progress
 
 __all__ = ["command"]
 
 
 def command(
+    context: typer.Context,
     bundle: Annotated[str, typer.Argument(help="The bundle's folder.")],
     target: Annotated[
         str, typer.Option(help="A target's name, a TOML file, `none`, or `auto`: the GPU of this machine.")
@@ -31,9 +33,12 @@ def command(
         bool, typer.Option("--no-build", help="Take the engines that are there; fail where one is missing or foreign.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Repeat what has passed before.")] = False,
+    on: ON = "",
     json: JSON = False,
 ) -> None:
     """Prove a bundle on this machine: hashes, engines, parity, latency; exit 1 when a stage fails."""
+    if on:
+        run_on(context)
     with progress("verify") as say:
         report = api.verify(
             bundle,
