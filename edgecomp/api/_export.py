@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -566,8 +565,8 @@ def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> 
             rows.extend(found)
             if not all(found) and isinstance(graph, Bucket) and manifest.precision != "fp32":
                 progress(f"checking {graph.model} with the original's choices forced")
-                with tempfile.TemporaryDirectory(prefix="edgecomp-forced-") as place:
-                    chosen.append(check_forced(ready, graph, goldens, tolerance, open_one=opener, folder=Path(place)))
+                # The forced form stays in `parity/`: a board has nothing to make it with.
+                chosen.append(check_forced(ready, graph, goldens, tolerance, open_one=opener))
     report = ParityReport(
         str(folder), "onnxruntime", version, 0, manifest.precision, tolerance, tuple(rows),
         selection=tuple(chosen), emulated=ready.emulated,

@@ -44,16 +44,14 @@ def check_forced(
     open_one: Opener,
     open_other: Opener | None = None,
     limits: Limits = NO_LIMITS,
-    folder: Path | None = None,
 ) -> SelectionParity:
     """Run the forced form of a bucket's graph, where it chooses anything.
 
     Args:
         open_one: loads the graph that is judged.
         open_other: loads what it is compared with; none: the goldens of the original.
-        folder: where the forced form is written; none: `parity/` in the bundle.
     """
-    path, forced = forced_graph(ready.source, bucket, folder)
+    path, forced = forced_graph(ready.source, bucket)
     if not forced.choices:
         return SelectionParity(bucket.model, (), ())
     path = ready.form(path)
@@ -65,7 +63,7 @@ def check_forced(
         )
 
 
-def forced_graph(bundle: Bundle, bucket: Bucket, folder: Path | None = None) -> tuple[Path, ForcedGraph]:
+def forced_graph(bundle: Bundle, bucket: Bucket) -> tuple[Path, ForcedGraph]:
     """Return the forced form of a bucket's graph and what is said of it, making it where it is not there.
 
     Its weights are the bundle's: a runner reads them from there (`open_graph`), since a copy would double the bundle,
@@ -74,7 +72,7 @@ def forced_graph(bundle: Bundle, bucket: Bucket, folder: Path | None = None) -> 
     Raises:
         MissingDependency: it is not there, and onnx_ir is not installed. BundleError: the folder cannot be written.
     """
-    folder = folder or bundle.path / _FOLDER
+    folder = bundle.path / _FOLDER
     if folder.is_symlink():
         raise BundleError(f"bundle {bundle.path}: {_FOLDER} is a link, which may lead anywhere; remove it")
     stem = bucket.model.removesuffix(".onnx")

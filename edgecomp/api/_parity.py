@@ -72,7 +72,8 @@ def parity(
         budget: only the bucket that keeps so many tokens (a count or a percentage); None: all, the router, what routed
             requests get, and the plain model.
         batch: only this batch size; None: all.
-        selection: judge which tokens are chosen, and the values under the original's choices, apart.
+        selection: judge which tokens are chosen, and the values under the original's choices, apart; graphs of a
+            reduced precision whose outputs are off are judged so in any case.
         self_test: ask the runner whether it agrees with itself: rows that are alike, runs again, numbers of threads.
         per_layer: make the model again in torch, and compare each of its modules with the graph's; `report.culprits`
             says where an error begins.
@@ -101,6 +102,7 @@ def parity(
     limits.require_known(spec.name for graph in graphs for spec in graph.outputs)
     goldens, tolerance = read_goldens(opened.path), manifest.recipe.tolerances[manifest.precision]
     rows: list[OutputParity] = []
+    choosing: list[Bucket] = []
     chosen: list[SelectionParity] = []
     tests: list[SelfTest] = []
     version = ""
@@ -110,7 +112,10 @@ def parity(
             with ExitStack() as stack:
                 loaded = stack.enter_context(one.open(ready.bundle, graph))
                 expected = stack.enter_context(other.open(ready.bundle, graph)) if other is not None else None
-                rows.extend(check_bucket(loaded, graph, goldens, tolerance, limits=limits, against=expected))
+                found = check_bucket(loaded, graph, goldens, tolerance, limits=limits, against=expected)
+                rows.extend(found)
+                if isinstance(graph, Bucket) and (selection or (manifest.precision != "fp32" and not all(found))):
+                    choosing.append(graph)
                 version = loaded.version
                 if self_test and isinstance(graph, Bucket):
                     progress(f"{graph.model} against itself in {runner}")
@@ -131,7 +136,7 @@ def parity(
                     backbone_weights=str(backbone_weights),
                 )
             )
-        for bucket in buckets if selection else ():
+        for bucket in choosing:
             progress(f"choices of {bucket.model} in {runner}")
             chosen.append(
                 check_forced(

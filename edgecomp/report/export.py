@@ -9,7 +9,7 @@ import msgspec
 from edgecomp.bundle import WEIGHTS
 from edgecomp.parity import ParityReport
 from edgecomp.report.text import flops, size, table
-from edgecomp.specs.manifest import Manifest, RouterRecord
+from edgecomp.specs.manifest import Graph, Manifest, RouterRecord
 
 __all__ = ["ExportReport", "describe_export", "router_line"]
 
@@ -74,6 +74,11 @@ def describe_export(report: ExportReport) -> str:
             f"{report.parity.version}, max rel error {worst.max_rel:.2g} (allowed {report.parity.tolerance.max_rel:g})"
             + (", emulated: fp32 rounded as the type" if report.parity.emulated else "")
         )
+        if ties := len(report.parity.ties):
+            lines.append(
+                f"             {ties} of them with the original's choices forced, since rounding decides one there; "
+                "`edgecomp parity --explain` shows it"
+            )
     lines.append(f"  next       edgecomp parity {report.bundle}")
     return "\n".join(lines)
 
@@ -85,7 +90,7 @@ def precision_line(manifest: Manifest) -> str:
     graphs = [*manifest.stem, *manifest.buckets[:1]]  # what one request runs
     if quantized := sum(len(graph.quantized) for graph in graphs):
         parts.append(f"{quantized} linear layers quantised")
-    if islands := sum(len(graph.islands) for graph in graphs):
+    if manifest.rest != "fp32" and (islands := sum(_in_fp32(graph) for graph in graphs)):
         parts.append(f"{islands} nodes in fp32")
     if manifest.fp32:
         parts.append(f"fp32 asked for: {', '.join(manifest.fp32)}")
@@ -93,6 +98,10 @@ def precision_line(manifest: Manifest) -> str:
         what = "scales from" if is_quantized else "range seen on"
         parts.append(f"{what} {manifest.samples.count} inputs: {manifest.samples.source}")
     return "; ".join(parts)
+
+
+def _in_fp32(graph: Graph) -> int:
+    return sum(not reason.startswith("left in") for reason in graph.islands.values())
 
 
 def router_line(router: RouterRecord) -> str:

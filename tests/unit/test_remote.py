@@ -357,7 +357,7 @@ def test_options_go_there_as_they_stand(bundle: Path, there: There, tmp_path: Pa
     there.job(SAY_ARGUMENTS)
     target = tmp_path / "mine.toml"
     target.write_text("schema = 1\n", encoding="utf-8")
-    options = {"--target": str(target), "--runtime": "a b'c\"d$(id)\n-e", "--force": ""}
+    options = [("--target", str(target)), ("--runtime", "a b'c\"d$(id)\n-e"), ("--force", "")]
     run = remote("build", bundle, options, on=ON)
     assert run.document[:2] == ["-m", "edgecomp"]
     verb, given, runtime, *rest = run.document[2:]
