@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from edgecomp.backbones.assemble import Assembly
 from edgecomp.backbones.seam import Rest, Stem
 from edgecomp.bundle import WEIGHTS, bucket_file, side_file
-from edgecomp.errors import ExportError
+from edgecomp.errors import ExportError, InvalidSpec
 from edgecomp.export.passes import WeightsFile
 from edgecomp.export.ranges import OutOfRange
 from edgecomp.export.samples import Sample
@@ -62,7 +62,7 @@ def write_graphs(
         samples: inputs to calibrate with, of one row each; none where the precision needs none.
 
     Raises:
-        InvalidSpec: a pattern of the precision names nothing in any graph.
+        InvalidSpec: a pattern of the precision names nothing in any graph, or no layer can be quantised.
         ExportError: torch, the static check, an op allow-list or the ONNX checker refuses a graph.
     """
     buckets, plain, stems, routers = [], [], [], []
@@ -101,6 +101,11 @@ def write_graphs(
                 one = writer.write(name, assembly.plain, batch)
                 plain.append(_typed(PlainGraph(name, batch, *specs, one.flops, one.ops), one.types))
         writer.require_patterns_used()
+        if precision.quantized is not None and not any(graph.quantized for graph in (*stems, *buckets)):
+            raise InvalidSpec(
+                f"--precision {precision.word}: there is nothing to quantise, for these graphs hold no linear layer of "
+                "16 rows and columns or more; export with fp16"
+            )
     for path in sorted(folder.glob("*.onnx")):
         try:
             onnx.checker.check_model(str(path), full_check=True)

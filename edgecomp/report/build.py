@@ -67,7 +67,7 @@ def _proof_lines(record: EngineRecord) -> Iterator[str]:
     seen = "the built engine" if proof.by == "engine" else "the network that TensorRT parsed"
     yield f"precision {record.precision}, seen in {seen}: matrix products {', '.join(parts) or 'none'}"
     if proof.islands:
-        yield f"islands that the bundle keeps in fp32: {_some(proof.islands)}"
+        yield f"left out on purpose: {_some(proof.islands)}"
     if proof.wider:
         yield f"small products wider than {record.precision}: {_some(proof.wider)}"
 
