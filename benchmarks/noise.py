@@ -1,10 +1,14 @@
 """Measures the noise that parity's thresholds stand on: ONNX Runtime against the original, fp32 against fp64.
 
-    python benchmarks/noise.py [--seeds 3] [--method evit,tocom] [--json FILE]
+    python benchmarks/noise.py [--seeds 3] [--method evit,tocom] [--precision fp16] [--json FILE]
 
 For every preset that is not a test size, with random weights of several seeds: the largest error over the largest
 magnitude expected, of (a) the static graph in ONNX Runtime against the eager original, both fp32, and (b) the eager
 original in fp32 against itself in fp64. A recipe's threshold is ten times the largest of all, rounded up.
+
+With another precision it is (a) alone, of that precision (bf16 and fp8 by twins); where rounding decides a choice of
+tokens, of the values with the original's choices forced, and the last column counts such outputs. These are what
+`export/tolerances.toml` stands on.
 """
 
 from __future__ import annotations
@@ -18,10 +22,13 @@ from common import parse, publish
 
 from edgecomp import api
 from edgecomp.backbones.assemble import assemble
+from edgecomp.errors import EdgecompError
 from edgecomp.export.golden import golden_inputs, run_module
 from edgecomp.parity import compare
 from edgecomp.specs import load_recipe, method_names
 from edgecomp.specs.order import Order
+
+_WHOLE = ("index", "count", "mask", "source_map", "source")  # outputs of whole numbers: equal, or wrong
 
 
 def main() -> None:
@@ -30,6 +37,7 @@ def main() -> None:
         __doc__ or "",
         seeds=(int, 3, "seeds of random weights"),
         method=(str, "", "which, with commas; all if left out"),
+        precision=(str, "fp32", "of the graphs"),
     )
     rows: list[list[object]] = []
     for method in options.method.split(",") if options.method else method_names():
@@ -38,7 +46,10 @@ def main() -> None:
             if preset.startswith("smoke"):
                 continue
             for seed in range(1 if options.quick else options.seeds):
-                rows.append([method, preset, seed, *_noise(method, preset, seed)])
+                if options.precision == "fp32":
+                    rows.append([method, preset, seed, *_noise(method, preset, seed)])
+                else:
+                    rows.append([method, preset, seed, *_noise_of(options.precision, method, preset, seed)])
                 print(*rows[-1], flush=True)
     header = [
         "method",
@@ -49,7 +60,9 @@ def main() -> None:
         "fp32 vs fp64, max rel",
         "cosine min 64",
     ]
-    publish("noise of fp32", header, rows, options.json)
+    if options.precision != "fp32":
+        header[4:] = ["cosine min", "outputs", "of them forced"]
+    publish(f"noise of {options.precision}", header, rows, options.json)
 
 
 def _noise(method: str, preset: str, seed: int) -> tuple[str, str, str, str]:
@@ -81,6 +94,21 @@ def _noise(method: str, preset: str, seed: int) -> tuple[str, str, str, str]:
         f"{max(d.max_rel for d in exact):.2e}" if exact else "other tokens",
         f"{min(d.cosine_min for d in exact):.9f}" if exact else "",
     )
+
+
+def _noise_of(precision: str, method: str, preset: str, seed: int) -> tuple[str, str, int, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            report = api.export(method, preset=preset, precision=precision, seed=seed, out=Path(folder) / "bundle")
+        except EdgecompError as error:  # a threshold that is missed, or nothing to quantise: it stands in the table
+            return "-", str(error)[:160], 0, 0
+    assert report.parity is not None
+    ties = report.parity.ties
+    rows = [row for row in report.parity.outputs if row not in ties]
+    rows += [row for part in report.parity.selection for row in part.forced] if ties else []
+    seen = [row.difference for row in rows if row.output not in _WHOLE]
+    largest, least = max(d.max_rel for d in seen), min(d.cosine_min for d in seen)
+    return f"{largest:.2e}", f"{least:.9f}", len(report.parity.outputs), len(ties)
 
 
 if __name__ == "__main__":

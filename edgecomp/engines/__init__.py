@@ -2,7 +2,7 @@
 
 One route for all three: a strongly typed network, so that the graph alone decides the precision. `adapter` knows how
 the versions differ and `flavour` which one builds; `network` parses, `proof` and `inspector` show in which types the
-result runs, `build` builds and writes, `record` is the JSON beside an engine; `settings`, `timing`, `memory`, `lock`
+result runs, `build` builds and writes, `record` is the JSON beside an engine; `settings`, `timing`, `memory`
 and `watching` are what a build works with; `plugins` compiles and loads plugin libraries, and `plugin_use` decides
 which nodes they run.
 Neither torch nor onnx is imported here, and TensorRT only when a function needs it.

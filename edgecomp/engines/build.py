@@ -27,7 +27,6 @@ from edgecomp.engines.adapter import (
 from edgecomp.engines.flavour import choose_flavour, load_flavour
 from edgecomp.engines.gpu import local_gpu_sm
 from edgecomp.engines.inspector import confirm
-from edgecomp.engines.lock import build_lock
 from edgecomp.engines.memory import require_memory
 from edgecomp.engines.network import (
     collecting_logger,
@@ -54,6 +53,7 @@ from edgecomp.engines.settings import OWN_SETTINGS, BuilderSettings
 from edgecomp.engines.timing import TimingCache, choose_timing_cache, load_timing_cache, store_timing_cache
 from edgecomp.engines.watching import Watch, interruptible, no_collection
 from edgecomp.errors import BuildError, TargetMismatch
+from edgecomp.lock import bundle_lock
 from edgecomp.specs.origin import file_sha256
 from edgecomp.specs.target import Target
 
@@ -218,7 +218,7 @@ def _build_or_keep(job: _Job, guard: Callable[[], None], *, force: bool, check_s
     lines = tuple(choice.line for choice in job.choices)
     if force or _why_rebuild(engine, job.inputs):
         guard()
-        with build_lock(job.out_dir, job.note):
+        with bundle_lock(job.out_dir, "build", say=job.note):
             # Once more: the build of another process may have ended while this one began.
             reason = "a rebuild was asked for" if force else _why_rebuild(engine, job.inputs)
             if reason:

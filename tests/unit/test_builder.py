@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,10 @@ from edgecomp.engines import (
     settings_of,
     sidecar_path,
 )
-from edgecomp.engines.lock import build_lock
 from edgecomp.engines.memory import available_mib, needed_mib, require_memory
 from edgecomp.engines.watching import Watch, interruptible
-from edgecomp.errors import BuildError, InvalidSpec, TargetMismatch, UnknownName
+from edgecomp.errors import BuildError, BundleBusy, InvalidSpec, TargetMismatch, UnknownName
+from edgecomp.lock import bundle_lock
 from edgecomp.report.build import BuildReport, EngineFile, describe_build
 from edgecomp.specs.origin import file_sha256
 from edgecomp.specs.target import load_target
@@ -80,61 +82,33 @@ def make(onnx: Path, **changes: Any) -> BuiltEngine:
 # -- the lock -------------------------------------------------------------------------------------------------------
 
 
-def test_second_build_in_a_folder_names_the_first(tmp_path: Path) -> None:
-    with build_lock(tmp_path / "out", lambda line: None):
-        with (
-            pytest.raises(
-                BuildError, match=rf"out is being built in by process {os.getpid()} on .*; wait until it ends"
-            ),
-            build_lock(tmp_path / "out", lambda line: None),
-        ):
-            pass
-        with build_lock(tmp_path / "other", lambda line: None):
-            pass
-    assert list(tmp_path.iterdir()) == []
-    with build_lock(tmp_path / "out", lambda line: None):
-        pass
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Let another thread hold the lock of a folder."""
+    taken, done = threading.Event(), threading.Event()
 
+    def hold() -> None:
+        with bundle_lock(folder, "build"):
+            taken.set()
+            done.wait(60)
 
-def test_lock_is_freed_by_an_error_and_keeps_what_was_built(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), build_lock(tmp_path / "out", lambda line: None):  # noqa: PT012 - an error in it
-        (tmp_path / "out" / "model.engine").write_bytes(b"plan")
-        raise KeyError
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.engine"]
-
-
-def test_lock_of_a_killed_process_is_taken_over_with_a_word(tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys; from pathlib import Path; from edgecomp.engines.lock import build_lock\n"
-        f"with build_lock(Path({str(tmp_path)!r}), print): os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    killed = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
-    assert killed.returncode == -signal.SIGKILL
-    assert (tmp_path / ".build.lock").is_file()
-    said: list[str] = []
-    with build_lock(tmp_path, said.append):
-        assert json.loads((tmp_path / ".build.lock").read_bytes())["pid"] == os.getpid()
-    assert len(said) == 1
-    assert "was left by process" in said[0]
-    assert "which is gone; this build takes over" in said[0]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("mine")
-    (tmp_path / ".build.lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(BuildError, match=r"\.build\.lock cannot be written"), build_lock(tmp_path, print):
-        pass
-    assert (tmp_path / "precious").read_text() == "mine"
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait(60)
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @rtx
 def test_build_waits_for_nobody_and_keeps_what_another_just_built(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process built the same between the first look and the lock: it is kept, not built twice."""
     first = make(model)
-    with build_lock(model.parent / "out", lambda line: None):
+    with held(model.parent / "out"):
         assert make(model).reused  # nothing to build, so that no lock is needed
-        with pytest.raises(BuildError, match="is being built in by process"):
+        with pytest.raises(BundleBusy, match=rf"out is in use by `edgecomp build`, process {os.getpid()} on "):
             make(model, force=True)
     looked = []
     why = build._why_rebuild
