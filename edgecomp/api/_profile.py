@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from edgecomp.errors import InvalidSpec
 from edgecomp.parity import read_goldens
 from edgecomp.profiles.latency import LatencyProfile, measure_latency
 from edgecomp.profiles.machine import read_machine
-from edgecomp.report.profile import ProfileReport, RoutedTime
+from edgecomp.report.profile import ProductTypes, ProfileReport, RoutedTime
 from edgecomp.runners import Array, Runner, open_runner, require_threads
 from edgecomp.runners.chain import open_graph
+from edgecomp.runners.onnxruntime_types import runtime_products
 from edgecomp.serving.memory import MemoryUse, measure_memory
 from edgecomp.specs.manifest import Graph, Manifest
 from edgecomp.words import read_words
@@ -87,7 +89,23 @@ def profile(
     if budget is None and len({bucket.budget.tokens_out for bucket in buckets}) > 1:
         progress("measuring memory in processes of their own")
         memory = _measure_memory(opened, goldens, runner=runner, threads=threads)
-    return ProfileReport(str(bundle), tuple(profiles), _routing(manifest, profiles), memory)
+    types = _types(opened, [profile.model for profile in profiles], runner)
+    return ProfileReport(str(bundle), tuple(profiles), _routing(manifest, profiles), memory, types)
+
+
+def _types(opened: Bundle, models: Sequence[str], runner: str) -> tuple[ProductTypes, ...]:
+    """Return in which types ONNX Runtime runs the matrix products of graphs, and stems, that are not in fp32."""
+    graphs = {graph.model: graph for graph in opened.manifest.graphs}
+    measured = dict.fromkeys(name for model in models for name in (graphs[model].stem, model) if name)
+    if not runner.startswith("onnxruntime"):
+        return ()
+    provider = "CUDAExecutionProvider" if runner == "onnxruntime-cuda" else "CPUExecutionProvider"
+    found = []
+    for model in measured:
+        if graphs[model].precision != "fp32":
+            seen = Counter(product.dtype for product in runtime_products(opened.path / model, provider=provider))
+            found.append(ProductTypes(model, graphs[model].precision, dict(seen.most_common())))
+    return tuple(found)
 
 
 def _measure_memory(

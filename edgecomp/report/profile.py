@@ -10,7 +10,7 @@ from edgecomp.profiles.latency import LatencyProfile
 from edgecomp.report.text import table
 from edgecomp.serving.memory import MemoryUse
 
-__all__ = ["ProfileReport", "RoutedTime", "describe_profile"]
+__all__ = ["ProductTypes", "ProfileReport", "RoutedTime", "describe_profile"]
 
 
 class RoutedTime(msgspec.Struct, frozen=True):
@@ -31,6 +31,14 @@ class RoutedTime(msgspec.Struct, frozen=True):
     largest_ms: float
 
 
+class ProductTypes(msgspec.Struct, frozen=True):
+    """In which types a runtime really runs a graph's matrix products, and how many in each."""
+
+    model: str
+    precision: str
+    products: dict[str, int]
+
+
 class ProfileReport(msgspec.Struct, frozen=True):
     """Latency of each graph that was asked for; a bucket's with its stem.
 
@@ -38,12 +46,14 @@ class ProfileReport(msgspec.Struct, frozen=True):
         routing: empty without a router.
         memory: of the largest bucket alone, of all, and of all with shared weights where the runner can; empty for
             one bucket, and where the system does not tell.
+        types: of graphs of a reduced precision in ONNX Runtime, which has not kernels for all of them.
     """
 
     bundle: str
     profiles: tuple[LatencyProfile, ...]
     routing: tuple[RoutedTime, ...] = ()
     memory: tuple[MemoryUse, ...] = ()
+    types: tuple[ProductTypes, ...] = ()
 
 
 def describe_profile(report: ProfileReport) -> str:
@@ -80,6 +90,11 @@ def describe_profile(report: ProfileReport) -> str:
             f"the timing loop itself costs {first.loop_overhead_us:.2f} us a run",
             *_describe_routing(report.routing),
             *_describe_memory(report.memory),
+            *(
+                f"{one.model}: {one.precision} in the file; ONNX Runtime runs its matrix products in "
+                + ", ".join(f"{dtype} ({count})" for dtype, count in one.products.items())
+                for one in report.types
+            ),
         ]
     )
 
