@@ -72,7 +72,8 @@ def bundle_lock(folder: Path, verb: str, *, say: Callable[[str], None] = lambda 
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = _take(path, folder, mine, say)
         except OSError as error:
-            say(f"note: {folder} is used without a lock: {path} cannot be written ({error.strerror})")
+            if path.parent.is_dir():  # else the folder cannot be made either, and the block will say so
+                say(f"note: {folder} is used without a lock: {path} cannot be written ({error.strerror})")
             descriptor = -1
         try:
             yield

@@ -44,8 +44,8 @@ class Smoke:
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """Two batch sizes for the first preset of a method, one for the others: each is a graph of its own."""
-        return (1, 2) if self.preset == self.recipe.smoke_presets[0] else (2,)
+        """Two batch sizes for the first preset of some methods, one for all others: each is a graph of its own."""
+        return (1, 2) if self.method in _QUICK and self.preset == self.recipe.smoke_presets[0] else (2,)
 
     @property
     def budgets(self) -> tuple[int, ...]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from conftest import SEED, Smoke
 
-from edgecomp.bundle import golden_key
+from edgecomp import api
+from edgecomp.bundle import golden_key, open_bundle
 from edgecomp.parity import read_goldens
 from edgecomp.runners import open_runner
+from edgecomp.specs import load_recipe
 
 
 def test_eager_batch_of_two_is_two_batches_of_one(smoke, assembled, outputs_of, make_inputs):
@@ -23,9 +26,13 @@ def test_eager_batch_of_two_is_two_batches_of_one(smoke, assembled, outputs_of, 
                     assert float((value.double() - apart.double()).abs().max()) <= 1e-12
 
 
-def test_onnx_batch_of_two_is_two_batches_of_one(smokes, bundle_of):
-    smoke = smokes[0]
-    bundle = bundle_of(smoke)
+def test_onnx_batch_of_two_is_two_batches_of_one(sampled_method, bundle_of, tmp_path):
+    smoke = Smoke(sampled_method, load_recipe(sampled_method).smoke_presets[0])
+    if smoke.batches == (1, 2):
+        bundle = bundle_of(smoke)
+    else:
+        options = {"preset": smoke.preset, "budget": smoke.budgets, "batch": (1, 2), "stem": False, "seed": SEED}
+        bundle = open_bundle(api.export(smoke.method, out=tmp_path / "bundle", **options).bundle)
     goldens = read_goldens(bundle.path)
     for budget in smoke.budgets:
         (one,), (two,) = (bundle.select(budget=budget, batch=batch) for batch in (1, 2))

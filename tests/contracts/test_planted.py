@@ -55,11 +55,11 @@ def _smokes(method):
     return load_recipe(method).smoke_presets
 
 
-def test_what_is_planted_is_caught(hosted_method, bundle_of, parts_of, note, smoke_of):
+def test_what_is_planted_is_caught(sampled_method, bundle_of, parts_of, note, smoke_of):
     """One bundle of a method, each fault in turn; and without any, nothing fails."""
     seen = []
-    for preset in _smokes(hosted_method)[: None if hosted_method not in planted.QUICK else 1]:
-        bundle = bundle_of(smoke_of(hosted_method, preset))
+    for preset in _smokes(sampled_method)[: None if sampled_method not in planted.QUICK else 1]:
+        bundle = bundle_of(smoke_of(sampled_method, preset))
         bucket = bundle.manifest.buckets[0]
         assert parts_of(bundle, bucket, _load(bundle, bucket)) == set()
         for fault in planted.FAULTS:
@@ -67,12 +67,12 @@ def test_what_is_planted_is_caught(hosted_method, bundle_of, parts_of, note, smo
             if not fault(model):
                 continue
             failed = parts_of(bundle, bucket, model)
-            if (fault.__name__, hosted_method, preset) in UNSEEN or _means_nothing(fault, bundle, bucket):
+            if (fault.__name__, sampled_method, preset) in UNSEEN or _means_nothing(fault, bundle, bucket):
                 continue
-            assert failed, f"{fault.__name__} in {hosted_method} {preset} is not seen"
+            assert failed, f"{fault.__name__} in {sampled_method} {preset} is not seen"
             seen.append(f"{fault.__name__}: {', '.join(sorted(failed))}")
     assert len(seen) >= 3, seen
-    note(f"planted in {hosted_method}: {'; '.join(seen)}")
+    note(f"planted in {sampled_method}: {'; '.join(seen)}")
 
 
 def _means_nothing(fault, bundle, bucket):

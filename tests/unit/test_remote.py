@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -423,7 +424,7 @@ def test_a_link_here_is_not_followed(bundle: Path, there: There, tmp_path: Path)
     (bundle / "engines").mkdir()
     (bundle / "engines" / "a10").symlink_to(tmp_path / "outside")
     there.job(WRITES)
-    assert "a10 is a link or a file where results are to go" in refused(bundle, "build", kind=BundleError)
+    assert "engines/a10 is a link, pipe, socket or device" in refused(bundle, "build", kind=BundleError)
     assert list((tmp_path / "outside").iterdir()) == []
 
 
@@ -526,7 +527,7 @@ def test_a_copy_goes_on_where_it_was_cut(bundle: Path, there: There) -> None:
     there.plan(put=[{"cut_in": 800_000}, {"cut_in": 50_000}])
     _, said = go(bundle, pauses=(0.0, 0.0))
     assert sum("the connection ended too early (ssh said: client_loop: send disc" in line for line in said) == 2
-    assert "nano: copying 6 of 6 files, 0.9 MiB" in said
+    assert any(re.fullmatch(r"nano: copying 6 of 6 files, \d\.\d MiB", line) for line in said)
     assert sum("going on within the one that was begun" in line for line in said) >= 1
     total = sum(one.size for one in open_bundle(bundle).manifest.files) + len(make_wheel().content)
     assert sum(there.sent()) < total + 300_000, "what had arrived is not sent again, but for some buffers"
