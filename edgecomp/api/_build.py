@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from edgecomp.api._plugin_word import require_plugin_word
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import WEIGHTS, open_bundle
 from edgecomp.engines import (
@@ -36,6 +38,7 @@ def build(
     low_memory: bool = False,
     timing_cache: str = "auto",
     plugin: str = "auto",
+    allow_plugin: Sequence[str] = (),
     force: bool = False,
     force_memory: bool = False,
     check_stable: bool = False,
@@ -55,6 +58,7 @@ def build(
         plugin: `auto` takes a compiled library that fits the target, and else the function bodies of the graph;
             `require` compiles one where nvcc and headers are there, and fails otherwise; `off` takes none; a path
             that ends in `.so` takes that library.
+        allow_plugin: sha256 of libraries inside the bundle that may be loaded, at least 12 digits.
         force: build even when nothing changed.
         force_memory: build on a board whose CPU and GPU share memory, though it is likely not to suffice.
         check_stable: build each engine once more, in memory, and compare the bytes; the report tells.
@@ -67,6 +71,7 @@ def build(
         PluginMissing: a plugin was asked for, and there is none that fits; the text says what is missing.
     """
     settings = settings_of(preset="low-memory" if low_memory else "", workspace_mib=workspace_mib, opt_level=opt_level)
+    require_plugin_word(Path(bundle), plugin, allow_plugin)
     chosen = local_target() if target == "auto" else load_target(target)
     # The precision, before any file is hashed: what the hardware lacks does not get better by waiting.
     require_target_runs(open_bundle(Path(bundle), verify=False).manifest.precision, chosen)

@@ -17,6 +17,7 @@ from edgecomp.api._build import build, local_target
 from edgecomp.api._doctor import doctor
 from edgecomp.api._parity import parity
 from edgecomp.api._plugin import plugin_build
+from edgecomp.api._plugin_word import require_plugin_word
 from edgecomp.api._profile import profile
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import MANIFEST, WEIGHTS, Bundle, open_bundle
@@ -45,7 +46,6 @@ __all__ = ["verify"]
 _SCHEMA = 1
 _TITLES = {"rtx": "TensorRT for RTX", "tensorrt": "TensorRT"}
 _LARGEST_STATE = 64 << 20
-_PLUGIN_WORDS = ("auto", "require", "off")
 
 Seen = tuple[StageVerdict, str, Any]
 
@@ -102,9 +102,11 @@ def verify(
     if not (folder / MANIFEST).is_file():
         open_bundle(folder)
     chosen = _target_of(target)
-    _require_plugin_word(folder, plugin, allow_plugin)
+    require_plugin_word(folder, plugin, allow_plugin)
     with bundle_lock(folder, "verify", say=progress):
-        run = _Run(folder, str(bundle), chosen, target, runtime, runner, threads, duration_s, plugin, fresh, progress)
+        run = _Run(
+            folder, str(bundle), chosen, target, runtime, runner, threads, duration_s, plugin, allow_plugin, fresh, progress
+        )  # fmt: skip
         run.stages(build_engines=build_engines)
     return VerifyReport(
         schema=_SCHEMA,
@@ -125,11 +127,11 @@ class _Run:
 
     def __init__(
         self, folder: Path, named: str, target: Target | None, asked: str, runtime: str, runner: str, threads: int,
-        duration_s: float, plugin: str, fresh: bool, progress: Progress,
+        duration_s: float, plugin: str, allow_plugin: Sequence[str], fresh: bool, progress: Progress,
     ) -> None:  # fmt: skip
         self.folder, self.named, self.target, self.asked = folder, named, target, asked
         self.runtime, self.runner, self.threads, self.duration_s = runtime, runner, threads, duration_s
-        self.plugin, self.fresh, self.progress = plugin, fresh, progress
+        self.plugin, self.allow_plugin, self.fresh, self.progress = plugin, allow_plugin, fresh, progress
         self.machine = read_machine()
         self.done: list[Stage] = []
         self.notes: list[str] = []
@@ -225,7 +227,8 @@ class _Run:
         if not build_engines:
             return self._require_engines(self.opened, flavour, foreign)
         report = build(
-            self.folder, target=self.asked, runtime=self.runtime, plugin=self.plugin, progress=self.progress
+            self.folder, target=self.asked, runtime=self.runtime, plugin=self.plugin, allow_plugin=self.allow_plugin,
+            progress=self.progress,
         )  # fmt: skip
         kept = sum(engine.reused for engine in report.engines)
         said = (
@@ -313,23 +316,6 @@ def _target_of(word: str) -> Target | None:
     if word == "none" or (word == "auto" and local_gpu_sm() is None):
         return None
     return local_target() if word == "auto" else load_target(word)
-
-
-def _require_plugin_word(folder: Path, word: str, allowed: Sequence[str]) -> None:
-    """Refuse a library that came inside the bundle, unless its hash is allowed: a path does not name its content."""
-    if word in _PLUGIN_WORDS:
-        return
-    library = Path(word)
-    if not word.endswith(".so"):
-        raise UnknownName("--plugin", word, _PLUGIN_WORDS, hint="A path that ends in .so names a library.")
-    if folder.resolve() not in library.resolve().parents:
-        return
-    sha256 = file_sha256(library)
-    if not any(len(one) >= 12 and sha256.startswith(one.lower()) for one in allowed):
-        raise InvalidSpec(
-            f"--plugin {word} came inside the bundle (sha256 {sha256}) and would run with your rights; where you trust "
-            f"it, give --allow-plugin {sha256[:12]}, else --plugin require compiles edgecomp's own"
-        )
 
 
 def _plans(folder: Path) -> list[tuple[Path, EngineRecord]]:

@@ -33,6 +33,9 @@ def command(
     plugin: Annotated[
         str, typer.Option(help="Merge nodes in the plugin: `auto` (if compiled), `require`, `off`, or a library.so.")
     ] = "auto",
+    allow_plugin: Annotated[
+        list[str] | None, typer.Option(help="sha256 of a plugin inside the bundle that may be loaded.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build even when nothing changed.")] = False,
     force_memory: Annotated[
         bool, typer.Option("--force-memory", help="Build though this board's memory is likely not to suffice.")
@@ -58,6 +61,7 @@ def command(
             low_memory=low_memory,
             timing_cache=timing_cache,
             plugin=plugin,
+            allow_plugin=allow_plugin or (),
             force=force,
             force_memory=force_memory,
             check_stable=check_stable,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 
 from edgecomp.engines import EngineRecord
-from edgecomp.report.export import router_line
+from edgecomp.report.export import precision_line, router_line
 from edgecomp.report.text import flops, size, table
 from edgecomp.specs.manifest import Bucket, Manifest
 
@@ -77,7 +79,8 @@ def _describe_bundle(contents: BundleContents) -> str:
         f"  params     {params}",
         f"  weights    {m.weights}",
         *([f"  backbone   {m.backbone_weights}"] if m.backbone_weights else []),
-        f"  precision  {m.precision}, opset {m.opset}, output {m.output}, input {m.input_dtype}",
+        f"  precision  {precision_line(m)}; output {m.output}, input {m.input_dtype}",
+        *_islands(m),
         *([f"  router     {router_line(m.router)}"] if m.router is not None else []),
         f"  source     {m.recipe.source.paper}; {m.recipe.source.upstream} ({m.recipe.source.licence})",
         f"  made with  {', '.join(f'{name} {version}' for name, version in m.tools.items())}",
@@ -108,6 +111,17 @@ def _describe_bundle(contents: BundleContents) -> str:
     ]
     lines += [f"  below      {name}" for name in contents.below]
     return "\n".join(lines)
+
+
+def _islands(m: Manifest) -> list[str]:
+    """Return a line for each graph that a request runs: its nodes that are kept out of the precision, by reason."""
+    lines = []
+    for graph in (*m.stem, *m.buckets):
+        if graph.islands and graph.batch == m.buckets[0].batch:
+            counted = Counter(graph.islands.values()).most_common()
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in counted)
+            lines.append(f"  islands    {graph.model}: {reasons}")
+    return lines
 
 
 def _describe_onnx(contents: OnnxContents) -> str:

@@ -459,6 +459,8 @@ def test_library_inside_the_bundle_is_not_loaded(bundle: Path, quick: dict[str, 
             with pytest.raises(InvalidSpec) as caught:
                 api.verify(bundle, target="t4", plugin=str(word), allow_plugin=allowed)
             assert f"came inside the bundle (sha256 {sha256})" in str(caught.value)
+            with pytest.raises(InvalidSpec, match=f"came inside the bundle .sha256 {sha256}"):
+                api.build(bundle, target="t4", plugin=str(word), allow_plugin=allowed)
     report = api.verify(bundle, target="none", plugin=str(library), allow_plugin=[sha256[:12]])
     assert stage(report, "hashes").verdict == "pass"
 

@@ -1,0 +1,208 @@
+"""What `edgecomp export` is asked for: the arguments as an order, held to their ranges, and its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edgecomp import __version__
+from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
+from edgecomp.resources import source_digest
+from edgecomp.specs import load_recipe, method_names
+from edgecomp.specs.order import Order
+from edgecomp.specs.origin import file_sha256
+from edgecomp.specs.precision import PrecisionPlan
+from edgecomp.specs.router import router_names
+
+if TYPE_CHECKING:
+    from edgecomp.compressors._base import Compressor
+
+__all__ = ["default_folder", "read_order", "request_digest", "require_calibration", "require_in_range", "tools"]
+
+_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "timm", "numpy")
+_ALIGNMENTS = (1, 8, 16, 32)
+
+
+def read_order(
+    method: Any, recipe: str | Path, preset: str, backbone: Any, weights: str | Path, backbone_weights: str | Path,
+    budget: str | int | Sequence[str | int], align: int, image_size: int, feature_layer: int, output: str,
+    input_dtype: str, params: Mapping[str, Any] | None, stem: bool, router: str,
+    router_params: Mapping[str, Any] | None, router_weights: str | Path, pad_to: int, seed: int,
+) -> Order:  # fmt: skip
+    """Turn the arguments into an order, loading the recipe; torch is not needed yet for names."""
+    if isinstance(method, str) and bool(method) == bool(str(recipe)):
+        raise InvalidSpec("give either a method or a recipe file: --method NAME or --recipe FILE")
+    if input_dtype not in ("float32", "uint8"):
+        raise UnknownName("input dtype", input_dtype, ("float32", "uint8"))
+    if str(recipe) and Path(recipe).suffix != ".toml":
+        raise InvalidSpec(f"--recipe {recipe} does not end in .toml; a method's name is given with --method")
+    compressor = None if isinstance(method, str) else method
+    named = str(recipe) or (method if isinstance(method, str) else _method_of(method))
+    loaded = load_recipe(named)
+    if isinstance(backbone, str) and preset:
+        loaded.preset(preset)
+    if router and router not in router_names():
+        raise UnknownName("router", router, router_names())
+    if not router and (router_params or str(router_weights) != "random"):
+        raise InvalidSpec(
+            "parameters or weights of a router were given, and no router; give --router NAME, or drop them"
+        )
+    files = {"--weights": weights, "--backbone-weights": backbone_weights, "--router-weights": router_weights}
+    for option, path in files.items():
+        if str(path) not in ("random", "pretrained") and not Path(path).is_file():
+            raise WeightsError(f"weights file {path} is not there; check the path, or use {option} random")
+    if str(weights) == "pretrained":
+        raise InvalidSpec(
+            "--weights pretrained: compressors have no download; give a file, "
+            "or --backbone-weights pretrained for the host"
+        )
+    return Order(
+        recipe=loaded,
+        preset=preset,
+        backbone=backbone,
+        compressor=compressor,
+        weights=str(weights),
+        backbone_weights=str(backbone_weights),
+        align=align,
+        budgets=(str(budget),) if isinstance(budget, (str, int)) else tuple(map(str, budget)),
+        image_size=image_size,
+        feature_layer=feature_layer,
+        output=output,
+        input_dtype=input_dtype,  # type: ignore[arg-type]
+        params=dict(params or {}),
+        stem=stem,
+        router=router,
+        router_params=dict(router_params or {}),
+        router_weights=str(router_weights),
+        pad_to=pad_to,
+        seed=seed,
+    )
+
+
+def _method_of(compressor: Compressor) -> str:
+    """Return the name of the method whose class made a compressor."""
+    from edgecomp.compressors import compressor_class
+
+    for name in method_names():
+        if compressor_class(name) is type(compressor):
+            return name
+    raise InvalidSpec(
+        f"{type(compressor).__name__} is no known method's class; give its recipe with recipe=FILE. "
+        f"Known methods: {', '.join(method_names())}"
+    )
+
+
+def require_in_range(order: Order, batches: Sequence[int]) -> None:
+    if order.align not in _ALIGNMENTS:
+        raise InvalidSpec(f"--align {order.align} is none of {', '.join(map(str, _ALIGNMENTS))}")
+    for size in batches:
+        if not 1 <= size <= 4096:
+            raise InvalidSpec(f"batch {size} is not between 1 and 4096")
+    if len(set(batches)) != len(batches):
+        raise InvalidSpec(f"batches {', '.join(map(str, batches))}: one of them stands there twice; give each once")
+    if order.pad_to < 0:
+        raise InvalidSpec(f"pad_to={order.pad_to} is below 0; give the rows that every bucket is to have")
+    if order.image_size and not 1 <= order.image_size <= 8192:
+        raise InvalidSpec(f"image size {order.image_size} is not between 1 and 8192 pixels")
+    if not 0 <= order.seed < 1 << 63:
+        raise InvalidSpec(f"seed {order.seed} is not between 0 and 2^63 - 1")
+
+
+def require_calibration(plan: PrecisionPlan, calibration: str | Path, images: int) -> None:
+    """Refuse images that nothing would read, before torch is loaded."""
+    if images < 1:
+        raise InvalidSpec(f"--calibration-images {images} is below 1; 64 is the default")
+    if str(calibration) and not plan.needs_samples:
+        raise InvalidSpec(
+            f"--calibration {calibration}: {plan.word} takes nothing from images; drop it, or ask for fp16, int8 or fp8"
+        )
+    if str(calibration) and not Path(calibration).is_dir():
+        raise InvalidSpec(f"--calibration {calibration} is not a folder; give one with images")
+
+
+def default_folder(order: Order) -> Path:
+    """Return `<method>-<preset or backbone>` in the current folder, with the image size where it was chosen."""
+    recipe = order.recipe
+    backbone = order.backbone if isinstance(order.backbone, str) else type(order.backbone).__name__
+    part = order.preset or {"none": "tokens"}.get(backbone, backbone) or recipe.defaults.preset
+    preset = recipe.preset(order.preset or recipe.defaults.preset)
+    is_encoder = not backbone and preset.placement == "encoder"
+    size = order.image_size or (preset.image_size or recipe.defaults.image_size if is_encoder else 0)
+    return Path(f"{recipe.method}-{part}" + (f"-{size}" if size else ""))
+
+
+def request_digest(
+    order: Order,
+    plan: PrecisionPlan,
+    opset: int,
+    batches: Sequence[int],
+    with_plain: bool,
+    calibration: str | Path,
+    calibration_images: int,
+) -> str:
+    """Return the sha256 of everything that decides what is exported: the request, files, versions, edgecomp's code."""
+    files = {
+        path: file_sha256(Path(path))
+        for path in (order.weights, order.backbone_weights, order.router_weights)
+        if path not in ("random", "pretrained")
+    }
+    modules = [_module_digest(item) for item in (order.backbone, order.compressor) if not isinstance(item, str)]
+    asked = {
+        "recipe": msgspec.to_builtins(order.recipe),
+        "preset": order.preset,
+        "backbone": order.backbone if isinstance(order.backbone, str) else "",
+        "modules": modules,
+        "weights": files.get(order.weights, order.weights),
+        "backbone_weights": files.get(order.backbone_weights, order.backbone_weights),
+        "budgets": order.budgets,
+        "align": order.align,
+        "image_size": order.image_size,
+        "feature_layer": order.feature_layer,
+        "output": order.output,
+        "input_dtype": order.input_dtype,
+        "params": order.params,
+        "stem": order.stem,
+        "router": [order.router, order.router_params, files.get(order.router_weights, order.router_weights)],
+        "pad_to": order.pad_to,
+        "seed": order.seed,
+        "precision": msgspec.to_builtins(plan),
+        "opset": opset,
+        "calibration": [_folder_digest(calibration), calibration_images if str(calibration) else 0],
+        "batches": batches,
+        "with_plain": with_plain,
+        "tools": tools(),
+        "edgecomp": source_digest(),
+    }
+    return hashlib.sha256(msgspec.json.encode(asked, order="sorted")).hexdigest()
+
+
+def _folder_digest(folder: str | Path) -> str:
+    """Return what names, sizes and times of a folder's files say; nothing of an empty name."""
+    if not str(folder):
+        return ""
+    files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+    told = [f"{file.relative_to(folder)} {(seen := file.stat()).st_size} {seen.st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
+def _module_digest(module: Any) -> str:
+    if module is None:
+        return ""
+    from edgecomp.backbones.timm import state_digest
+
+    return f"{type(module).__qualname__} {module!r} {state_digest(module.state_dict())}"
+
+
+def tools() -> dict[str, str]:
+    found = {"edgecomp": __version__}
+    for name in _TOOLS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
