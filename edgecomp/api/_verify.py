@@ -105,7 +105,8 @@ def verify(
     require_plugin_word(folder, plugin, allow_plugin)
     with bundle_lock(folder, "verify", say=progress):
         run = _Run(
-            folder, str(bundle), chosen, target, runtime, runner, threads, duration_s, plugin, allow_plugin, fresh, progress
+            folder, str(bundle), chosen, target, runtime, runner, threads, duration_s, plugin, allow_plugin, fresh,
+            progress,
         )  # fmt: skip
         run.stages(build_engines=build_engines)
     return VerifyReport(
