@@ -33,8 +33,8 @@ def pack(
 ) -> PackReport:
     """Write a bundle as one file: the same bundle gives the same bytes.
 
-    It holds the bundle's own files, the timing caches of its engines, the sources of the plugins that its graphs could
-    use, and a README for whoever unpacks it.
+    It holds the bundle's own files, the forced forms of its graphs and the timing caches of its engines where there are
+    some, the sources of the plugins that its graphs could use, and a README for whoever unpacks it.
 
     Args:
         bundle: the folder.
@@ -65,6 +65,8 @@ def pack(
             sources = sorted(file for file in load_plugin(name).folder.iterdir() if file.is_file())
             members |= {f"plugins/{name}/{file.name}": file.read_bytes() for file in sources}
         members[archive.README] = archive_readme(opened.manifest, tuple(sorted(names))).encode()
+        forced = sorted((folder / "parity").glob("[A-Za-z0-9]*.forced.*"))  # a board has nothing to make them with
+        members |= {f"{archive.BUNDLE}/parity/{file.name}": file for file in forced}
         notes = _add_engines(opened, members, with_engines=with_engines)
         progress(f"writing {place}")
         hashes = {name: entry.sha256 for name, entry in own.items()}
@@ -115,7 +117,7 @@ def unpack(
     left: list[str] = []
 
     def wanted(name: str) -> bool:
-        if with_engines or name.endswith(".timing"):
+        if with_engines or name.endswith(".timing") or name.startswith(f"{archive.BUNDLE}/parity/"):
             return True
         left.append(name)
         return False

@@ -258,6 +258,17 @@ def test_timing_caches_come_along_and_engines_on_request(bundle: Path, tmp_path:
     assert not [name for name in again.members if name.endswith(".engine")]
 
 
+def test_forced_forms_come_along(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "parity").mkdir()
+    for name in ("model.m4.b1.forced.onnx", "model.m4.b1.forced.json", "board.json", ".model.forced.onnx"):
+        (bundle / "parity" / name).write_bytes(name.encode())
+    report = api.pack(bundle, out=tmp_path / "a.zip")
+    names = ["model.m4.b1.forced.json", "model.m4.b1.forced.onnx"]
+    assert [name for name in report.members if "/parity/" in name] == [f"bundle/parity/{name}" for name in names]
+    taken = api.unpack(report.path, out=tmp_path / "out").bundle / "parity"
+    assert {file.name: file.read_bytes() for file in taken.iterdir()} == {name: name.encode() for name in names}
+
+
 def test_library_comes_out_only_by_its_hash(bundle: Path, tmp_path: Path, cli: Cli) -> None:
     add_engine(bundle, library=b"\x7fELF code")
     packed = api.pack(bundle, out=tmp_path / "a.zip", with_engines=True).path
