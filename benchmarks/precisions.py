@@ -3,8 +3,8 @@
     python benchmarks/precisions.py [--method tome,lookupvit] [--precision fp16,int8] [--json FILE]
 
 Errors are the largest over the largest value expected, of both goldens, in ONNX Runtime (bf16 and fp8 by twins); where
-rounding decides a choice of tokens, of the values with the original's choices forced. Engines are built for SM86 and SM120;
-a share is of the weights of all matrix products. Hosts are ViT-S/16 with random weights.
+rounding decides a choice of tokens, of the values with the original's choices forced. Engines are built for SM86 and
+SM120; a share is of the weights of all matrix products. Hosts are ViT-S/16 with random weights.
 """
 
 from __future__ import annotations
