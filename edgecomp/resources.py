@@ -7,6 +7,7 @@ ships them as `edgecomp/_data/...`, so an installed package looks beside this fi
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -41,6 +42,7 @@ def says_each_step() -> bool:
     return os.environ.get("EDGECOMP_PROGRESS", "") == "lines"
 
 
+@functools.cache  # as it was when it was read first: a long process may lose the right to read it
 def source_digest() -> str:
     """Return the sha256 over edgecomp's own Python files, so that a changed edgecomp is never taken for the same."""
     digest = hashlib.sha256()

@@ -8,7 +8,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,7 @@ def _build_or_keep(job: _Job, guard: Callable[[], None], *, force: bool, check_s
     lines = tuple(choice.line for choice in job.choices)
     if force or _why_rebuild(engine, job.inputs):
         guard()
-        with bundle_lock(job.out_dir, "build", say=job.note):
+        with bundle_lock(job.out_dir, "build", say=job.note), _no_empty_folder(job.out_dir):
             # Once more: the build of another process may have ended while this one began.
             reason = "a rebuild was asked for" if force else _why_rebuild(engine, job.inputs)
             if reason:
@@ -232,6 +232,18 @@ def _build_or_keep(job: _Job, guard: Callable[[], None], *, force: bool, check_s
         job.progress(f"{engine.name}: building again to compare")
         differing = _count_differing(engine, _build_plan(job, engine.name)[0])
     return BuiltEngine(engine, read_record(engine), True, lines, tuple(job.notes), differing)
+
+
+@contextlib.contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """Remove the folders that a block made and put nothing into."""
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        yield
+    finally:
+        for one in made:
+            with contextlib.suppress(OSError):  # not empty: engines are in it
+                one.rmdir()
 
 
 def _build(job: _Job, engine: Path, reason: str, lines: tuple[str, ...], *, check_stable: bool) -> BuiltEngine:

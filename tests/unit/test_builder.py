@@ -485,7 +485,7 @@ def test_options_of_the_command_line(differing: int | None, code: int, monkeypat
     del given["progress"]
     assert given == {
         "bundle": "some", "target": "a10", "runtime": "auto", "budget": None, "batch": None, "workspace_mib": 0,
-        "opt_level": 1, "low_memory": True, "timing_cache": "off", "plugin": "auto", "force": False,
+        "opt_level": 1, "low_memory": True, "timing_cache": "off", "plugin": "auto", "allow_plugin": (), "force": False,
         "force_memory": True, "check_stable": True,
     }  # fmt: skip
 
