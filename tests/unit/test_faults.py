@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,6 @@ from edgecomp.engines.record import read_record
 from edgecomp.errors import BundleBusy, EdgecompError
 from edgecomp.lock import Owner, bundle_lock, lock_path
 from edgecomp.report.profile import ProfileReport
-from edgecomp.resources import source_digest
 from edgecomp.specs.origin import file_sha256
 
 Cli = Callable[..., Any]
@@ -561,6 +561,9 @@ def without_rights() -> Iterator[None]:
 
 
 def test_folder_without_the_right_to_write(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path(api.__file__).resolve()
+    if closed := [above for above in here.parents if not above.stat().st_mode & stat.S_IXOTH]:
+        pytest.skip(f"{closed[0]} lets root alone in, and edgecomp lies in it: nobody could read its files")
     place = Path(tempfile.mkdtemp(prefix="edgecomp-rights-"))  # pytest's own folders let nobody in
     try:
         monkeypatch.setenv("EDGECOMP_CACHE_DIR", str(place / "cache"))
@@ -568,7 +571,6 @@ def test_folder_without_the_right_to_write(exported: Path, monkeypatch: pytest.M
         bundle = shutil.copytree(exported, folder / "bundle")
         packed = api.pack(bundle, out=folder / "packed.zip").path
         assert api.parity(bundle, threads=1)  # whatever is imported late, while there are rights to
-        source_digest()  # edgecomp itself may lie where nobody else may read, as in a fresh clone of root's
         (place / "cache").mkdir()
         (place / "cache").chmod(0o777)
         for path in (place, folder, bundle):
