@@ -53,7 +53,7 @@ def _row(method: str, precision: str, words: dict[str, Any]) -> list[str]:
         report = api.export(method, precision=precision, out=Path(folder) / "bundle", **words)
         assert report.parity is not None
         worst, ties = report.parity.worst.difference, len(report.parity.ties)
-        least = min(row.difference.cosine_min for row in report.parity.outputs if row not in report.parity.ties)
+        least = min(row.difference.cosine_min for row in report.parity.judged)
         weights = open_bundle(report.bundle).file(WEIGHTS).size
         judged = f"{len(report.parity.outputs)}, {ties}" + (" (emulated)" if report.parity.emulated else "")
         built = [_built(report.bundle, target) for target in TARGETS]

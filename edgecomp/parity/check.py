@@ -145,12 +145,16 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return tuple(row for row in self.outputs if not row and self.close_call(row) is not None)
 
     @property
-    def worst(self) -> OutputParity:
-        """The output that is furthest off, of those that are judged by their values: free, or with choices forced."""
+    def judged(self) -> tuple[OutputParity, ...]:
+        """Outputs that are held to the thresholds by their values: free, or with choices forced."""
         ties = self.ties
-        judged = [row for row in self.outputs if row not in ties]
-        judged += [row for part in self.selection for row in part.forced] if ties else []
-        return max(judged, key=lambda row: (bool(row.failures), row.difference.max_rel))
+        forced = (row for part in self.selection for row in part.forced) if ties else ()
+        return (*(row for row in self.outputs if row not in ties), *forced)
+
+    @property
+    def worst(self) -> OutputParity:
+        """The output that is furthest off, of those that are judged by their values."""
+        return max(self.judged, key=lambda row: (bool(row.failures), row.difference.max_rel))
 
 
 def read_goldens(bundle: Path) -> dict[str, Array]:
