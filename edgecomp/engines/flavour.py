@@ -67,18 +67,7 @@ def choose_flavour(target: Target, runtime: str = "auto") -> FlavourName:
         target: what the engine is for.
         runtime: "tensorrt", "rtx", or "auto", which prefers full TensorRT where it is installed and fits.
     """
-    if target.is_estimate_only:
-        raise TargetMismatch(
-            f"no supported TensorRT builds for {target.name} (SM{target.sm}); it serves estimates only: "
-            f"{target.build_on}"
-        )
-    asked = _NAMES if runtime == "auto" else (_require_name(runtime),)
-    possible = tuple(name for name in asked if name in target.runtimes)
-    if not possible:
-        raise TargetMismatch(
-            f"{TITLES[asked[0]]} does not build for {target.name} (SM{target.sm}), "
-            f"{' or '.join(TITLES[name] for name in target.runtimes)} does; {target.build_on}"
-        )
+    possible = _possible(target, runtime)
     installed = tuple(name for name in possible if _module_name(name))
     if not installed:
         name = possible[-1]
@@ -114,6 +103,15 @@ def planned_flavour(target: Target, runtime: str = "auto") -> FlavourName:
     Raises:
         TargetMismatch: no flavour builds for the target, or not the one that was asked for.
     """
+    possible = _possible(target, runtime)
+    for name in possible:
+        if _module_name(name) and (name == "rtx" or local_gpu_sm() == target.sm):
+            return name
+    return possible[0]
+
+
+def _possible(target: Target, runtime: str) -> tuple[FlavourName, ...]:
+    """Return the flavours that build for a target, of those that were asked for."""
     if target.is_estimate_only:
         raise TargetMismatch(
             f"no supported TensorRT builds for {target.name} (SM{target.sm}); it serves estimates only: "
@@ -126,10 +124,7 @@ def planned_flavour(target: Target, runtime: str = "auto") -> FlavourName:
             f"{TITLES[asked[0]]} does not build for {target.name} (SM{target.sm}), "
             f"{' or '.join(TITLES[name] for name in target.runtimes)} does; {target.build_on}"
         )
-    for name in possible:
-        if _module_name(name) and (name == "rtx" or local_gpu_sm() == target.sm):
-            return name
-    return possible[0]
+    return possible
 
 
 def _missing(name: FlavourName, needed_for: str) -> MissingDependency:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+from typing import TYPE_CHECKING
 
-__all__ = ["MODULE_KEY", "SCOPES_KEY", "deepest_module"]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["MODULE_KEY", "SCOPES_KEY", "deepest_module", "module_of"]
 
 MODULE_KEY = "edgecomp.module"  # in a graph of edgecomp
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"  # in a graph of torch's exporter
@@ -17,3 +21,8 @@ def deepest_module(scopes: str) -> str:
     except (ValueError, SyntaxError):
         return ""
     return str(names[-2]) if isinstance(names, list) and len(names) >= 2 else ""
+
+
+def module_of(node: ir.Node) -> str:
+    """Return the torch module a node came from, or ""."""
+    return node.metadata_props.get(MODULE_KEY, "")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import onnx_ir as ir
 
 from edgecomp.errors import OpNotAllowed
-from edgecomp.export.passes.strip_metadata import module_of
+from edgecomp.export.modules import module_of
 from edgecomp.specs import OpList
 
 __all__ = ["require_allowed", "violations"]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgecomp.errors import ExportError, InvalidSpec, MissingDependency
-from edgecomp.export.passes.strip_metadata import module_of
+from edgecomp.export.modules import module_of
 
 __all__ = [
     "FP16_LIMIT",
@@ -274,14 +274,20 @@ def _run(
         _save_with_outputs(model, names, path)
         try:
             session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            for batch in batches:
-                needed = {item.name: batch[item.name] for item in session.get_inputs()}
-                yield batch, session.run(names, needed)
         except Exception as error:
-            if isinstance(error, ExportError):
-                raise
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ExportError(f"ONNX Runtime cannot run the graph to calibrate it: {first}") from error
+            raise _cannot_run(error) from error
+        for batch in batches:
+            needed = {item.name: batch[item.name] for item in session.get_inputs()}
+            try:
+                outputs = session.run(names, needed)
+            except Exception as error:
+                raise _cannot_run(error) from error
+            yield batch, outputs
+
+
+def _cannot_run(error: Exception) -> ExportError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ExportError(f"ONNX Runtime cannot run the graph to calibrate it: {first}")
 
 
 def _save_with_outputs(model: ir.Model, names: Sequence[str | None], path: Path) -> None:

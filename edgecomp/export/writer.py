@@ -16,6 +16,7 @@ from edgecomp.backbones.seam import Rest, Stem
 from edgecomp.errors import InvalidSpec
 from edgecomp.export.flops import count_flops, count_ops
 from edgecomp.export.lower import lower, quiet_tools
+from edgecomp.export.modules import module_of
 from edgecomp.export.opcheck import require_allowed
 from edgecomp.export.passes import (
     WeightsFile,
@@ -30,7 +31,6 @@ from edgecomp.export.passes import (
     strip_metadata,
     tensors_to_calibrate,
 )
-from edgecomp.export.passes.strip_metadata import module_of
 from edgecomp.export.ranges import OutOfRange, Range, collect_ranges, nodes_out_of_range, run_graph
 from edgecomp.export.samples import Sample, in_rows
 from edgecomp.routers import Router

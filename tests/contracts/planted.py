@@ -10,8 +10,8 @@ import re
 import numpy as np
 import onnx_ir as ir
 
+from edgecomp.export.modules import module_of
 from edgecomp.export.passes import add_merge_body
-from edgecomp.export.passes.strip_metadata import module_of
 
 QUICK = ("attention-pruning", "evit", "tome")  # of these one preset is enough, and the others are slow
 _CHOOSES = ("TopK", "ArgMax", "ArgMin")

@@ -14,8 +14,8 @@ import onnx_ir as ir
 import pytest
 
 from edgecomp.bundle import golden_key
+from edgecomp.export.modules import module_of
 from edgecomp.export.passes import add_merge_body
-from edgecomp.export.passes.strip_metadata import module_of
 from edgecomp.parity import CASES, ParityReport, check_bucket, read_goldens
 from edgecomp.runners import open_runner
 

@@ -14,8 +14,8 @@ pytest.importorskip("onnx_ir", reason="onnx-ir is not installed; pip install 'ed
 import onnx_ir as ir
 
 from edgecomp.errors import DynamicShape
+from edgecomp.export.modules import MODULE_KEY, module_of
 from edgecomp.export.passes import WeightsFile, name_weights, require_static, share_weights, strip_metadata
-from edgecomp.export.passes.strip_metadata import MODULE_KEY, module_of
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 TRACE = 'File "/somewhere/model.py", line 3, in forward'

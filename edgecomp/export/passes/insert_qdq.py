@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgecomp.errors import ExportError, InvalidSpec
-from edgecomp.export.passes.strip_metadata import MODULE_KEY, module_of
+from edgecomp.export.modules import MODULE_KEY, module_of
 from edgecomp.export.ranges import Range, Threshold
 
 __all__ = ["QuantizedNode", "ScaleType", "insert_qdq", "quantizable", "tensors_to_calibrate"]

@@ -6,7 +6,7 @@ import itertools
 
 import onnx_ir as ir
 
-from edgecomp.export.passes.strip_metadata import module_of
+from edgecomp.export.modules import module_of
 
 __all__ = ["name_weights"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from edgecomp.errors import ExportError
+from edgecomp.export.modules import module_of
 from edgecomp.export.passes.score_flow import is_weight_product, score_flow
-from edgecomp.export.passes.strip_metadata import module_of
 from edgecomp.specs.precision import pattern_of
 
 __all__ = ["is_named_in", "set_precision"]

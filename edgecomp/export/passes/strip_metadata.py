@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from edgecomp.export.modules import MODULE_KEY, SCOPES_KEY, deepest_module
 
-__all__ = ["MODULE_KEY", "module_of", "strip_metadata"]
+__all__ = ["MODULE_KEY", "strip_metadata"]
 
 
 def strip_metadata(model: ir.Model, *, producer_version: str) -> None:
@@ -32,8 +32,3 @@ def strip_metadata(model: ir.Model, *, producer_version: str) -> None:
         holder.metadata_props.clear()
         holder.doc_string = None
     model.producer_name, model.producer_version = "edgecomp", producer_version
-
-
-def module_of(node: ir.Node) -> str:
-    """Return the torch module a node came from, or ""."""
-    return node.metadata_props.get(MODULE_KEY, "")
