@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 
-__all__ = ["field_bytes", "fields"]
+__all__ = ["field_bytes", "fields", "varint"]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -23,14 +23,14 @@ def fields(content: bytes | mmap.mmap, begin: int, end: int) -> Iterator[tuple[i
     at = begin
     while at < end:
         start = at
-        key, at = _varint(content, at)
+        key, at = varint(content, at)
         kind = key & 7
         value = at
         if kind == _VARINT:
-            _, at = _varint(content, at)
+            _, at = varint(content, at)
             value = at
         elif kind == _BYTES:
-            length, value = _varint(content, at)
+            length, value = varint(content, at)
             at = value + length
         elif kind in (_FIXED64, _FIXED32):
             at += 8 if kind == _FIXED64 else 4
@@ -41,7 +41,12 @@ def fields(content: bytes | mmap.mmap, begin: int, end: int) -> Iterator[tuple[i
         yield key >> 3, start, value, at
 
 
-def _varint(content: bytes | mmap.mmap, at: int) -> tuple[int, int]:
+def varint(content: bytes | mmap.mmap, at: int) -> tuple[int, int]:
+    """Return the number that starts here, and where it ends.
+
+    Raises:
+        IndexError: the bytes end within it, or it has more than ten bytes.
+    """
     value = shift = 0
     while True:
         byte = content[at]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgecomp.errors import BuildError
-from edgecomp.wire import fields
+from edgecomp.wire import fields, varint
 
 __all__ = ["PRODUCT_OPS", "Product", "read_products"]
 
@@ -253,7 +253,7 @@ def _read_tensor(content: _Content, begin: int, end: int) -> tuple[str, str, int
             kind = _integer(content, start)
         elif number == _TENSOR_DIMS and at < to:  # packed
             while at < to:
-                size, at = _varint(content, at)
+                size, at = varint(content, at)
                 count *= size
         elif number == _TENSOR_DIMS:
             count *= _integer(content, start)
@@ -279,14 +279,4 @@ def _text(content: _Content, begin: int, end: int) -> str:
 
 def _integer(content: _Content, start: int) -> int:
     """Return the value of a varint field that starts here."""
-    return _varint(content, _varint(content, start)[1])[0]
-
-
-def _varint(content: _Content, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = content[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if not byte & 0x80:
-            return value, at
+    return varint(content, varint(content, start)[1])[0]
