@@ -45,8 +45,8 @@ def emulated(model: ir.Model) -> ir.Model:
     Raises:
         ExportError: fp8 scales per channel or block, or a value whose type is not known.
     """
-    twin = inline_functions(model)
-    twin = model.clone() if twin is model else twin
+    twin = model.clone()
+    inline_functions(twin)
     graph = twin.graph
     if untyped := [node for node in graph if any(value.dtype is None and value.uses() for value in node.outputs)]:
         raise ExportError(

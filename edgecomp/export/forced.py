@@ -12,10 +12,10 @@ import re
 from pathlib import Path
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
 
 from edgecomp.errors import ExportError
 from edgecomp.export.modules import MODULE_KEY
+from edgecomp.export.passes.merge_bodies import inline_functions
 from edgecomp.specs.choice import ChoiceNode
 
 __all__ = ["choice_nodes", "force_choices", "write_forced"]
@@ -48,7 +48,10 @@ def force_choices(model: ir.Model, *, prefix: str = "") -> tuple[ChoiceNode, ...
         for n in model.graph
         if n.op_type == _MERGE_OP
     ]
-    _inline(model)
+    for function in model.functions.values():
+        for node in function:
+            node.metadata_props[_MERGE_KEY] = node.op_type
+    inline_functions(model)
     found = choice_nodes(model, merges, prefix=prefix)
     for node, choice in found:
         _force(model.graph, node, choice)
@@ -96,19 +99,6 @@ def choice_nodes(
         )
         found.append((node, choice))
     return found
-
-
-def _inline(model: ir.Model) -> None:
-    """Make the bodies of functions part of the graph, with static shapes; nothing where there are none."""
-    if not model.functions:
-        return
-    from onnxscript import optimizer
-
-    for function in model.functions.values():
-        for node in function:
-            node.metadata_props[_MERGE_KEY] = node.op_type
-    InlinePass()(model)
-    optimizer.optimize(model, num_iterations=2, onnx_shape_inference=True)
 
 
 def _chooses(node: ir.Node) -> bool:

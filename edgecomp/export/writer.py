@@ -112,8 +112,9 @@ class GraphWriter:
         require_static(graph)
         types = Types() if isinstance(module, Router) else self._set_types(graph, module, batch, outputs)
         add_merge_body(graph)
+        flat = graph.clone()
         with quiet_tools():
-            flat = inline_functions(graph)
+            inline_functions(flat)
         require_static(flat)
         require_allowed(flat, load_oplists(), extra=self.recipe.extra_ops)
         name_weights(graph)

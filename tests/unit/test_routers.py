@@ -830,13 +830,13 @@ def test_the_graph_is_static_allowed_and_equal(case: Case) -> None:
     graph = lower(router, inputs=specs, outputs=router.output_specs(case.batch), opset=case.opset)
     strip_metadata(graph, producer_version="0")
     require_static(graph)
-    flat = inline_functions(graph)
-    require_static(flat)
-    require_allowed(flat, load_oplists(), extra=())
+    inline_functions(graph)
+    require_static(graph)
+    require_allowed(graph, load_oplists(), extra=())
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(
-        ir.to_proto(flat).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        ir.to_proto(graph).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     thresholds = np.array([router.default_thresholds] * case.batch, np.float32)
     buckets = set()

@@ -238,3 +238,16 @@ def test_bisect_names_the_module_that_an_error_was_planted_in(cli, bundle):
     assert not any(culprit["is_between"] for culprit in report["culprits"])
     text = cli("parity", bundle, "--bisect").out
     assert f"the error begins in {names[0]}: " in text
+
+
+def test_the_choices_of_an_int8_graph_can_be_forced(tmp_path):
+    """ONNX Runtime cannot load a graph whose int8 weights share zero points."""
+    pytest.importorskip("torch")
+    from edgecomp import api
+
+    out = tmp_path / "bundle"
+    report = api.export("tome", preset="smoke", budget=[3], precision="int8", out=out, seed=0)
+    judged = api.parity(report.bundle, selection=True)
+    assert judged
+    assert [part.model for part in judged.selection] == ["model.m3.b1.onnx"]
+    assert all(row.difference.max_rel < 0.2 for part in judged.selection for row in part.forced)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, NameFixPass, RemoveUnusedNodesPass
 
 from edgecomp.errors import ExportError
 from edgecomp.export.merge_body import merge_body
@@ -75,13 +75,18 @@ def add_merge_body(model: ir.Model) -> None:
     model.opset_imports[_DOMAIN] = _VERSION
 
 
-def inline_functions(model: ir.Model) -> ir.Model:
-    """Return a copy without functions, all shapes inferred, for tools that know none; the same model if it has none."""
+def inline_functions(model: ir.Model) -> None:
+    """Make the bodies of functions part of the graph, all shapes inferred, in place; nothing where there are none.
+
+    Equal initializers stay apart: ONNX Runtime cannot load int8 weights that share their zero points.
+    """
     if not model.functions:
-        return model
+        return
     from onnxscript import optimizer
 
-    flat = model.clone()
-    InlinePass()(flat)
-    optimizer.optimize(flat, num_iterations=2, onnx_shape_inference=True)
-    return flat
+    InlinePass()(model)
+    for _ in range(2):  # what one round folds makes shapes known to the next
+        optimizer.fold_constants(model, onnx_shape_inference=True)
+    RemoveUnusedNodesPass()(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    NameFixPass()(model)
