@@ -15,6 +15,7 @@ from edgecomp.api._emulate import runnable
 from edgecomp.api._forced import check_forced
 from edgecomp.api._layers import compare_layers
 from edgecomp.api._progress import Progress, silent
+from edgecomp.api._torch import TORCH, open_torch
 from edgecomp.bundle import Bundle, golden_key, open_bundle
 from edgecomp.errors import InvalidSpec, UnknownName
 from edgecomp.parity import (
@@ -66,7 +67,8 @@ def parity(
 
     Args:
         bundle: the folder.
-        runner: `onnxruntime` or `onnxruntime-cuda`, with threads of its own where wanted: `onnxruntime:4`.
+        runner: `onnxruntime` or `onnxruntime-cuda`, with threads of its own where wanted: `onnxruntime:4`; `tensorrt`
+            or `rtx`: the engines that were built, on the GPU here; `torch`: the static models in eager torch, fp32.
         threads: CPU threads where the runner says none; 0: as many as the runtime chooses.
         against: `original`, or another runner whose outputs are expected on the golden inputs.
         budget: only the bucket that keeps so many tokens (a count or a percentage); None: all, the router, what routed
@@ -77,7 +79,8 @@ def parity(
         self_test: ask the runner whether it agrees with itself: rows that are alike, runs again, numbers of threads.
         per_layer: make the model again in torch, and compare each of its modules with the graph's; `report.culprits`
             says where an error begins.
-        weights, backbone_weights: for `per_layer`, the files that the bundle was made with, where there were any.
+        weights, backbone_weights: for `per_layer` and `torch`, the files that the bundle was made with, where there
+            were any.
         atol, rtol: largest errors in place of the recipe's: `NAME:1e-3` for one output, `1e-3` for all others.
         progress: takes one line for each bucket.
 
@@ -86,21 +89,30 @@ def parity(
 
     Raises:
         BundleError: the bundle is not whole, or with `selection` holds no choices. InvalidSpec: it has no such bucket
-            or output. MissingDependency, RunError: the runner cannot run here.
+            or output, or the runner cannot answer that question. MissingDependency, RunError, TargetMismatch: the
+            runner cannot run here.
     """
     require_threads(threads)
     limits = read_limits(atol=atol, rtol=rtol)
-    one = _read_runner(runner, threads)
-    other = None if against == _ORIGINAL else _read_runner(against, threads)
+    files = {"weights": str(weights), "backbone_weights": str(backbone_weights)}
+    one = _read_runner(runner, threads, files)
+    other = None if against == _ORIGINAL else _read_runner(against, threads, files)
+    if threads and not any(_takes_threads(name) for name in (one.name, against)):
+        raise InvalidSpec(f"threads={threads} with runner {one.name}: it takes no number of threads; leave them out")
+    if one.name == TORCH and (selection or per_layer):
+        raise InvalidSpec("the runner 'torch' is the model itself, and takes no choices: judge another one against it")
     opened = open_bundle(Path(bundle))
     manifest = opened.manifest
     buckets = list(opened.select(budget=budget, batch=batch))
+    in_torch = TORCH in (one.name, against)
+    precision = "fp32" if one.name == TORCH else manifest.precision
     graphs: list[Bucket | PlainGraph | RouterGraph] = list(buckets)
+    routers = [graph for graph in manifest.routers if batch in (None, graph.batch)] if budget is None else []
     if budget is None:
-        graphs += [graph for graph in manifest.routers if batch in (None, graph.batch)]
+        graphs += [] if in_torch else routers
         graphs += [graph for graph in manifest.plain if batch in (None, graph.batch)]
     limits.require_known(spec.name for graph in graphs for spec in graph.outputs)
-    goldens, tolerance = read_goldens(opened.path), manifest.recipe.tolerances[manifest.precision]
+    goldens, tolerance = read_goldens(opened.path), manifest.recipe.tolerances[precision]
     rows: list[OutputParity] = []
     choosing: list[Bucket] = []
     chosen: list[SelectionParity] = []
@@ -114,13 +126,13 @@ def parity(
                 expected = stack.enter_context(other.open(ready.bundle, graph)) if other is not None else None
                 found = check_bucket(loaded, graph, goldens, tolerance, limits=limits, against=expected)
                 rows.extend(found)
-                if isinstance(graph, Bucket) and (selection or (manifest.precision != "fp32" and not all(found))):
+                if isinstance(graph, Bucket) and (selection or (precision != "fp32" and not all(found))):
                     choosing.append(graph)
                 version = loaded.version
                 if self_test and isinstance(graph, Bucket):
                     progress(f"{graph.model} against itself in {runner}")
                     counts = _THREAD_COUNTS if one.name == "onnxruntime" else ()
-                    threaded = {n: partial(_RunnerChoice(one.name, n).open, ready.bundle, graph) for n in counts}
+                    threaded = {n: partial(one._replace(threads=n).open, ready.bundle, graph) for n in counts}
                     tests.extend(question_runner(loaded, graph, goldens, tolerance, with_threads=threaded))
         layers: list[LayerParity] = []
         for bucket in buckets if per_layer else ():
@@ -146,27 +158,31 @@ def parity(
                     tolerance,
                     limits=limits,
                     open_one=one.open,
-                    open_other=None if other is None else other.open,
+                    open_other=None if other is None or other.name == TORCH else other.open,
                 )
             )
-        if budget is None and manifest.router is not None and other is None:
+        if budget is None and manifest.router is not None and other is None and not in_torch:
             progress(f"requests as the router sends them, in {runner}")
             rows.extend(_check_routed(ready.bundle, goldens, tolerance, runner=one.name, threads=one.threads))
     return ParityReport(
-        str(bundle), one.name, version, one.threads, manifest.precision, tolerance, tuple(rows),
+        str(bundle), one.name, version, one.threads, precision, tolerance, tuple(rows),
         against=against, limits=limits, selection=tuple(chosen), self_tests=tuple(tests), layers=tuple(layers),
         culprits=find_culprits(layers, limit=tolerance.max_rel), emulated=ready.emulated,
+        left_out=tuple(graph.model for graph in routers) if in_torch else (),
     )  # fmt: skip
 
 
 class _RunnerChoice(NamedTuple):
-    """A runner by name, with its threads."""
+    """A runner by name, with its threads, and the files that a model in torch is made of."""
 
     name: str
     threads: int
+    files: Mapping[str, str]
 
     def open(self, bundle: Bundle, graph: Graph, *, model: Path | None = None) -> Runner:
         """Load a graph of a bundle, or another form of it."""
+        if self.name == TORCH:
+            return open_torch(bundle, graph, **self.files)
         return open_graph(self.name, bundle, graph, threads=self.threads, model=model)
 
 
@@ -175,16 +191,24 @@ def _open_derived(runner: _RunnerChoice, bundle: Bundle, model: Path) -> Runner:
     return open_runner(runner.name, model, threads=runner.threads, weights=bundle.path)
 
 
-def _read_runner(text: str, threads: int) -> _RunnerChoice:
+def _read_runner(text: str, threads: int, files: Mapping[str, str]) -> _RunnerChoice:
     """Read `NAME` or `NAME:THREADS`."""
     name, colon, count = text.partition(":")
     if (colon and not count.isascii()) or (colon and not count.isdigit()):
         raise InvalidSpec(f"runner {text!r}: give a name, or NAME:THREADS, such as onnxruntime:4")
-    if name not in runner_names():
-        raise UnknownName("runner", name, (*runner_names(), _ORIGINAL))
-    chosen = int(count) if colon else threads
+    if name not in (*runner_names(), TORCH):
+        raise UnknownName("runner", name, (*runner_names(), TORCH, _ORIGINAL))
+    if colon and threads not in (0, int(count)):
+        raise InvalidSpec(f"runner {text!r} has threads of its own, and threads={threads} is another number; drop one")
+    if colon and not _takes_threads(name):
+        raise InvalidSpec(f"runner {text!r}: {name} takes no number of threads, write {name}")
+    chosen = (int(count) if colon else threads) if _takes_threads(name) else 0
     require_threads(chosen)
-    return _RunnerChoice(name, chosen)
+    return _RunnerChoice(name, chosen, files)
+
+
+def _takes_threads(runner: str) -> bool:
+    return runner.startswith("onnxruntime")
 
 
 def _check_routed(

@@ -55,7 +55,7 @@ def verify(
     *,
     target: str = "auto",
     runtime: str = "auto",
-    runner: str = "onnxruntime",
+    runner: str = "auto",
     threads: int = 0,
     duration_s: float = 3.0,
     plugin: str = "auto",
@@ -78,7 +78,9 @@ def verify(
         target: a target's name, a TOML file, `none`, or `auto`: the GPU of this machine, and no engines where it has
             none.
         runtime: of the engines, as in `build`.
-        runner, threads: as in `parity`. duration_s: as in `profile`.
+        runner: as in `parity`, but for `torch`; `auto`: the engines, where they are built and run on the GPU here, and
+            else `onnxruntime`. The report says which.
+        threads: as in `parity`. duration_s: as in `profile`.
         plugin: as in `build`; `require` compiles it.
         allow_plugin: sha256 of plugin libraries inside the bundle that may be loaded, at least 12 digits.
         build_engines: False takes the engines that are there, and fails where one is missing or foreign.
@@ -94,8 +96,8 @@ def verify(
     """
     started = time.monotonic()
     require_threads(threads)
-    if runner not in runner_names():
-        raise UnknownName("runner", runner, runner_names())
+    if runner not in ("auto", *runner_names()):
+        raise UnknownName("runner", runner, ("auto", *runner_names()))
     if not 0 < duration_s <= 3600:
         raise InvalidSpec(f"duration {duration_s} s is not above 0 and at most 3600 s")
     folder = Path(bundle)
@@ -114,7 +116,7 @@ def verify(
         bundle=str(bundle),
         digest=run.digest,
         target=chosen.name if chosen is not None else "",
-        runner=runner,
+        runner=run.runner,
         verdict="fail" if any(stage.verdict == "fail" for stage in run.done) else "pass",
         stages=tuple(run.done),
         seconds=round(time.monotonic() - started, 3),
@@ -149,6 +151,8 @@ class _Run:
         self._stage("doctor", self._doctor)
         self._stage("plugin", self._plugin)
         engines = self._stage("engines", lambda: self._engines(build_engines=build_engines))
+        if self.runner == "auto":
+            self.runner = self._runner_of(engines)
         words = f"{self.runner}, {self.threads} threads"
         if not self.runner.startswith("onnxruntime"):  # it runs the plans, so they decide the result
             words += f", {[record.sha256 for _, record in self._plans_of_target()]}"
@@ -156,6 +160,12 @@ class _Run:
             self.notes.append(f"the engines were not run: parity and latency are those of {self.runner}")
         self._stage("parity", self._parity, key=f"parity: {words}")
         self._stage("profile", self._profile, key=f"profile: {words}, {self.duration_s:g} s")
+
+    def _runner_of(self, engines: Stage) -> str:
+        """Return what runs the engines where they run here; else ONNX Runtime."""
+        if engines.verdict == "pass" and self.target is not None and local_gpu_sm() == self.target.sm:
+            return choose_flavour(self.target, self.runtime)
+        return "onnxruntime"
 
     def _stage(self, name: str, action: Callable[[], Seen], *, key: str = "") -> Stage:
         """Run a stage, or take what is remembered under its key."""

@@ -17,10 +17,13 @@ def command(
     context: typer.Context,
     bundle: Annotated[str, typer.Argument(help="The bundle's folder.")],
     runner: Annotated[
-        str, typer.Option(help="`onnxruntime` or `onnxruntime-cuda`; with threads: `onnxruntime:4`.")
+        str,
+        typer.Option(
+            help="`onnxruntime` or `onnxruntime-cuda`, with threads: `onnxruntime:4`; `tensorrt`, `rtx`; `torch`."
+        ),
     ] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: the runtime's choice.")] = 0,
-    against: Annotated[str, typer.Option(help="`original`, or another runner, such as `onnxruntime:1`.")] = "original",
+    against: Annotated[str, typer.Option(help="`original`, or another runner, such as `torch`.")] = "original",
     budget: Annotated[str | None, typer.Option(help="Only the bucket that keeps so many tokens.")] = None,
     batch: Annotated[int | None, typer.Option(help="Only this batch size.")] = None,
     selection: Annotated[
@@ -38,7 +41,9 @@ def command(
     bisect: Annotated[
         bool, typer.Option("--bisect", help="Name the first module whose error its input does not explain; likewise.")
     ] = False,
-    weights: Annotated[str, typer.Option(help="For these two: the checkpoint that the export was given.")] = "random",
+    weights: Annotated[
+        str, typer.Option(help="For these two and `torch`: the checkpoint that the export was given.")
+    ] = "random",
     backbone_weights: Annotated[str, typer.Option(help="For these two: the host's.")] = "random",
     atol: Annotated[list[str] | None, typer.Option(help="Largest absolute error: `1e-3`, or `NAME:1e-3`.")] = None,
     rtol: Annotated[list[str] | None, typer.Option(help="Largest relative error, likewise.")] = None,

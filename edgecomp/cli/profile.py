@@ -16,7 +16,9 @@ __all__ = ["command"]
 def command(
     context: typer.Context,
     bundle: Annotated[str, typer.Argument(help="The bundle's folder.")],
-    runner: Annotated[str, typer.Option(help="`onnxruntime` or `onnxruntime-cuda`.")] = "onnxruntime",
+    runner: Annotated[
+        str, typer.Option(help="`onnxruntime`, `onnxruntime-cuda`, `tensorrt` or `rtx`.")
+    ] = "onnxruntime",
     duration: Annotated[float, typer.Option(help="Least seconds to measure each graph for.")] = 3.0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: the runtime's choice.")] = 0,
     budget: Annotated[str | None, typer.Option(help="Only the bucket that keeps so many tokens.")] = None,

@@ -30,7 +30,9 @@ def command(
         typer.Option(help="The bucket that keeps so many tokens; default: the router's choice, else the largest."),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="The batch size; default: the smallest.")] = None,
-    runner: Annotated[str, typer.Option(help="`onnxruntime` or `onnxruntime-cuda`.")] = "onnxruntime",
+    runner: Annotated[
+        str, typer.Option(help="`onnxruntime`, `onnxruntime-cuda`, `tensorrt` or `rtx`.")
+    ] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: the runtime's choice.")] = 0,
     json: JSON = False,
 ) -> None:

@@ -20,7 +20,9 @@ def command(
         str, typer.Option(help="A target's name, a TOML file, `none`, or `auto`: the GPU of this machine.")
     ] = "auto",
     runtime: Annotated[str, typer.Option(help="Of engines: `tensorrt`, `rtx`, or `auto`.")] = "auto",
-    runner: Annotated[str, typer.Option(help="`onnxruntime` or `onnxruntime-cuda`.")] = "onnxruntime",
+    runner: Annotated[
+        str, typer.Option(help="As in `parity`; `auto`: the engines where they run here, else `onnxruntime`.")
+    ] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: the runtime's choice.")] = 0,
     duration: Annotated[float, typer.Option(help="Least seconds to measure each graph for.")] = 3.0,
     plugin: Annotated[

@@ -2,9 +2,9 @@
 
 One route for all three: a strongly typed network, so that the graph alone decides the precision. `adapter` knows how
 the versions differ and `flavour` which one builds; `network` parses, `proof` and `inspector` show in which types the
-result runs, `build` builds and writes, `record` is the JSON beside an engine; `settings`, `timing`, `memory`
-and `watching` are what a build works with; `plugins` compiles and loads plugin libraries, and `plugin_use` decides
-which nodes they run.
+result runs, `build` builds and writes, `record` is the JSON beside an engine, `find` says which engine runs here and
+`gpu` gives it memory; `settings`, `timing`, `memory` and `watching` are what a build works with; `plugins` compiles and
+loads plugin libraries, and `plugin_use` decides which nodes they run.
 Neither torch nor onnx is imported here, and TensorRT only when a function needs it.
 """
 
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from edgecomp.engines.adapter import Flavour
 from edgecomp.engines.build import BuiltEngine, build_engine, require_target_runs
+from edgecomp.engines.find import build_form, find_engine, libraries_of
 from edgecomp.engines.flavour import choose_flavour, installed_flavours, load_flavour, planned_flavour
-from edgecomp.engines.gpu import local_gpu_sm
+from edgecomp.engines.gpu import Gpu, local_gpu_sm
 from edgecomp.engines.plugin_use import find_plugin_nodes
 from edgecomp.engines.plugins import (
     PluginLibrary,
@@ -45,13 +46,17 @@ __all__ = [
     "EngineRecord",
     "EngineTensor",
     "Flavour",
+    "Gpu",
     "PluginLibrary",
     "build_engine",
+    "build_form",
     "build_library",
     "cached_libraries",
     "choose_flavour",
+    "find_engine",
     "find_plugin_nodes",
     "installed_flavours",
+    "libraries_of",
     "load_flavour",
     "load_preset",
     "loaded_library",

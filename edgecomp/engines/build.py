@@ -91,6 +91,7 @@ class _Job:
 
     flavour: Flavour
     onnx: Path
+    weights: Path
     out_dir: Path
     inputs: dict[str, Any]
     settings: BuilderSettings
@@ -114,6 +115,7 @@ def build_engine(
     runtime: str,
     precision: str,
     onnx_sha256: str,
+    weights: Path | None = None,
     weights_sha256: str = "",
     weight_bytes: int = 0,
     fp32_nodes: Collection[str] = (),
@@ -132,12 +134,13 @@ def build_engine(
     hash is the recorded one. The files appear at once and whole, also when the build is interrupted.
 
     Args:
-        onnx: the graph; its external data lies in the same folder.
+        onnx: the graph.
         out_dir: where the engine goes; made when it is missing.
         target: the device that the engine is for.
         runtime: "tensorrt", "rtx" or "auto".
         precision: the word that the graph was exported with. It does not change the graph's types: it is proven.
         onnx_sha256: hash of the graph, from the bundle's manifest.
+        weights: folder of the external data; none: it lies beside the graph.
         weights_sha256: hash of the external data, or "" where there is none.
         weight_bytes: size of the external data, for the estimate of memory.
         fp32_nodes: names of the nodes that stay in fp32 on purpose; they may belong to other graphs of the bundle.
@@ -168,7 +171,9 @@ def build_engine(
         "fp32_nodes_sha256": hashlib.sha256(islands.encode()).hexdigest() if islands else "",
         **msgspec.structs.asdict(settings),
     }
-    job = _Job(flavour, onnx, out_dir, inputs, settings, fp32_nodes, timing, choices, progress, [])
+    job = _Job(
+        flavour, onnx, weights or onnx.parent, out_dir, inputs, settings, fp32_nodes, timing, choices, progress, []
+    )
 
     def guard() -> None:
         if not force_memory and onnx.is_file():
@@ -317,7 +322,8 @@ def _build_plan(job: _Job, label: str) -> tuple[memoryview, dict[str, object]]:
         builder = flavour.module.Builder(logger)
         stack.enter_context(loaded_plugins(builder, job.choices))
         network = create_network(flavour, builder)
-        parser = parse_onnx(flavour, network, logger, onnx, content=graph_for_plugins(flavour, onnx, job.choices))
+        content = graph_for_plugins(flavour, onnx, job.choices)
+        parser = parse_onnx(flavour, network, logger, onnx, weights=job.weights, content=content)
         require_static(network, onnx)
         proof, products = prove(flavour, network, onnx, job.inputs["precision"], job.fp32_nodes)
         merges = require_plugin_layers(flavour, network, onnx, job.choices)

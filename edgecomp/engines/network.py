@@ -13,6 +13,7 @@ from edgecomp.errors import BuildError
 __all__ = [
     "collecting_logger",
     "count_layer_types",
+    "dtype_name",
     "dtype_of",
     "network_inputs",
     "network_outputs",
@@ -63,21 +64,33 @@ def collecting_logger(flavour: Flavour) -> Any:
     return CollectingLogger()
 
 
-def parse_onnx(flavour: Flavour, network: Any, logger: Any, onnx: Path, *, content: bytes | None = None) -> Any:
+def parse_onnx(
+    flavour: Flavour,
+    network: Any,
+    logger: Any,
+    onnx: Path,
+    *,
+    weights: Path | None = None,
+    content: bytes | None = None,
+) -> Any:
     """Parse a file into an empty network and return the parser.
 
-    Keep the parser until the engine is built, because it owns the memory of the weights. It reads from the file,
-    since external data is looked for beside it, and it serves only once.
+    Keep the parser until the engine is built, because it owns the memory of the weights. It serves only once.
 
     Args:
         flavour: the TensorRT that builds.
         network: an empty network.
         logger: collects what the parser says.
         onnx: the file.
-        content: what to parse in its place; external data still lies beside the file.
+        weights: folder of the external data; none: it lies beside the file.
+        content: what to parse in the file's place.
     """
     parser = flavour.module.OnnxParser(network, logger)
-    parsed = parser.parse_from_file(str(onnx)) if content is None else parser.parse(content, str(onnx))
+    if content is None and weights in (None, onnx.parent):
+        parsed = parser.parse_from_file(str(onnx))
+    else:  # external data is looked for beside the name that is given
+        named = (weights or onnx.parent) / onnx.name
+        parsed = parser.parse(onnx.read_bytes() if content is None else content, str(named))
     if parsed and not parser.num_errors:
         return parser
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
@@ -124,7 +137,12 @@ def _tensor(tensor: Any) -> EngineTensor:
 
 def dtype_of(tensor: Any) -> str:
     """Return the type of a network's tensor, by the names that numpy and safetensors use."""
-    name = str(tensor.dtype.name)
+    return dtype_name(tensor.dtype)
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return a type of TensorRT by the name that numpy and safetensors use."""
+    name = str(dtype.name)
     return _DTYPES.get(name, name.lower())
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from edgecomp.backbones.assemble import assemble
+from edgecomp.backbones.assemble import Assembly, assemble
 from edgecomp.backbones.placed import PlacedModel
 from edgecomp.errors import BundleError, InvalidSpec
 from edgecomp.export.golden import run_module
@@ -21,7 +21,7 @@ from edgecomp.specs.manifest import Bucket, Manifest
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import WeightsOrigin, file_sha256
 
-__all__ = ["Seen", "explain", "rebuild", "trace"]
+__all__ = ["Seen", "explain", "reassemble", "rebuild", "trace"]
 
 Array = npt.NDArray[Any]
 
@@ -34,7 +34,12 @@ class Seen(NamedTuple):
 
 
 def rebuild(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_weights: str) -> PlacedModel:
-    """Make the static model of a bucket again, with the weights that the bundle was made with.
+    """Make the static model of a bucket again, with the weights that the bundle was made with; see `reassemble`."""
+    return reassemble(manifest, bucket, weights=weights, backbone_weights=backbone_weights).models[-1].eval()
+
+
+def reassemble(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_weights: str) -> Assembly:
+    """Make the models of a bucket again, with the weights that the bundle was made with.
 
     Args:
         weights, backbone_weights: files, where the bundle's came from files; else `random`.
@@ -65,7 +70,7 @@ def rebuild(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_weight
     other = {name: value for name, value in manifest.params.items() if assembly.params.get(name) != value}
     if other:
         assembly = assemble(msgspec.structs.replace(order, params=other))
-    return assembly.models[-1].eval()
+    return assembly
 
 
 def _require_same(option: str, given: str, origin: WeightsOrigin | None) -> None:

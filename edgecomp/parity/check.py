@@ -104,6 +104,7 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         layers: each torch module of each graph, where that was asked for.
         culprits: where an error begins, one for each graph and case that has one; none where all is within limits.
         emulated: a twin ran in place of the graphs: fp32, rounded as the precision rounds.
+        left_out: graphs that the runner cannot run: routers, in torch.
     """
 
     bundle: str
@@ -120,6 +121,7 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: tuple[LayerParity, ...] = ()
     culprits: tuple[Culprit, ...] = ()
     emulated: bool = False
+    left_out: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return (

@@ -24,11 +24,11 @@ def describe_parity(
         bisect: say where an error begins, or that none does.
     """
     whose = "the PyTorch original" if report.against == "original" else report.against
-    threads = report.threads or "its own choice of"
+    threads = f"{report.threads or 'its own choice of'} threads, " if report.runner.startswith("onnxruntime") else ""
     word = report.precision + (" emulated in fp32" if report.emulated else "")
     rows = [[row.model, row.case, row.output, *_values(row), _verdict(report, row)] for row in report.outputs]
     lines = [
-        f"{report.bundle}: {report.version}, {threads} threads, {word}, against {whose}",
+        f"{report.bundle}: {report.version}, {threads}{word}, against {whose}",
         "",
         table(["model", "case", "output", *_VALUES], rows),
         "",
@@ -36,6 +36,7 @@ def describe_parity(
     for section in (_selection(report), _self_tests(report), _layers(report) if per_layer else []):
         lines += [*section, ""] if section else []
     lines += [f"thresholds: {_thresholds(report)}"]
+    lines += [f"{model}: left out, torch runs no routers" for model in report.left_out]
     lines += _misses(report)
     if explain:
         lines += _explanation(report)

@@ -15,6 +15,8 @@ from edgecomp.errors import InvalidSpec, UnknownName
 __all__ = ["Array", "Runner", "open_runner", "require_sharing", "require_threads", "runner_names"]
 
 Array = npt.NDArray[np.generic]
+_PROVIDERS = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
+_ENGINES = ("tensorrt", "rtx")
 
 
 class Runner(Protocol):
@@ -49,8 +51,8 @@ class Runner(Protocol):
 
 
 def runner_names() -> tuple[str, ...]:
-    """Return the runners that there are."""
-    return ("onnxruntime", "onnxruntime-cuda")
+    """Return the runners of graphs and engines that there are."""
+    return (*_PROVIDERS, *_ENGINES)
 
 
 def require_threads(threads: int) -> None:
@@ -78,10 +80,11 @@ def open_runner(
     share_weights: bool = False,
     weights: Path | None = None,
 ) -> Runner:
-    """Load an ONNX model.
+    """Load an ONNX model, or the engine that was built from it.
 
     Args:
-        name: `onnxruntime` (CPU) or `onnxruntime-cuda`; a provider that does not come up is an error.
+        name: `onnxruntime` (CPU) or `onnxruntime-cuda`; a provider that does not come up is an error. `tensorrt` or
+            `rtx`: the engine in `engines/<target>/` beside the model that this TensorRT and this GPU can run.
         threads: for the CPU; 0: as many as the runtime chooses.
         takes_turns: several models are open and run in turn, so that none may hold on to cores between its runs.
         share_weights: read the weights where the system maps their file, once for all models that are open, instead of
@@ -90,17 +93,23 @@ def open_runner(
 
     Raises:
         UnknownName: no such runner. MissingDependency: its package is not installed. InvalidSpec: it cannot share.
+        RunError, TargetMismatch: there is no GPU, or no engine that runs here.
     """
-    from edgecomp.runners.onnxruntime import OnnxRuntimeRunner
-
-    providers = {"onnxruntime": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
-    if name not in providers:
+    if name not in runner_names():
         raise UnknownName("runner", name, runner_names())
     require_sharing(name, share_weights=share_weights)
+    if name in _ENGINES:
+        if threads:
+            raise InvalidSpec(f"threads={threads} with runner {name}: an engine runs on the GPU; leave them out")
+        from edgecomp.runners.tensorrt import TensorRTRunner
+
+        return TensorRTRunner(model, name=name, weights=weights)
+    from edgecomp.runners.onnxruntime import OnnxRuntimeRunner
+
     return OnnxRuntimeRunner(
         model,
         name=name,
-        provider=providers[name],
+        provider=_PROVIDERS[name],
         threads=threads,
         takes_turns=takes_turns,
         share_weights=share_weights,

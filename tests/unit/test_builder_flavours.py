@@ -1,27 +1,24 @@
 """One builder for TensorRT 10.3, 11 and RTX: what it calls, held to hand-written stubs of each generation.
 
-A stand-in for the module `tensorrt` is made from a stub: it has the documented names alone, checks the arguments
-against the documented signatures, and records the calls. What 11 removed, or 10.3 has not yet, cannot be called.
+What 11 removed, or 10.3 has not yet, cannot be called: see `stand_in`.
 """
 
 from __future__ import annotations
 
 import ast
 import enum
-import functools
 import importlib.util
-import inspect
 import json
 import re
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from stand_in import GENERATIONS, STUBS, StandIn, stand_in
 
 from edgecomp.engines import (
     BuilderSettings,
@@ -41,74 +38,7 @@ from edgecomp.specs.target import load_target
 rtx = pytest.mark.skipif("rtx" not in installed_flavours(), reason="TensorRT for RTX is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
-STUBS = ROOT / "tests" / "stubs"
-GENERATIONS = {"10.3.0": "tensorrt-10.3", "11.4.1": "tensorrt-11"}
 ORIN = msgspec.structs.replace(load_target("agx-orin-64"), name="orin", runtimes={"tensorrt": ">=10.3,<12"})
-
-
-class StandIn(types.ModuleType):
-    """A module with the names of a stub; `calls` holds what was called, `behave` what a call returns."""
-
-    calls: list[tuple[str, tuple[Any, ...]]]
-    behave: dict[str, Callable[..., Any]]
-
-
-def stand_in(generation: str, version: str) -> StandIn:
-    """Make a module of a stub."""
-    path = next((STUBS / generation).glob("*.pyi"))
-    names: dict[str, Any] = {}
-    source = "from __future__ import annotations\n" + path.read_text(encoding="utf-8")
-    exec(compile(source, str(path), "exec"), names)
-    module = StandIn(path.stem)
-    module.calls, module.behave = [], {}
-    for name, value in names.items():
-        if isinstance(value, type) and name != "_Enum":
-            setattr(module, name, rebuild(value, names["_Enum"], module))
-    module.__version__ = version
-    return module
-
-
-def rebuild(stub: type, enumeration: type, module: StandIn) -> type:
-    """Return a class that has what the stub has, and refuses the rest."""
-    if issubclass(stub, enumeration):
-        members = {name: number for number, name in enumerate(n for n in stub.__annotations__ if n != "name")}
-        made = enum.Enum(stub.__qualname__, members)  # type: ignore[misc]
-        made.__int__ = lambda self: self.value  # type: ignore[attr-defined]
-        return made
-    allowed = set(inspect.get_annotations(stub))
-    body: dict[str, Any] = {}
-    for name, value in vars(stub).items():
-        if isinstance(value, type):
-            body[name] = rebuild(value, enumeration, module)
-        elif inspect.isfunction(value):
-            body[name] = recorded(stub.__name__, name, value, module)
-            allowed.add(name)
-
-    def get(self: object, name: str) -> Any:
-        raise AttributeError(f"{stub.__name__}.{name} is not in this TensorRT, or was not set")
-
-    def put(self: object, name: str, value: object) -> None:
-        if type(self) is made and not name.startswith("_") and name not in allowed:
-            raise AttributeError(f"{stub.__name__}.{name} is not in this TensorRT")
-        module.calls.append((f"{stub.__name__}.{name}=", (value,)))
-        object.__setattr__(self, name, value)
-
-    made = type(stub.__name__, (), {**body, "__getattr__": get, "__setattr__": put})
-    return made
-
-
-def recorded(owner: str, name: str, function: Any, module: StandIn) -> Any:
-    """Return a method that checks its arguments, notes the call, and does what the test wants."""
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def method(*words: Any, **named: Any) -> Any:
-        bound = signature.bind(*words, **named)
-        key = f"{owner}.{name}"
-        module.calls.append((key, tuple(bound.arguments.values())[1:]))
-        return module.behave[key](*words, **named) if key in module.behave else None
-
-    return method
 
 
 def network_of(module: StandIn, dtype: str) -> Any:
@@ -399,7 +329,7 @@ def test_versions_are_looked_at_in_one_file() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", GENERATIONS.values())
-def test_the_adapter_type_checks_against_each_stub(generation: str, tmp_path: Path) -> None:
+def test_calls_type_check_against_each_stub(generation: str, tmp_path: Path) -> None:
     """Mypy, strict; and it finds a call of something removed, planted in a copy."""
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy is not installed; pip install -e '.[dev]' brings it")
@@ -414,7 +344,15 @@ def test_the_adapter_type_checks_against_each_stub(generation: str, tmp_path: Pa
     ]  # fmt: skip
     places = [str(STUBS / generation), str(STUBS / "rtx-1"), str(ROOT)]
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", *words, "edgecomp/engines/adapter.py", str(planted)],
+        [
+            sys.executable,
+            "-m",
+            "mypy",
+            *words,
+            "edgecomp/engines/adapter.py",
+            "edgecomp/runners/tensorrt.py",
+            str(planted),
+        ],
         cwd=ROOT,
         env={"MYPYPATH": ":".join(places[:2]), "PATH": ""},
         capture_output=True,

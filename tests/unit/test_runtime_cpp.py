@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load, load_file, save, save_file
+from stand_in import NATIVE, compile_cpp
 
 from edgecomp import api
 from edgecomp.engines import build_engine, choose_flavour, installed_flavours, local_gpu_sm, read_record
@@ -34,7 +35,7 @@ from edgecomp.errors import MissingDependency, PluginMissing, TargetMismatch
 from edgecomp.specs import load_target
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNTIME, NATIVE = ROOT / "engines" / "runtime", ROOT / "tests" / "native"
+RUNTIME = ROOT / "engines" / "runtime"
 PLAN = "input x float32 2,3\ninput m bool 2\noutput y float32 2,2\n"
 TENSORS = {
     "inputs": [{"name": "x", "shape": [2, 3], "dtype": "float32"}, {"name": "m", "shape": [2], "dtype": "bool"}],
@@ -79,19 +80,6 @@ def call(words: list[Any], environment: dict[str, str], *, timeout: int = 120) -
     )
     assert done.returncode in (0, 2), done.stdout[-2000:] + done.stderr[-4000:]
     return Said(done.returncode, done.stdout, done.stderr)
-
-
-def compile_cpp(out: Path, *words: object) -> Path:
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("there is no g++ or clang++ here")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [compiler, "-std=c++17", *map(str, words), "-o", str(out), "-ldl"],
-        capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
-    return out
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,170 @@
+"""Engines in TensorRT or TensorRT for RTX, on the first GPU; needs neither torch nor a CUDA toolkit.
+
+The calls are the same on TensorRT 10.3 to 11 and RTX, and are type-checked against stubs of each (`tests/stubs/`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgecomp.engines import Flavour, Gpu, build_form, find_engine, libraries_of, load_flavour, loaded_library
+from edgecomp.engines.network import collecting_logger, dtype_name
+from edgecomp.engines.record import EngineRecord, EngineTensor
+from edgecomp.errors import RunError
+from edgecomp.runners import Array
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+__all__ = ["TensorRTRunner"]
+
+
+class TensorRTRunner:
+    """The engine of a bundle's graph that runs here.
+
+    Args:
+        model: the graph, in its bundle, whose engines lie in `engines/<target>/`.
+        name: "tensorrt" or "rtx".
+        weights: the bundle, where the graph is another form of one of its graphs; its engine is built here.
+
+    Raises:
+        RunError: there is no GPU, or TensorRT does not take the engine. TargetMismatch: no engine runs here.
+        MissingDependency: that TensorRT is not installed.
+    """
+
+    def __init__(self, model: Path, *, name: str, weights: Path | None = None) -> None:
+        flavour = load_flavour(name)
+        self.name, self.version = name, flavour.title
+        self._runtime: trt.Runtime | None = None
+        self._engine: trt.ICudaEngine | None = None
+        self._context: trt.IExecutionContext | None = None
+        self._addresses: dict[str, int] = {}
+        self._gpu = Gpu()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._gpu.close)
+            if weights is None:
+                self._plan, record = find_engine(model, flavour, sm=self._gpu.sm)
+            else:
+                self._plan, record = build_form(model, weights, flavour, sm=self._gpu.sm)
+            self._inputs, self._outputs = record.inputs, record.outputs
+            with self._gpu.current():
+                self._load(stack, flavour, record)
+            self._stack = stack.pop_all()
+
+    def _load(self, stack: contextlib.ExitStack, flavour: Flavour, record: EngineRecord) -> None:
+        """Read the plan, and give each tensor its memory; on the stack stands what undoes it, the last step first."""
+        if TYPE_CHECKING:
+            import tensorrt as trt
+        else:
+            trt = flavour.module
+        logger: Any = collecting_logger(flavour)
+        self._runtime = trt.Runtime(logger)
+        stack.callback(setattr, self, "_runtime", None)
+        for library in libraries_of(self._plan, record):
+            stack.enter_context(loaded_library(self._runtime.get_plugin_registry(), library))
+        stack.callback(self._drop_engine)
+        self._engine = self._runtime.deserialize_cuda_engine(self._plan.read_bytes())
+        if self._engine is not None:
+            self._require_recorded(trt.TensorIOMode.INPUT)
+            self._context = self._engine.create_execution_context()
+        if self._engine is None or self._context is None:
+            raise RunError(
+                f"{flavour.title} does not take {self._plan}: {'; '.join(logger.errors) or 'it gives no reason'}; "
+                "build the engine again here"
+            )
+        for tensor in (*record.inputs, *record.outputs):
+            size = int(np.prod(tensor.shape, dtype=np.int64)) * self._dtype(tensor).itemsize
+            self._addresses[tensor.name] = self._gpu.allocate(size)
+            if not self._context.set_tensor_address(tensor.name, self._addresses[tensor.name]):
+                raise RunError(f"{flavour.title} takes no address for {tensor.name!r} of {self._plan}; build it again")
+
+    def _drop_engine(self) -> None:
+        with self._gpu.current():
+            self._context = None
+            self._engine = None
+
+    def _require_recorded(self, input_mode: trt.TensorIOMode) -> None:
+        """Refuse a plan whose inputs and outputs are not those of its record."""
+        assert self._engine is not None
+        found: dict[bool, list[EngineTensor]] = {True: [], False: []}
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            dims = self._engine.get_tensor_shape(name)
+            shape = tuple(int(dims[axis]) for axis in range(len(dims)))
+            dtype = dtype_name(self._engine.get_tensor_dtype(name))
+            found[self._engine.get_tensor_mode(name) == input_mode].append(EngineTensor(name, shape, dtype))
+        for word, seen, recorded in (("inputs", found[True], self._inputs), ("outputs", found[False], self._outputs)):
+            if sorted(seen, key=str) != sorted(recorded, key=str):
+                raise RunError(
+                    f"{self._plan} has the {word} {_words(seen)}, and its record says {_words(recorded)}; plan and "
+                    "record are not of the same build: build the engine again"
+                )
+
+    def _dtype(self, tensor: EngineTensor) -> np.dtype[Any]:
+        try:
+            return np.dtype(tensor.dtype)
+        except TypeError:
+            raise RunError(
+                f"{self._plan}: {tensor.name!r} is {tensor.dtype}, which numpy does not have; export the model with "
+                "inputs and outputs in fp32 or fp16"
+            ) from None
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in the graph's order."""
+        return tuple(tensor.name for tensor in self._inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the outputs, in the graph's order."""
+        return tuple(tensor.name for tensor in self._outputs)
+
+    def __enter__(self) -> TensorRTRunner:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Free the engine, its plugins and its memory."""
+        self._stack.close()
+
+    def infer(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Copy the inputs to the GPU, run the engine once, and copy the outputs back.
+
+        Raises:
+            RunError: an input has another name, shape or type than the engine's, or the run failed.
+        """
+        if set(inputs) != set(self.input_names):
+            raise RunError(f"{self._plan.name} takes {', '.join(self.input_names)}, and was given {', '.join(inputs)}")
+        given = []
+        for tensor in self._inputs:
+            array = np.ascontiguousarray(inputs[tensor.name])
+            if (array.shape, array.dtype) != (tensor.shape, self._dtype(tensor)):
+                raise RunError(
+                    f"{self._plan.name} takes {tensor.name!r} as {tensor.dtype} {list(tensor.shape)}, and was given "
+                    f"{array.dtype} {list(array.shape)}"
+                )
+            given.append(array)  # kept until the stream is done
+        if self._context is None:
+            raise RunError(f"the runner of {self._plan.name} is closed; open it again")
+        with self._gpu.current():
+            for tensor, array in zip(self._inputs, given, strict=True):
+                self._gpu.upload(self._addresses[tensor.name], array)
+            if not self._context.execute_async_v3(self._gpu.stream):
+                raise RunError(f"{self.version} did not run {self._plan.name}; its log says why, build it again here")
+            outputs = {
+                tensor.name: self._gpu.download(self._addresses[tensor.name], tensor.shape, self._dtype(tensor))
+                for tensor in self._outputs
+            }
+            self._gpu.wait()
+        return dict(outputs)
+
+
+def _words(tensors: list[EngineTensor] | tuple[EngineTensor, ...]) -> str:
+    return ", ".join(f"{one.name} {one.dtype} {list(one.shape)}" for one in tensors) or "(none)"
