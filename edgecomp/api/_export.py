@@ -112,7 +112,8 @@ def export(
         precision: `fp32`; `fp16` or `bf16`, which all nodes compute in but the islands, which stay in fp32; `int8` or
             `fp8`, which linear layers compute in.
         rest: `fp16`, `bf16` or `fp32`: what int8 and fp8 leave; "": fp16.
-        fp32: shell patterns of modules (`blocks.3.mlp*`) or node names that stay in fp32 beside the islands.
+        fp32: shell patterns of modules, with all inside them and from any dot of their path on (`blocks.3.mlp`,
+            `blocks.*.attn.proj`), or of node names, that stay in fp32 beside the islands.
         calibration: a folder of images that scales of int8 and fp8, and the range check of fp16, are taken from; "":
             seeded inputs and the shipped photograph.
         calibration_images: the most that are read of it, chosen at random.

@@ -39,7 +39,8 @@ def command(
     ] = "",
     rest: Annotated[str, typer.Option(help="What int8 and fp8 leave: `fp16` (default), `bf16`, `fp32`.")] = "",
     fp32: Annotated[
-        list[str] | None, typer.Option("--fp32", help="A module (`blocks.3.mlp*`) or node kept in fp32; repeatable.")
+        list[str] | None,
+        typer.Option("--fp32", help="A module with all inside it (`blocks.3.mlp`), or a node, in fp32; repeatable."),
     ] = None,
     calibration: Annotated[
         str, typer.Option(help="A folder of images for scales and ranges; default: seeded inputs and a photograph.")

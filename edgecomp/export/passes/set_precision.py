@@ -15,7 +15,7 @@ from edgecomp.export.modules import module_of
 from edgecomp.export.passes.score_flow import is_weight_product, score_flow
 from edgecomp.specs.precision import pattern_of
 
-__all__ = ["is_named_in", "set_precision"]
+__all__ = ["is_named_in", "modules_named_in", "set_precision"]
 
 _FLOAT = ir.DataType.FLOAT
 _TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -115,7 +115,8 @@ def set_precision(
     Args:
         model: in fp32, without the bodies of merge nodes: these are made for the type that stands here.
         precision: of all nodes but the islands.
-        fp32: shell patterns of modules (`blocks.3.mlp*`, with all inside them) or node names that stay in fp32.
+        fp32: shell patterns of modules (`blocks.3.mlp*`, from any dot of their path on and with all inside them) or
+            node names that stay in fp32.
         scores: outputs of the graph that another graph chooses by.
 
     Returns:
@@ -137,6 +138,11 @@ def set_precision(
 def is_named_in(model: ir.Model, pattern: str) -> bool:
     """Return whether a pattern of `set_precision` fits a node of the graph that computes."""
     return any(_named(node, (pattern,)) for node in model.graph if _computes(node))
+
+
+def modules_named_in(model: ir.Model) -> list[str]:
+    """Return the modules that a pattern may name: those of nodes that compute, in the graph's order."""
+    return list(dict.fromkeys(name for node in model.graph if _computes(node) and (name := module_of(node))))
 
 
 def _islands(model: ir.Model, precision: str, patterns: Sequence[str], scores: Collection[str]) -> dict[ir.Node, str]:
