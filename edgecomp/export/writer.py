@@ -152,7 +152,8 @@ class GraphWriter:
             return Types(word, left, quantized)
         # what a stem hands over beside tokens is what another graph chooses by
         scores = [spec.name for spec in outputs if spec.kind != "tokens"] if isinstance(module, Stem) else ()
-        islands = set_precision(graph, plan.rest, fp32=plan.fp32, scores=scores)
+        counts = [spec.name for spec in outputs if spec.kind == "counts"]
+        islands = set_precision(graph, plan.rest, fp32=plan.fp32, scores=scores, counts=counts)
         values = {value.name: value.dtype for node in graph.graph for value in node.outputs}
         for one in risky:
             if _TYPES[plan.rest] in (values.get(one.tensor), values.get(f"{one.tensor}.fp16")):

@@ -32,6 +32,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return None
         return found[0] or 0.0, found[1] or 0.0
 
+    def names(self, output: str) -> bool:
+        """Say whether an output has a threshold of its own, beside that of all others."""
+        return output in self.atol or output in self.rtol
+
     def missed(self, output: str, got: npt.NDArray[np.generic], expected: npt.NDArray[np.generic]) -> str:
         """Say in words by how much an output misses them; "" where it does not."""
         limit = self.of(output)

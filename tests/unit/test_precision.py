@@ -287,6 +287,34 @@ def test_patterns_that_name_nothing(pattern: str, module: str) -> None:
     assert not is_named_in(graph(text, {"y": module}, w=matrix(8, 8)), pattern)
 
 
+COUNTED = """(float[1, 5, 4] x, float[1, 5, 1] held, bool[1, 3, 5] belongs) => (float[1, 3, 4] y, float[1, 4, 1] size) {
+    ones = Cast <to = 1> (belongs)
+    sums = MatMul (ones, held)
+    size = Concat <axis = 1> (one, sums)
+    weighed = Mul (x, held)
+    summed = MatMul (ones, weighed)
+    y = Div (summed, sums)
+}"""
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp16", 2048), ("bf16", 256)])
+def test_counts_are_exact_beyond_what_the_type_holds(precision: Any, most: int) -> None:
+    """A half type holds whole numbers up to 2048 or 256: one more is rounded to even."""
+    model = graph(COUNTED, one=np.ones((1, 1, 1), np.float32))
+    islands = set_precision(model, precision, counts=["size"])
+    assert {name: islands.get(f"node_{name}") for name in ("sums", "size", "weighed", "summed")} == {
+        "sums": "counts", "size": "counts", "weighed": None, "summed": None,
+    }  # fmt: skip
+    without = graph(COUNTED, one=np.ones((1, 1, 1), np.float32))
+    assert "node_sums" not in set_precision(without, precision)
+    if precision == "bf16":
+        return  # ONNX Runtime has no kernels
+    held = np.array([most, 1, 3, 5, most + 1], np.float32).reshape(1, 5, 1)
+    belongs = np.array([[[1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 1]]], bool)
+    _, size = run(model, x=matrix(1, 5, 4), held=held, belongs=belongs)
+    assert size.ravel().tolist() == [1, most + 1, 3, most + 1]
+
+
 def test_moves_keep_the_type_of_what_they_move() -> None:
     text = """(float[4, 2] x) => (float[2, 4] y) {
         a = Transpose (x)
