@@ -267,8 +267,9 @@ def judge(
                 f"{list(difference.worst)}: got {difference.got:.6g}, expected {difference.expected:.6g}"
             )
         return OutputParity(model, case, output, difference, tuple(failures))
-    if difference.not_finite:
-        failures.append(f"{difference.not_finite} of {got.size} values are NaN or Inf")
+    for what, array in (("", got), ("expected ", expected)):
+        if unreal := int((~np.isfinite(array)).sum()):
+            failures.append(f"{unreal} of {got.size} {what}values are NaN or Inf")
     if limits.of(output) is not None:
         if missed := limits.missed(output, got, expected):
             failures.append(missed)

@@ -41,7 +41,9 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         limit = self.of(output)
         assert limit is not None
         x, y = got.astype(np.float64), expected.astype(np.float64)
-        over = np.where(np.isfinite(x), np.abs(np.where(np.isfinite(x), x, 0.0) - y), np.inf) - limit[1] * np.abs(y)
+        finite = np.isfinite(x) & np.isfinite(y)
+        clean, wanted = np.where(finite, x, 0.0), np.where(finite, y, 0.0)
+        over = np.where(finite, np.abs(clean - wanted) - limit[1] * np.abs(wanted), np.inf)
         bad = over > limit[0]
         if not bad.any():
             return ""

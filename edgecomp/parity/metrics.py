@@ -26,7 +26,7 @@ class Difference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         psnr: peak signal to noise in dB, the peak being the largest magnitude expected; at most 300.
         worst: index of the element with the largest error.
         got, expected: both values there.
-        not_finite: how many values of the output are NaN or Inf.
+        not_finite: at how many places one of both is NaN or Inf.
     """
 
     max_abs: float
@@ -41,17 +41,17 @@ class Difference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def compare(got: Array, expected: Array) -> Difference:
-    """Compare two arrays of one shape; NaN and Inf in `got` count as the largest error there is."""
+    """Compare two arrays of one shape; NaN and Inf, on either side, count as the largest error there is."""
     if got.shape != expected.shape:
         raise ValueError(f"shapes differ: {got.shape} and {expected.shape}")
     x, y = got.astype(np.float64), expected.astype(np.float64)
-    finite = np.isfinite(x)
-    error = np.where(finite, np.abs(np.where(finite, x, 0.0) - y), np.finfo(np.float64).max)
+    finite = np.isfinite(x) & np.isfinite(y)
+    clean, wanted = np.where(np.isfinite(x), x, 0.0), np.where(np.isfinite(y), y, 0.0)
+    error = np.where(finite, np.abs(clean - wanted), np.finfo(np.float64).max)
     worst = np.unravel_index(int(error.argmax()), error.shape)
-    peak = float(np.abs(y).max())
-    clean = np.where(finite, x, 0.0)
-    mean_square = float(np.mean((clean - y) ** 2))
-    cosine = _cosine(clean, y)
+    peak = float(np.abs(wanted).max())
+    mean_square = float(np.mean((clean - wanted) ** 2))
+    cosine = _cosine(clean, wanted)
     not_finite = int((~finite).sum())
     if not_finite or (mean_square and not peak):
         psnr = 0.0

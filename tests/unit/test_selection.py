@@ -318,6 +318,17 @@ def test_given_thresholds_replace_the_recipes():
     assert "NaN" in judge("m", "photo", "x", got, expected, TOLERANCE, Limits(atol={"": 9.0})).failures[0]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("limits", [Limits(), Limits(atol={"": 0.1}), Limits(rtol={"x": 9.0}), Limits(atol={"x": 1e9})])
+@pytest.mark.parametrize("side", ["got", "expected"])
+def test_what_is_no_number_fails_on_either_side(bad, limits, side):
+    arrays = {name: np.ones((1, 4), np.float32) for name in ("got", "expected")}
+    assert judge("m", "photo", "x", arrays["got"], arrays["expected"], TOLERANCE, limits)
+    arrays[side][0, 2] = bad
+    row = judge("m", "photo", "x", arrays["got"], arrays["expected"], TOLERANCE, limits)
+    assert row.failures[0] == f"1 of 4 {'expected ' if side == 'expected' else ''}values are NaN or Inf"
+
+
 def test_counts_are_equal_or_wrong_in_any_precision():
     """A count that is off by one is within the tolerance of fp8, a third of the largest, and is no rounding."""
     fp8 = Tolerance(max_rel=0.35, min_cosine=0.9, derivation="of three bits of mantissa")
