@@ -16,6 +16,8 @@ from edgecomp.errors import MissingDependency
 
 __all__ = ["Runnable", "runnable"]
 
+_ADVICE = "install it with: pip install onnx-ir, which brings no torch"  # as the extra would
+
 
 class Runnable(NamedTuple):
     """A bundle, and what of it can be run.
@@ -65,10 +67,10 @@ def _write_twin(graph: Path, weights: Path, folder: Path) -> Path:
         import onnx_ir as ir
 
         from edgecomp.export.emulate import emulated
-        from edgecomp.export.lower import quiet_tools
+        from edgecomp.export.quiet import quiet_tools
     except ImportError as error:
         needed = "the check of bf16 and fp8 on the CPU, where ONNX Runtime has no kernels for them"
-        raise MissingDependency(error.name or str(error), needed_for=needed, extra="export") from error
+        raise MissingDependency(error.name or str(error), needed_for=needed, extra="export", advice=_ADVICE) from error
     model = ir.load(graph)
     ir.external_data.set_base_dir(model.graph, weights)
     with quiet_tools():
