@@ -180,6 +180,22 @@ def test_data_folders_hold_no_python(folder: str) -> None:
     assert [path for path in found if path.suffix in {".py", ".pyc", ".pyi", ".so"}] == []
 
 
+def test_no_text_names_a_command_that_there_is_not() -> None:
+    from edgecomp.cli.app import app
+
+    known = {one.name for one in (*app.registered_commands, *app.registered_groups)}
+    kinds = {".py", ".md", ".toml", ".txt", ".cpp", ".h"}
+    named = re.compile(r"(?:[`'$] ?|\buse |\brun )edgecomp ([a-z]+)\b")
+    wrong = [
+        f"{path.relative_to(ROOT)}: edgecomp {word}"
+        for path in repository_files()
+        if path.suffix in kinds and not path.is_relative_to(ROOT / "tests")
+        for word in named.findall(path.read_text(encoding="utf-8"))
+        if word not in known
+    ]
+    assert wrong == []
+
+
 def test_what_an_extra_brings_is_used() -> None:
     """A package that nothing here imports, runs or names is downloaded for nothing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
