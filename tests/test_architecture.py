@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -194,6 +195,16 @@ def test_no_text_names_a_command_that_there_is_not() -> None:
         if word not in known
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/remote.md"])
+def test_all_verbs_that_run_elsewhere_are_named(file: str) -> None:
+    from edgecomp.cli.app import app
+
+    takes = {one.name for one in app.registered_commands if "on" in inspect.signature(one.callback).parameters}
+    text = (ROOT / file).read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if re.search(r"`build`.*`--on ssh://", line))
+    assert set(re.findall(r"`([a-z]+)`", line.partition("`--on")[0])) == takes
 
 
 def test_what_an_extra_brings_is_used() -> None:

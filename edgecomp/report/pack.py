@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from edgecomp import __version__
 from edgecomp.report.text import flops, size, table
 from edgecomp.specs.manifest import Manifest
 
@@ -90,6 +91,7 @@ def archive_readme(manifest: Manifest, plugins: tuple[str, ...]) -> str:
     first = manifest.buckets[0]
     host = "" if manifest.backbone == "none" else f" on {manifest.backbone}"
     version, summary = manifest.tools.get("edgecomp", ""), manifest.recipe.summary.rstrip(".")
+    wheel = f"edgecomp-{__version__}-py3-none-any.whl"
     weights = [f"compressor: {manifest.weights}"]
     if manifest.backbone_weights is not None:
         weights.append(f"host: {manifest.backbone_weights}")
@@ -118,14 +120,24 @@ def archive_readme(manifest: Manifest, plugins: tuple[str, ...]) -> str:
         "",
         "## Install, on the board",
         "",
-        "Python 3.10 or newer; no torch. One of these:",
+        "Python 3.10 or newer; no torch. edgecomp comes as a wheel, which is made in its sources, on any machine, and",
+        "copied beside this archive:",
         "",
         "```",
-        "python3 -m venv .venv && .venv/bin/pip install 'edgecomp[ort]'                  # any machine: ONNX Runtime",
-        "python3 -m venv .venv && .venv/bin/pip install 'edgecomp[ort,rtx]'              # a GeForce or RTX card",
-        "python3 -m venv --system-site-packages .venv && .venv/bin/pip install 'edgecomp[ort]'  # Jetson, with JetPack",
+        f"python3 -m pip wheel --no-deps -w . .        # in edgecomp's sources: makes {wheel}",
+        "```",
+        "",
+        "Then, on the board, one of the first three:",
+        "",
+        "```",
+        f"python3 -m venv .venv && .venv/bin/pip install './{wheel}[ort]'      # any machine: ONNX Runtime",
+        f"python3 -m venv .venv && .venv/bin/pip install './{wheel}[ort,rtx]'  # a GeForce or RTX card",
+        f"python3 -m venv --system-site-packages .venv && .venv/bin/pip install './{wheel}[ort]'  # Jetson, JetPack",
         "source .venv/bin/activate",
         "```",
+        "",
+        "Or all of it from a machine that reaches the board by ssh: `edgecomp verify BUNDLE --on ssh://user@board/folder`",
+        "copies bundle and edgecomp there, and runs it.",
         "",
         "## Unpack, verify, run",
         "",
