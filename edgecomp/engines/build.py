@@ -73,7 +73,7 @@ class BuiltEngine:
         record: what is known about it.
         reused: it was there already, and nothing was built.
         plugins: one line for each op that a plugin could run: what runs it, and why.
-        notes: what the user should know of how it was built: a timing cache or a lock that was left out.
+        notes: what the user should know of how it was built: why again, a timing cache or a lock that was left out.
         differing_bytes: of a second build from the first, where one was asked for; -1: the sizes differ.
     """
 
@@ -256,6 +256,8 @@ def _build(job: _Job, engine: Path, reason: str, lines: tuple[str, ...], *, chec
     _remove_leftovers(engine)
     sms = ", ".join(f"SM{sm}" for sm in job.inputs["sm"])
     job.progress(f"{engine.name}: building with {job.flavour.name} {job.flavour.version} for {sms} ({reason})")
+    if engine.exists() or sidecar_path(engine).exists():
+        job.notes.append(f"built again: {reason}")
     plan, measured = _build_plan(job, engine.name)
     fields = {"schema": 1, **job.inputs, **measured, "edgecomp_version": __version__}
     record = msgspec.convert(fields, EngineRecord)

@@ -173,10 +173,11 @@ def test_unchanged_engine_is_kept(model: Path, tmp_path: Path) -> None:
 )
 def test_changed_input_rebuilds(field: str, changes: dict[str, Any], model: Path, tmp_path: Path) -> None:
     """Each input by itself makes the engine stale, and the reason names it."""
-    make(model, tmp_path)
+    assert make(model, tmp_path).notes == ()
     said: list[str] = []
     built = make(model, tmp_path, progress=said.append, **changes)
     assert not built.reused
+    assert any(note.startswith(f"built again: changed: {field}") for note in built.notes)  # in the report too
     assert re.search(rf"\(changed: {field}( \S+ -> \S+)?\)", said[0])
     assert make(model, tmp_path, **changes).reused
 
