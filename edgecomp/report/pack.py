@@ -80,8 +80,13 @@ def describe_unpack(report: UnpackReport) -> str:
     return "\n".join(lines)
 
 
-def archive_readme(manifest: Manifest, plugins: tuple[str, ...]) -> str:
-    """Return the README of an archive: what it is, what to install on the board, and the commands, word for word."""
+def archive_readme(manifest: Manifest, plugins: tuple[str, ...], *, wheel: str) -> str:
+    """Return the README of an archive: what it is, what to install on the board, and the commands, word for word.
+
+    Args:
+        plugins: names of those whose sources are in it.
+        wheel: file name of the edgecomp in it.
+    """
     tolerance = manifest.recipe.tolerances[manifest.precision]
     rows = [
         [bucket.model, bucket.budget.tokens_in, bucket.budget.tokens_out, bucket.batch, flops(bucket.flops)]
@@ -118,12 +123,17 @@ def archive_readme(manifest: Manifest, plugins: tuple[str, ...]) -> str:
         "",
         "## Install, on the board",
         "",
-        "Python 3.10 or newer; no torch. One of these:",
+        f"Python 3.10 or newer; no torch. edgecomp is in this archive, as `{wheel}`: take it out with",
+        f"`unzip ARCHIVE.zip {wheel}`, where you trust whoever packed it. One of these:",
         "",
         "```",
-        "python3 -m venv .venv && .venv/bin/pip install 'edgecomp[ort]'                  # any machine: ONNX Runtime",
-        "python3 -m venv .venv && .venv/bin/pip install 'edgecomp[ort,rtx]'              # a GeForce or RTX card",
-        "python3 -m venv --system-site-packages .venv && .venv/bin/pip install 'edgecomp[ort]'  # Jetson, with JetPack",
+        "# any machine: ONNX Runtime",
+        f"python3 -m venv .venv && .venv/bin/pip install './{wheel}[ort]'",
+        "# a GeForce or RTX card",
+        f"python3 -m venv .venv && .venv/bin/pip install './{wheel}[ort,rtx]'",
+        "# Jetson: TensorRT comes with JetPack",
+        f"python3 -m venv --system-site-packages .venv && .venv/bin/pip install './{wheel}[ort]'",
+        "",
         "source .venv/bin/activate",
         "```",
         "",

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+import edgecomp
 from edgecomp import api, archive
 from edgecomp.bundle import GOLDEN, MANIFEST, WEIGHTS, digest_of, open_bundle
 from edgecomp.errors import BundleError, EdgecompError, InvalidSpec
@@ -120,7 +121,8 @@ def test_members_times_and_modes(packed: Path, exported: Path) -> None:
         assert opened.testzip() is None
     names = [info.filename for info in infos]
     assert names == sorted(names)
-    assert names == ["README.md", *sorted(f"bundle/{file.name}" for file in exported.iterdir())]
+    own = sorted(f"bundle/{file.name}" for file in exported.iterdir())
+    assert names == ["README.md", *own, f"edgecomp-{edgecomp.__version__}-py3-none-any.whl"]
     assert {info.date_time for info in infos} == {(1980, 1, 1, 0, 0, 0)}
     assert {stat.filemode(info.external_attr >> 16) for info in infos} == {"-rw-r--r--"}
     assert {info.compress_type for info in infos} == {zipfile.ZIP_STORED}
