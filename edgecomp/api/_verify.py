@@ -282,13 +282,24 @@ class _Run:
             f"{len(report.outputs)} outputs in {report.version}, max rel error {worst.difference.max_rel:.2g} (allowed "
             f"{report.tolerance.max_rel:g})"
         )
-        failed = [row for row in report.outputs if not row]
-        if failed:
-            first = failed[0]
-            said = f"{len(failed)} of {said}: {first.model}, {first.case}, {first.output}: {'; '.join(first.failures)}"
+        said += ", emulated: fp32 rounded as the type" if report.emulated else ""
+        if report.ties:
+            said += f"; {len(report.ties)} of them with the original's choices forced, since rounding decides one there"
+        if worst.failures:
+            said += f": {worst.model}, {worst.case}, {worst.output}: {'; '.join(worst.failures)}"
+        elif not report:
+            said += "; a choice of tokens is wrong, `edgecomp parity --explain` shows it"
         return "pass" if report else "fail", said, report
 
     def _profile(self) -> Seen:
+        assert self.opened is not None
+        if self.runner == "onnxruntime" and not self.opened.manifest.runs_on_cpu:
+            kind = "fp8" if self.opened.manifest.precision == "fp8" else "bf16"
+            return (
+                "not applicable",
+                f"ONNX Runtime on the CPU has no kernels for {kind}, and a twin's time says nothing",
+                None,
+            )
         report = profile(
             self.folder, runner=self.runner, threads=self.threads, duration_s=self.duration_s, progress=self.progress
         )
