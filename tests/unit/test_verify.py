@@ -188,6 +188,16 @@ def test_interrupted_run_goes_on(bundle: Path, quick: dict[str, int], monkeypatc
     assert quick == {"parity": 1, "profile": 1}
 
 
+def test_no_time_is_taken_of_a_twin(bundle: Path, edit_manifest: Edit, quick: dict[str, int]) -> None:
+    edit_manifest(bundle, lambda raw: raw.update(precision="bf16", rest="bf16"))
+    report = api.verify(bundle, target="none")
+    assert report
+    assert stage(report, "profile").verdict == "not applicable"
+    assert "no kernels for bf16" in stage(report, "profile").reason
+    assert quick == {"parity": 1, "profile": 0}
+
+
+@pytest.mark.slow
 def test_a_type_without_cpu_kernels_is_checked_by_twins(tmp_path: Path) -> None:
     """The choices that rounding decides are judged as in `parity`, and no time is taken of a twin."""
     pytest.importorskip("torch")
