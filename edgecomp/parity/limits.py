@@ -37,8 +37,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         limit = self.of(output)
         assert limit is not None
         x, y = got.astype(np.float64), expected.astype(np.float64)
-        over = np.where(np.isfinite(x), np.abs(np.where(np.isfinite(x), x, 0.0) - y), np.inf) - limit[1] * np.abs(y)
-        bad = over > limit[0]
+        finite = np.isfinite(x) & np.isfinite(y)
+        near, far = np.where(finite, x, 0.0), np.where(finite, y, 0.0)
+        over = np.where(finite, np.abs(near - far), np.inf) - limit[1] * np.abs(far)
+        bad = ~(over <= limit[0])
         if not bad.any():
             return ""
         worst = np.unravel_index(int(over.argmax()), over.shape)

@@ -83,6 +83,17 @@ def test_values_that_are_not_finite_are_the_largest_error(bad: float) -> None:
     assert math.isfinite(found.max_rel)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=["nan", "inf"])
+def test_what_is_expected_has_to_be_finite_too(bad: float) -> None:
+    """A golden that is no number would agree with anything."""
+    got = array([1.0, 2.0], [3.0, 4.0])
+    expected = got.copy()
+    expected[0, 1] = bad
+    for found in (compare(got, expected), compare(expected, expected)):
+        assert (found.not_finite, found.worst, found.max_abs) == (1, (0, 1), LARGEST)
+        assert math.isfinite(found.max_rel)
+
+
 def test_all_nan_counts_all() -> None:
     found = compare(np.full((2, 3), math.nan), np.zeros((2, 3)))
     assert (found.not_finite, found.worst, found.max_abs) == (6, (0, 0), LARGEST)
