@@ -497,6 +497,17 @@ def test_unknown_field_and_missing_record_are_refused(engine: Path) -> None:
         read_record(engine)
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_build(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgecomp.engines import build as module
+
+    monkeypatch.setattr(module, "_build_plan", lambda job, label: pytest.fail("minutes were spent"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BuildError, match=r"file/engines cannot be written: Not a directory; copy the bundle to"):
+        make(model, tmp_path / "file" / "engines")
+
+
 def test_local_gpu_is_a_number_or_none() -> None:
     """No driver is no error."""
     sm = local_gpu_sm()
