@@ -26,6 +26,8 @@ def fields(content: bytes | mmap.mmap, begin: int, end: int) -> Iterator[tuple[i
         key, at = varint(content, at)
         kind = key & 7
         value = at
+        if not key >> 3:  # no field has the number 0; a file of zeros would be read to its end
+            raise IndexError(start)
         if kind == _VARINT:
             _, at = varint(content, at)
             value = at

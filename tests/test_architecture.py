@@ -11,6 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "edgecomp"
@@ -33,10 +39,12 @@ ROOMS = {
     "tensorrt_rtx_bindings": (),
     "polygraphy": (),
     "cuda": (),
-    "modelopt": (),
     "matplotlib": (),
     "jinja2": (),
 }
+
+#: Packages of extras that nothing uses so far, and what they are for.
+FOR_LATER = {"jinja2": "reports as HTML", "matplotlib": "plots", "onnx-graphsurgeon": "surgery by users"}
 
 BLOCK_AND_IMPORT = """
 import importlib, sys
@@ -170,6 +178,25 @@ def test_data_folders_hold_no_python(folder: str) -> None:
     found = [path for path in repository_files() if path.is_relative_to(ROOT / folder)]
     assert found, f"{folder}/ is empty, and the wheel needs it"
     assert [path for path in found if path.suffix in {".py", ".pyc", ".pyi", ".so"}] == []
+
+
+def test_what_an_extra_brings_is_used() -> None:
+    """A package that nothing here imports, runs or names is downloaded for nothing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: brought for name, brought in project["optional-dependencies"].items() if name != "dev"}  # tools
+    words = {word for brought in extras.values() for word in brought}
+    packages = {Requirement(word).name for word in words} - {"edgecomp"}
+    paths = [path for path in repository_files() if path.suffix in {".py", ".md", ".toml"}]
+    own = ("pyproject.toml", Path(__file__).name)
+    texts = [path.read_text(encoding="utf-8") for path in paths if path.name not in own]
+    unused = {name for name in packages if not any(re.search(_spelled(name), text) for text in texts)}
+    assert unused == set(FOR_LATER)
+
+
+def _spelled(package: str) -> str:
+    """Return a pattern of a package's name, as it is installed or imported."""
+    package = package.replace("-libs", "-bindings")  # which load them
+    return rf"(?<![\w-]){re.escape(package.lower()).replace(chr(92) + '-', '[-_]')}(?![\w-])"
 
 
 def test_no_file_names_this_machine_or_a_package_index() -> None:

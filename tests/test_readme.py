@@ -31,6 +31,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from edgecomp.specs.precision import PRECISIONS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -226,6 +228,17 @@ def test_first_screen_has_the_job_and_the_tests_in_one_line_each() -> None:
     tests = [step for step in first if "/bin/pytest" in step.command]
     assert len(tests) == 1
     assert {"cpu", "dev"} <= named_extras(tests[0].command)
+
+
+def test_readme_denies_nothing_that_is_there() -> None:
+    """What it does not do names no precision of `export` as one that is still to come."""
+    section = README.read_text(encoding="utf-8").partition("## What it does not do\n")[2].partition("\n## ")[0]
+    items = [line for line in section.splitlines() if line.startswith("* ")]
+    assert len(items) >= 5, "the section is gone, or no list"
+    late = re.compile(r"\b(not there yet|so far|for now)\b")
+    assert [line for line in items if late.search(line)] == []
+    denied = re.compile(rf"\b({'|'.join(PRECISIONS)})\b (alone|is missing|are missing|is refused|are refused)\b")
+    assert [line for line in items if denied.search(line)] == []
 
 
 @pytest.mark.parametrize("step", STEPS, ids=str)

@@ -17,6 +17,7 @@ from edgecomp.api._forced import check_forced
 from edgecomp.api._manifest import make_manifest
 from edgecomp.api._progress import Progress, silent
 from edgecomp.api._request import (
+    CALIBRATION_IMAGES,
     default_folder,
     read_order,
     request_digest,
@@ -76,7 +77,7 @@ def export(
     rest: str = "",
     fp32: Sequence[str] = (),
     calibration: str | Path = "",
-    calibration_images: int = 64,
+    calibration_images: int = 0,
     opset: int = 0,
     params: Mapping[str, Any] | None = None,
     stem: bool = True,
@@ -112,10 +113,11 @@ def export(
         precision: `fp32`; `fp16` or `bf16`, which all nodes compute in but the islands, which stay in fp32; `int8` or
             `fp8`, which linear layers compute in.
         rest: `fp16`, `bf16` or `fp32`: what int8 and fp8 leave; "": fp16.
-        fp32: shell patterns of modules (`blocks.3.mlp*`) or node names that stay in fp32 beside the islands.
+        fp32: shell patterns of modules, with all inside them and from any dot of their path on (`blocks.3.mlp`,
+            `blocks.*.attn.proj`), or of node names, that stay in fp32 beside the islands.
         calibration: a folder of images that scales of int8 and fp8, and the range check of fp16, are taken from; "":
             seeded inputs and the shipped photograph.
-        calibration_images: the most that are read of it, chosen at random.
+        calibration_images: the most that are read of it, chosen at random; 0: 64. Without `calibration` there are none.
         opset: 18 to 20; 22 with bf16.
         params: parameters of the method that replace the preset's.
         stem: with several budgets, write the part that all buckets share once, as `stem.onnx`; False: whole graphs.
@@ -148,6 +150,8 @@ def export(
     opset, batches = plan.opset(opset or (0 if plan.rest == "bf16" else defaults.opset)), tuple(batch) or defaults.batch
     require_in_range(order, batches)
     require_calibration(plan, calibration, calibration_images)
+    if str(calibration):
+        calibration_images = calibration_images or CALIBRATION_IMAGES
     folder = Path(out) if str(out) else default_folder(order)
     request = request_digest(order, plan, opset, batches, with_plain, calibration, calibration_images)
     if (found := _unchanged(folder, request)) is not None:

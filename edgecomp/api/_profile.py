@@ -18,6 +18,7 @@ from edgecomp.report.profile import ProductTypes, ProfileReport, RoutedTime
 from edgecomp.runners import Array, Runner, open_runner, require_threads
 from edgecomp.runners.chain import open_graph
 from edgecomp.runners.onnxruntime_types import runtime_products
+from edgecomp.serving import require_kernels
 from edgecomp.serving.memory import MemoryUse, measure_memory
 from edgecomp.specs.manifest import Graph, Manifest
 from edgecomp.words import read_words
@@ -54,6 +55,7 @@ def profile(
         raise InvalidSpec(f"duration {duration_s} s is not above 0 and at most 3600 s")
     require_threads(threads)
     opened = open_bundle(Path(bundle))
+    require_kernels(opened, runner)
     manifest, goldens, machine = opened.manifest, read_goldens(opened.path), read_machine()
     buckets = opened.select(budget=budget, batch=batch)
     batches = sorted({bucket.batch for bucket in buckets})

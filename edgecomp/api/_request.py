@@ -22,10 +22,19 @@ from edgecomp.specs.router import router_names
 if TYPE_CHECKING:
     from edgecomp.compressors._base import Compressor
 
-__all__ = ["default_folder", "read_order", "request_digest", "require_calibration", "require_in_range", "tools"]
+__all__ = [
+    "CALIBRATION_IMAGES",
+    "default_folder",
+    "read_order",
+    "request_digest",
+    "require_calibration",
+    "require_in_range",
+    "tools",
+]
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "timm", "numpy")
 _ALIGNMENTS = (1, 8, 16, 32)
+CALIBRATION_IMAGES = 64  # at most, where no number is given
 
 
 def read_order(
@@ -114,12 +123,16 @@ def require_in_range(order: Order, batches: Sequence[int]) -> None:
 
 
 def require_calibration(plan: PrecisionPlan, calibration: str | Path, images: int) -> None:
-    """Refuse images that nothing would read, before torch is loaded."""
-    if images < 1:
-        raise InvalidSpec(f"--calibration-images {images} is below 1; 64 is the default")
-    if str(calibration) and not plan.needs_samples:
+    """Refuse images that nothing would read, and a number of none, before torch is loaded."""
+    if images < 0:
+        raise InvalidSpec(f"--calibration-images {images} is below 1; {CALIBRATION_IMAGES} is the default")
+    given = f"--calibration {calibration}" if str(calibration) else f"--calibration-images {images}" if images else ""
+    if given and not plan.needs_samples:
+        raise InvalidSpec(f"{given}: {plan.word} takes nothing from images; drop it, or ask for fp16, int8 or fp8")
+    if images and not str(calibration):
         raise InvalidSpec(
-            f"--calibration {calibration}: {plan.word} takes nothing from images; drop it, or ask for fp16, int8 or fp8"
+            f"{given}: there is no folder to read so many of; give it with --calibration DIR, or drop it, and seeded "
+            "inputs and the shipped photograph serve"
         )
     if str(calibration) and not Path(calibration).is_dir():
         raise InvalidSpec(f"--calibration {calibration} is not a folder; give one with images")
@@ -172,7 +185,7 @@ def request_digest(
         "seed": order.seed,
         "precision": msgspec.to_builtins(plan),
         "opset": opset,
-        "calibration": [_folder_digest(calibration), calibration_images if str(calibration) else 0],
+        "calibration": [_folder_digest(calibration), calibration_images],
         "batches": batches,
         "with_plain": with_plain,
         "tools": tools(),

@@ -39,12 +39,13 @@ def command(
     ] = "",
     rest: Annotated[str, typer.Option(help="What int8 and fp8 leave: `fp16` (default), `bf16`, `fp32`.")] = "",
     fp32: Annotated[
-        list[str] | None, typer.Option("--fp32", help="A module (`blocks.3.mlp*`) or node kept in fp32; repeatable.")
+        list[str] | None,
+        typer.Option("--fp32", help="A module with all inside it (`blocks.3.mlp`), or a node, in fp32; repeatable."),
     ] = None,
     calibration: Annotated[
         str, typer.Option(help="A folder of images for scales and ranges; default: seeded inputs and a photograph.")
     ] = "",
-    calibration_images: Annotated[int, typer.Option(help="The most images read of it.")] = 64,
+    calibration_images: Annotated[int | None, typer.Option(help="The most images read of it; default: 64.")] = None,
     opset: Annotated[int | None, typer.Option(help="18 to 20; default: 20, and 22 with bf16.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="params.NAME=VALUE, or router.NAME=VALUE; repeatable.")
@@ -64,6 +65,7 @@ def command(
     """Rewrite a compressor for static shapes, export it to ONNX, prove it, and write a bundle."""
     params, router_params = parse_sets(set_ or [], "params"), parse_sets(set_ or [], "router")
     numbers = {"--image-size": image_size, "--feature-layer": feature_layer, "--opset": opset, "--pad-to": pad_to}
+    numbers["--calibration-images"] = calibration_images
     for option, number in numbers.items():
         if number == 0:
             raise InvalidSpec(f"{option} 0 is out of range; leave it out for the default")
@@ -86,7 +88,7 @@ def command(
             rest=rest,
             fp32=fp32 or (),
             calibration=calibration,
-            calibration_images=calibration_images,
+            calibration_images=calibration_images or 0,
             opset=opset or 0,
             params=params,
             stem=not no_stem,

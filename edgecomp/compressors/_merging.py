@@ -249,7 +249,7 @@ class TokenMerger(InsideCompressor):
         rows = self.num_prefix_tokens + self.budget.tokens_out
         return (
             TensorSpec("merged", (batch, rows, self.site.embed_dim), "float32", "tokens"),
-            TensorSpec("size", (batch, rows, 1), "float32", "features"),
+            TensorSpec("size", (batch, rows, 1), "float32", "counts"),
             TensorSpec("source_map", (batch, self.num_prefix_tokens + self.budget.tokens_in), "int32", "indices"),
         )
 

@@ -97,7 +97,7 @@ class CompressToBudget(Compressor):
         rows = self.budget.tokens_out
         return (
             TensorSpec("merged", (batch, rows, self.site.embed_dim), "float32", "tokens"),
-            TensorSpec("size", (batch, rows, 1), "float32", "features"),
+            TensorSpec("size", (batch, rows, 1), "float32", "counts"),
             TensorSpec("source_map", (batch, self.budget.tokens_in), "int32", "indices"),
         )
 

@@ -69,7 +69,7 @@ class TokenPooling(Compressor):
         clusters = self.budget.tokens_out
         return (
             TensorSpec("merged", (batch, clusters, self.site.embed_dim), "float32", "tokens"),
-            TensorSpec("size", (batch, clusters, 1), "float32", "features"),
+            TensorSpec("size", (batch, clusters, 1), "float32", "counts"),
             TensorSpec("source_map", (batch, self.budget.tokens_in), "int32", "indices"),
         )
 

@@ -23,6 +23,7 @@ from edgecomp.specs.verdict import VERDICTS, Finding, GraphCheck, Verdict, worst
 __all__ = ["check_graph"]
 
 _MOST_NODES = 1_000_000  # of an inlined function
+_MOST_FOLLOWED = 1 << 20  # elements whose values shape inference follows, at some 150 bytes each
 
 _FLOATS = frozenset({"float16", "bfloat16", "float32", "float64", "float8e4m3fn", "float8e5m2", "float4e2m1"})
 
@@ -104,11 +105,52 @@ def _require_finite(light: LightModel, wanted: set[tuple[str, str]]) -> None:
 
 
 def _infer(model: Any) -> Any:
-    """Return the model with inferred shapes; as it is where inference fails, and less is known then."""
+    """Return the model with inferred shapes; as it is where inference fails, and less is known then.
+
+    Values are followed only where shapes depend on them: each element of a value of one dimension is then noted by
+    itself, whatever its type, and one line of a file can declare more elements than there is memory.
+    """
     try:
-        return shape_inference.infer_shapes(model, data_prop=True)
+        found = shape_inference.infer_shapes(model)
+        graphs = list(_graphs(found.graph))
+        if all(map(_is_shaped, graphs)) or sum(map(_elements_to_follow, graphs)) > _MOST_FOLLOWED:
+            return found
+        return shape_inference.infer_shapes(found, data_prop=True)
     except (shape_inference.InferenceError, RuntimeError, ValueError):
         return model
+
+
+def _is_shaped(graph: Any) -> bool:
+    """Say whether the shape of every value is known, in whole numbers."""
+    known = {value.name for value in _values(graph) if _shape_of(value) is not None}
+    return all(name in known for node in graph.node for name in node.output if name)
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """Yield a graph and those inside its nodes."""
+    yield graph
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        for inner in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+            yield from _graphs(inner)
+
+
+def _elements_to_follow(graph: Any) -> int:
+    """Return how many elements the values of one dimension have together."""
+    lengths = {tensor.name: max(0, tensor.dims[0]) for tensor in graph.initializer if len(tensor.dims) == 1}
+    lengths |= {value.name: found[0] for value in _values(graph) if len(found := _shape_of(value) or ()) == 1}
+    return sum(lengths.values())
+
+
+def _values(graph: Any) -> Iterator[Any]:
+    yield from (*graph.input, *graph.value_info, *graph.output)
+
+
+def _shape_of(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of a value, or none where it is not known in whole numbers."""
+    kind = value.type.tensor_type
+    if not kind.HasField("shape") or any(dim.dim_value < 0 or not dim.HasField("dim_value") for dim in kind.shape.dim):
+        return None
+    return tuple(dim.dim_value for dim in kind.shape.dim)
 
 
 def _findings_of(node: NodeView, scope: Scope) -> Iterator[Finding]:

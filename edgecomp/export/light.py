@@ -27,6 +27,7 @@ LARGEST_PROTOBUF = (2 << 30) - 1  # bytes; what protobuf parses, and with it eve
 _LARGE = 4096  # bytes; from here on a tensor stays on disk
 _SMALL = 1024  # bytes; up to here external data is read
 _LARGEST_GRAPH = 256 << 20  # bytes of nodes and names, without the weights
+_MOST_FIELDS = 1 << 20  # of one message: a node of a graph is one
 _STORED = "edgecomp.stored"
 
 # Field numbers of onnx.proto, which never change: which fields of a message may hold tensors, and the message there.
@@ -156,7 +157,9 @@ def _fill(tensor: Any, place: Stored) -> None:
 def _slim(kind: str, content: mmap.mmap, begin: int, end: int, notes: list[tuple[int, int]]) -> Iterator[bytes]:
     """Yield the bytes of a message without its large tensors; their places go to `notes`."""
     copied = 0
-    for number, start, at, to in fields(content, begin, end):
+    for count, (number, start, at, to) in enumerate(fields(content, begin, end)):
+        if count == _MOST_FIELDS:
+            raise ValueError(f"a part of it has more than {_MOST_FIELDS} fields, as no graph has")
         inner = _INSIDE.get(kind, {}).get(number, "")
         if to - at < _LARGE or (kind != "tensor" and not inner):
             copied += to - start

@@ -24,6 +24,7 @@ from edgecomp.export.passes import (
     inline_functions,
     insert_qdq,
     is_named_in,
+    modules_named_in,
     name_weights,
     require_static,
     set_precision,
@@ -129,7 +130,8 @@ class GraphWriter:
             modules = list(dict.fromkeys(self._modules))
             raise InvalidSpec(
                 f"--fp32 {next(iter(self._unused))!r} fits no module and no node; modules are for example "
-                f"{', '.join(modules[:: max(1, len(modules) // _NAMED)][:_NAMED])}"
+                f"{', '.join(modules[:: max(1, len(modules) // _NAMED)][:_NAMED])}; a pattern may begin at any dot, "
+                "and * stands for anything"
             )
 
     def _set_types(self, graph: ir.Model, module: Part, batch: int, outputs: Sequence[TensorSpec]) -> Types:
@@ -137,7 +139,7 @@ class GraphWriter:
         plan = self.precision
         asked = {pattern: is_named_in(graph, pattern) for pattern in plan.fp32}
         self._unused = {pattern: None for pattern in self._unused if not asked[pattern]}
-        self._modules += [name for node in graph.graph if (name := module_of(node))]
+        self._modules += modules_named_in(graph)
         quantized: tuple[str, ...] = ()
         ranges = self._ranges(graph, module, batch) if plan.needs_samples else {}
         risky = nodes_out_of_range(graph, ranges) if plan.rest == "fp16" else ()
@@ -150,7 +152,8 @@ class GraphWriter:
             return Types(word, left, quantized)
         # what a stem hands over beside tokens is what another graph chooses by
         scores = [spec.name for spec in outputs if spec.kind != "tokens"] if isinstance(module, Stem) else ()
-        islands = set_precision(graph, plan.rest, fp32=plan.fp32, scores=scores)
+        counts = [spec.name for spec in outputs if spec.kind == "counts"]
+        islands = set_precision(graph, plan.rest, fp32=plan.fp32, scores=scores, counts=counts)
         values = {value.name: value.dtype for node in graph.graph for value in node.outputs}
         for one in risky:
             if _TYPES[plan.rest] in (values.get(one.tensor), values.get(f"{one.tensor}.fp16")):

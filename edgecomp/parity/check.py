@@ -17,7 +17,7 @@ from edgecomp.parity.metrics import Difference, compare
 from edgecomp.parity.selection import ChoiceParity
 from edgecomp.runners import Runner
 from edgecomp.specs import Tolerance
-from edgecomp.specs.manifest import Bucket, PlainGraph, RouterGraph
+from edgecomp.specs.manifest import Bucket, Graph, PlainGraph, RouterGraph
 
 __all__ = [
     "OutputParity",
@@ -26,6 +26,7 @@ __all__ = [
     "SelfTest",
     "cases_of",
     "check_bucket",
+    "counts_of",
     "expected_of",
     "inputs_of",
     "judge",
@@ -188,12 +189,14 @@ def check_bucket(
     if isinstance(bucket, RouterGraph):  # shares of pixels at an edge: one pixel may fall to either side
         tolerance = msgspec.structs.replace(tolerance, max_rel=max(_ROUTER_MAX_REL, tolerance.max_rel), min_cosine=-1.0)
     rows = []
+    counts = counts_of(bucket)
     for case in cases_of(bucket):
         inputs = inputs_of(bucket, goldens, case)
         outputs = runner.infer(inputs)
         wanted = against.infer(inputs) if against is not None else expected_of(bucket, goldens, case)
         for name, expected in wanted.items():
-            rows.append(judge(bucket.model, case, name, outputs[name], expected, tolerance, limits))
+            is_count = name in counts
+            rows.append(judge(bucket.model, case, name, outputs[name], expected, tolerance, limits, is_count=is_count))
     return tuple(rows)
 
 
@@ -216,6 +219,11 @@ def expected_of(graph: Bucket | PlainGraph | RouterGraph, goldens: Mapping[str, 
     return {name: rows_of(goldens, key, graph.batch) for name, key in keys.items()}
 
 
+def counts_of(graph: Graph) -> frozenset[str]:
+    """Return the outputs that are counts: whole numbers that choices alone decide, and that no precision may round."""
+    return frozenset(spec.name for spec in graph.outputs if spec.kind == "counts")
+
+
 def rows_of(goldens: Mapping[str, Array], key: str, batch: int) -> Array:
     """Return the first rows of a golden tensor; one row serves for all."""
     array = _golden(goldens, key)
@@ -236,24 +244,32 @@ def judge(
     expected: Array,
     tolerance: Tolerance,
     limits: Limits = NO_LIMITS,
+    *,
+    is_count: bool = False,
 ) -> OutputParity:
-    """Compare one output with its golden and hold it to the thresholds; NaN and Inf always fail."""
+    """Compare one output with its golden and hold it to the thresholds; NaN and Inf always fail.
+
+    Args:
+        is_count: whole numbers in a float type. As indices, they are equal or wrong, whatever the precision's
+            tolerance; a user's own threshold for that very output is heard.
+    """
     if got.shape != expected.shape:
         raise BundleError(
             f"{model}: output {output!r} has shape {got.shape} and its golden {expected.shape}; export again"
         )
     difference = compare(got, expected)
     failures = []
-    if expected.dtype.kind in "iu":
+    if expected.dtype.kind in "iu" or (is_count and not limits.names(output)):
         wrong = int((got != expected).sum())
         if wrong:
             failures.append(
-                f"{wrong} of {got.size} indices differ, most at {list(difference.worst)}: got {difference.got:.0f}, "
-                f"expected {difference.expected:.0f}"
+                f"{wrong} of {got.size} {'counts' if is_count else 'indices'} differ, most at "
+                f"{list(difference.worst)}: got {difference.got:.6g}, expected {difference.expected:.6g}"
             )
         return OutputParity(model, case, output, difference, tuple(failures))
-    if difference.not_finite:
-        failures.append(f"{difference.not_finite} of {got.size} values are NaN or Inf")
+    for what, array in (("", got), ("expected ", expected)):
+        if unreal := int((~np.isfinite(array)).sum()):
+            failures.append(f"{unreal} of {got.size} {what}values are NaN or Inf")
     if limits.of(output) is not None:
         if missed := limits.missed(output, got, expected):
             failures.append(missed)

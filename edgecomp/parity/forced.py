@@ -11,7 +11,16 @@ import numpy.typing as npt
 
 from edgecomp.bundle import GOLDEN, choice_key
 from edgecomp.errors import BundleError
-from edgecomp.parity.check import CASES, NO_LIMITS, OutputParity, SelectionParity, expected_of, inputs_of, judge
+from edgecomp.parity.check import (
+    CASES,
+    NO_LIMITS,
+    OutputParity,
+    SelectionParity,
+    counts_of,
+    expected_of,
+    inputs_of,
+    judge,
+)
 from edgecomp.parity.limits import Limits
 from edgecomp.parity.selection import ChoiceParity, judge_choices
 from edgecomp.runners import Runner
@@ -93,6 +102,7 @@ def check_selection(
     """
     forced: list[OutputParity] = []
     choices: list[ChoiceParity] = []
+    counts = counts_of(bucket)
     for case in CASES:
         original = recorded_choices(bundle, bucket, nodes, goldens, case)
         inputs = {**inputs_of(bucket, goldens, case), **forced_inputs(nodes, original)}
@@ -103,7 +113,7 @@ def check_selection(
             wanted = {name: others[name] for name in wanted}
             original = {node.number: _as_recorded(node, others) for node in nodes}
         forced += [
-            judge(bucket.model, case, name, outputs[name], expected, tolerance, limits)
+            judge(bucket.model, case, name, outputs[name], expected, tolerance, limits, is_count=name in counts)
             for name, expected in wanted.items()
         ]
         choices += judge_choices(bucket.model, case, nodes, original, outputs, max_rel=tolerance.max_rel)

@@ -32,15 +32,19 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return None
         return found[0] or 0.0, found[1] or 0.0
 
+    def names(self, output: str) -> bool:
+        """Say whether an output has a threshold of its own, beside that of all others."""
+        return output in self.atol or output in self.rtol
+
     def missed(self, output: str, got: npt.NDArray[np.generic], expected: npt.NDArray[np.generic]) -> str:
         """Say in words by how much an output misses them; "" where it does not."""
         limit = self.of(output)
         assert limit is not None
         x, y = got.astype(np.float64), expected.astype(np.float64)
         finite = np.isfinite(x) & np.isfinite(y)
-        near, far = np.where(finite, x, 0.0), np.where(finite, y, 0.0)
-        over = np.where(finite, np.abs(near - far), np.inf) - limit[1] * np.abs(far)
-        bad = ~(over <= limit[0])
+        clean, wanted = np.where(finite, x, 0.0), np.where(finite, y, 0.0)
+        over = np.where(finite, np.abs(clean - wanted) - limit[1] * np.abs(wanted), np.inf)
+        bad = over > limit[0]
         if not bad.any():
             return ""
         worst = np.unravel_index(int(over.argmax()), over.shape)

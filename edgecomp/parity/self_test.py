@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from edgecomp.parity.check import SelfTest, inputs_of, judge
+from edgecomp.parity.check import SelfTest, counts_of, inputs_of, judge
 from edgecomp.runners import Runner
 from edgecomp.specs import Tolerance
 from edgecomp.specs.manifest import Bucket
@@ -66,7 +66,11 @@ def _duplicates(runner: Runner, bucket: Bucket, inputs: Mapping[str, Array], tol
 def _compare(
     bucket: Bucket, test: str, what: str, got: Mapping[str, Array], expected: Mapping[str, Array], tolerance: Tolerance
 ) -> SelfTest:
-    rows = [judge(bucket.model, _CASE, name, got[name], expected[name], tolerance) for name in expected]
+    counts = counts_of(bucket)
+    rows = [
+        judge(bucket.model, _CASE, name, got[name], expected[name], tolerance, is_count=name in counts)
+        for name in expected
+    ]
     same = all(np.array_equal(got[name], expected[name]) for name in expected)
     far = max(row.difference.max_rel for row in rows)
     detail = f"{what}: " + ("every bit the same" if same else f"max rel {far:.2e} apart")

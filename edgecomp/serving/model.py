@@ -27,7 +27,7 @@ from edgecomp.words import read_words
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Answer", "Model", "RoutedRunner", "load"]
+__all__ = ["Answer", "Model", "RoutedRunner", "load", "require_kernels"]
 
 _IMAGE_RANK = 4
 AnyGraph = TypeVar("AnyGraph", bound=Graph)
@@ -126,6 +126,7 @@ class Model:
         if runner not in runner_names():
             raise UnknownName("runner", str(runner), runner_names())
         require_sharing(runner, share_weights=share_weights)
+        require_kernels(bundle, runner)
         self._bundle, self._runner, self._threads, self._resident = bundle, runner, threads, resident
         self._share_weights = share_weights
         manifest = bundle.manifest
@@ -435,6 +436,17 @@ class Model:
                 while self._resident is not None and len(self._loaded) > self._resident:
                     self._loaded.popitem(last=False)  # freed when the last request that runs in it ends
             return session
+
+
+def require_kernels(bundle: Bundle, runner: str) -> None:
+    """Refuse a bundle that the runner cannot run before a request finds out, by the name of some node."""
+    manifest = bundle.manifest
+    if runner == "onnxruntime" and not manifest.runs_on_cpu:
+        word = "fp8" if manifest.precision == "fp8" else "bf16"
+        raise RunError(
+            f"ONNX Runtime on the CPU has no kernels for {word}, which {bundle.path} computes in; build an engine "
+            "of it with `edgecomp build`, or export it with --precision fp16, which runs here"
+        )
 
 
 class RoutedRunner:

@@ -26,7 +26,8 @@ class PrecisionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         word: of the matrix products that have weights; all else too where it is no quantized type.
         rest: what is not quantized; equal to `word` where nothing is.
-        fp32: shell patterns of modules or node names that stay in fp32, beyond norms, softmax, sums, scores and sizes.
+        fp32: shell patterns of modules (from any dot of their path on) or node names that stay in fp32, beyond norms,
+            softmax, sums, scores and sizes.
     """
 
     word: WrittenPrecision = "fp32"
@@ -51,7 +52,7 @@ class PrecisionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if fp32 and plan.rest == "fp32":
             raise InvalidSpec(f"--fp32 {fp32[0]!r}: everything that is not quantized is in fp32 already; drop --fp32")
         if "" in fp32:
-            raise InvalidSpec("--fp32 '' names nothing; give a module or a node, for example --fp32 'blocks.3.mlp*'")
+            raise InvalidSpec("--fp32 '' names nothing; give a module or a node, for example --fp32 'blocks.3.mlp'")
         return plan
 
     @property
@@ -82,7 +83,12 @@ class PrecisionPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def pattern_of(patterns: tuple[str, ...], *, node: str, module: str) -> str:
-    """Return the first pattern that names a node, its module or a module around that one; "" where none does."""
+    """Return the first pattern that names a node, its module or a module around that one; "" where none does.
+
+    A pattern may begin at any dot of a module's path, for what wraps a model is not what its user knows it by:
+    `blocks.2.mlp` is `model.backbone.model.blocks.2.mlp`, with all inside it. A node's name has no such parts.
+    """
     parts = module.split(".") if module else []
-    names = (node, *(".".join(parts[:count]) for count in range(1, len(parts) + 1)))
+    ends = range(1, len(parts) + 1)
+    names = (node, *(".".join(parts[start:end]) for end in ends for start in range(end)))
     return next((pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)), "")

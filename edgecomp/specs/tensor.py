@@ -9,7 +9,7 @@ import msgspec
 __all__ = ["DType", "TensorKind", "TensorSpec"]
 
 DType = Literal["float32", "float16", "bfloat16", "uint8", "int32", "int64", "bool"]
-TensorKind = Literal["image", "tokens", "mask", "features", "indices", "attention"]
+TensorKind = Literal["image", "tokens", "mask", "features", "indices", "counts", "attention"]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -20,7 +20,8 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         shape: integers only; `(B, 3, H, W)` for an image, `(B, ..., N, D)` for tokens.
         dtype: the element type, by numpy's name.
         kind: what the numbers mean, so that inputs can be generated: `image` (pixels), `tokens`,
-            `mask` (true where a token is real), `indices` (whole numbers, equal or wrong),
+            `mask` (true where a token is real), `indices` (whole numbers, equal or wrong), `counts` (how many tokens
+            each row stands for: whole numbers in a float type, equal or wrong in any precision),
             `attention` (rows of shares that sum to 1), `features` (anything else).
     """
 

@@ -19,6 +19,9 @@ def test_outputs_have_the_declared_shapes_and_types(smoke, assembled, outputs_of
                         found = [(tuple(value.shape), value.dtype) for value in outputs]
                         specs = model.output_specs(batch)
                         assert found == [(spec.shape, getattr(torch, spec.dtype)) for spec in specs]
+                        for spec, value in zip(specs, outputs, strict=True):
+                            if value.is_floating_point():  # whole numbers are declared as such: they are judged exactly
+                                assert torch.equal(value, value.round()) == (spec.kind == "counts"), spec
 
 
 def test_specs_are_static_and_named_apart(smoke, assembled, outputs_of):

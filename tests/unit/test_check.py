@@ -504,6 +504,51 @@ def test_a_file_above_2_gib_is_blocked_and_all_else_is_checked(tmp_path: Path) -
         check(path, fix=True)
 
 
+@pytest.mark.parametrize("is_shaped", [True, False], ids=["all shapes known", "a shape that depends on values"])
+def test_a_long_dimension_takes_no_memory(is_shaped: bool, tmp_path: Path) -> None:
+    """A hundred bytes declare 2^40 elements; following each of them would take 150 TB."""
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "x"], ["y"], name="sum")],
+        "long",
+        [helper.make_tensor_value_info("x", FLOAT, [1 << 40])],
+        [helper.make_tensor_value_info("y", FLOAT, None)],
+    )
+    if not is_shaped:
+        graph.input.append(helper.make_tensor_value_info("size", TensorProto.INT64, [2]))
+        graph.input.append(helper.make_tensor_value_info("z", FLOAT, [4, 6]))
+        graph.node.append(helper.make_node("Reshape", ["z", "size"], ["shaped"], name="reshape"))
+        graph.output.append(helper.make_tensor_value_info("shaped", FLOAT, None))
+    path = tmp_path / "long.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
+        "from edgecomp.cli import main; sys.argv[1:] = ['check', sys.argv[1], '--target', 'a10']; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("EC202" in done.stdout) != is_shaped
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\x08" * (1_100_000)], ids=["zeros", "small fields"])
+def test_a_large_file_of_nothing_is_refused_at_once(content: bytes, tmp_path: Path, cli: Cli) -> None:
+    path = tmp_path / "nothing.onnx"
+    path.write_bytes(content)
+    with path.open("r+b") as file:
+        file.truncate(3 << 30)  # sparse
+    started = time.perf_counter()
+    said = cli("check", path, "--target", "a10")
+    assert time.perf_counter() - started < 10
+    assert said.code == 2
+    assert ("truncated or no ONNX" if not content else "more than 1048576 fields") in said.err
+
+
 def _varint(value: int) -> bytes:
     encoded = bytearray()
     while value > 127:

@@ -14,7 +14,7 @@ import pytest
 
 from edgecomp.errors import ExportError
 from edgecomp.export.modules import MODULE_KEY
-from edgecomp.export.passes import is_named_in, set_precision
+from edgecomp.export.passes import is_named_in, modules_named_in, set_precision
 
 RNG = np.random.default_rng(0)
 HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
@@ -252,18 +252,67 @@ def test_a_weight_beyond_the_type_is_an_error() -> None:
         set_precision(model, "fp16")
 
 
-@pytest.mark.parametrize("pattern", ["blocks.1", "blocks.1.mlp", "blocks.1*", "*.fc1", "node_y", "blocks.1.mlp.fc1"])
-def test_patterns_name_modules_with_all_inside_them_and_nodes(pattern: str) -> None:
+@pytest.mark.parametrize("wrapped", ["", "model.", "model.backbone.model."])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "blocks.1",
+        "blocks.1.mlp",
+        "blocks.1*",
+        "blocks.1.mlp*",
+        "*.fc1",
+        "node_y",
+        "blocks.1.mlp.fc1",
+        "blocks.*.fc1",
+        "1.mlp",
+        "fc1",
+    ],
+)
+def test_patterns_name_modules_with_all_inside_them_and_nodes(pattern: str, wrapped: str) -> None:
+    """What stands around a model (`model.backbone.model.`) is left out by who knows the model alone."""
     text = "(float[2, 8] x) => (float[2, 8] y) { a = MatMul (x, w)\n y = MatMul (a, w) }"
-    model = graph(text, {"a": "blocks.0.mlp.fc2", "y": "blocks.1.mlp.fc1"}, w=matrix(8, 8))
+    model = graph(text, {"a": f"{wrapped}blocks.0.mlp.fc2", "y": f"{wrapped}blocks.1.mlp.fc1"}, w=matrix(8, 8))
+    assert modules_named_in(model) == [f"{wrapped}blocks.0.mlp.fc2", f"{wrapped}blocks.1.mlp.fc1"]
     assert is_named_in(model, pattern)
     assert set_precision(model, "fp16", fp32=[pattern]) == {"node_y": f"asked: {pattern}"}
 
 
-@pytest.mark.parametrize("pattern", ["blocks.2", "fc1", "blocks.1.mlp.fc", "Node_y"])
-def test_patterns_that_name_nothing(pattern: str) -> None:
+@pytest.mark.parametrize(
+    "pattern", ["blocks.2", "locks.1", "blocks.1.mlp.fc", "mlp.fc2", "blocks.1.fc1", "1.blocks", "Node_y", "y", "node"]
+)
+@pytest.mark.parametrize("module", ["blocks.1.mlp.fc1", "model.blocks.1.mlp.fc1", "blocks.12.mlp.fc1", ""])
+def test_patterns_that_name_nothing(pattern: str, module: str) -> None:
+    """A pattern begins and ends at dots, and leaves out nothing between; a node is named by its whole name."""
     text = "(float[2, 8] x) => (float[2, 8] y) { y = MatMul (x, w) }"
-    assert not is_named_in(graph(text, {"y": "blocks.1.mlp.fc1"}, w=matrix(8, 8)), pattern)
+    assert not is_named_in(graph(text, {"y": module}, w=matrix(8, 8)), pattern)
+
+
+COUNTED = """(float[1, 5, 4] x, float[1, 5, 1] held, bool[1, 3, 5] belongs) => (float[1, 3, 4] y, float[1, 4, 1] size) {
+    ones = Cast <to = 1> (belongs)
+    sums = MatMul (ones, held)
+    size = Concat <axis = 1> (one, sums)
+    weighed = Mul (x, held)
+    summed = MatMul (ones, weighed)
+    y = Div (summed, sums)
+}"""
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp16", 2048), ("bf16", 256)])
+def test_counts_are_exact_beyond_what_the_type_holds(precision: Any, most: int) -> None:
+    """A half type holds whole numbers up to 2048 or 256: one more is rounded to even."""
+    model = graph(COUNTED, one=np.ones((1, 1, 1), np.float32))
+    islands = set_precision(model, precision, counts=["size"])
+    assert {name: islands.get(f"node_{name}") for name in ("sums", "size", "weighed", "summed")} == {
+        "sums": "counts", "size": "counts", "weighed": None, "summed": None,
+    }  # fmt: skip
+    without = graph(COUNTED, one=np.ones((1, 1, 1), np.float32))
+    assert "node_sums" not in set_precision(without, precision)
+    if precision == "bf16":
+        return  # ONNX Runtime has no kernels
+    held = np.array([most, 1, 3, 5, most + 1], np.float32).reshape(1, 5, 1)
+    belongs = np.array([[[1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 1]]], bool)
+    _, size = run(model, x=matrix(1, 5, 4), held=held, belongs=belongs)
+    assert size.ravel().tolist() == [1, most + 1, 3, most + 1]
 
 
 def test_moves_keep_the_type_of_what_they_move() -> None:

@@ -78,3 +78,19 @@ def test_scales_come_from_the_images_that_are_given(tmp_path: Path) -> None:
     Image.new("RGB", (80, 70)).save(folder / "0.png")
     with pytest.raises(EdgecompError, match="--force"):
         api.export("lookupvit", out=tmp_path / "out", calibration_images=2, **words)
+
+
+def test_modules_are_named_as_the_documents_and_the_refusal_name_them(tmp_path: Path) -> None:
+    words = {"preset": "smoke", "budget": [3], "precision": "fp16"}
+    with pytest.raises(EdgecompError, match=r"--fp32 'blocks\.77' fits no module.* may begin at any dot") as refused:
+        api.export("tome", out=tmp_path / "none", fp32=["blocks.77"], **words)
+    listed = re.search(r"modules are for example ([^;]+);", str(refused.value))
+    assert listed is not None
+    shown = listed[1].split(", ")
+    assert len(shown) == 5
+    report = api.export("tome", out=tmp_path / "out", fp32=[*shown, "blocks.2.mlp", "blocks.*.attn.proj"], **words)
+    reasons = list(report.manifest.buckets[0].islands.values())
+    assert {f"asked: {pattern}" for pattern in shown} <= set(reasons)
+    inside = [pattern for pattern in shown if ".blocks.2.mlp." in pattern]
+    assert reasons.count("asked: blocks.2.mlp") == 5 - 2 * len(inside), "two products, two biases, the activation"
+    assert reasons.count("asked: blocks.*.attn.proj") == 12 - 2 * sum(one.endswith("attn.proj") for one in shown)

@@ -322,6 +322,32 @@ def test_given_thresholds_replace_the_recipes():
             assert "1 of 3 values are not within" in failures[1]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("limits", [Limits(), Limits(atol={"": 0.1}), Limits(rtol={"x": 9.0}), Limits(atol={"x": 1e9})])
+@pytest.mark.parametrize("side", ["got", "expected"])
+def test_what_is_no_number_fails_on_either_side(bad, limits, side):
+    arrays = {name: np.ones((1, 4), np.float32) for name in ("got", "expected")}
+    assert judge("m", "photo", "x", arrays["got"], arrays["expected"], TOLERANCE, limits)
+    arrays[side][0, 2] = bad
+    row = judge("m", "photo", "x", arrays["got"], arrays["expected"], TOLERANCE, limits)
+    assert row.failures[0] == f"1 of 4 {'expected ' if side == 'expected' else ''}values are NaN or Inf"
+
+
+def test_counts_are_equal_or_wrong_in_any_precision():
+    """A count that is off by one is within the tolerance of fp8, a third of the largest, and is no rounding."""
+    fp8 = Tolerance(max_rel=0.35, min_cosine=0.9, derivation="of three bits of mantissa")
+    expected, got = (np.array([sizes], np.float32)[..., None] for sizes in ([1, 2, 2, 4], [1, 1, 3, 4]))
+    assert judge("m", "photo", "size", got, expected, fp8)
+    row = judge("m", "photo", "size", got, expected, fp8, is_count=True)
+    assert row.failures == ("2 of 4 counts differ, most at [0, 1, 0]: got 1, expected 2",)
+    assert judge("m", "photo", "size", expected.copy(), expected, fp8, is_count=True)
+    assert not judge("m", "photo", "size", expected + np.float32(1e-3), expected, fp8, is_count=True)
+    assert not judge("m", "photo", "size", np.full_like(expected, np.nan), expected, fp8, is_count=True)
+    loose, named = Limits(atol={"": 9.0}), Limits(atol={"size": 1.0})
+    assert not judge("m", "photo", "size", got, expected, fp8, loose, is_count=True), "what is said of all is not of it"
+    assert judge("m", "photo", "size", got, expected, fp8, named, is_count=True)
+
+
 # -- a runner against itself ------------------------------------------------------------------------------------
 
 

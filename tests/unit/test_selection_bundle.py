@@ -133,6 +133,36 @@ def test_a_flip_inside_the_noise_of_a_coarse_type_is_a_tie(copied, merger):
     assert all(part for part in report.selection[0].forced)
 
 
+def test_sizes_that_are_wrong_fail_in_the_coarsest_type(copied):
+    """Free and with choices forced: how many tokens a row stands for is decided by choices, and rounded by nothing."""
+    from safetensors.numpy import load_file, save_file
+
+    from edgecomp.api._forced import forced_graph
+    from edgecomp.parity import check_bucket
+    from edgecomp.runners.chain import open_graph
+
+    def move_one_token():
+        held = load_file(copied / GOLDEN)
+        sizes = held["output.photo.m12.size"]
+        largest, least = sizes[0].argmax(), sizes[0].argmin()
+        sizes[0, largest] -= 1
+        sizes[0, least] += 1
+        save_file(held, copied / GOLDEN)
+
+    coarse = Tolerance(max_rel=0.9, min_cosine=0.2, derivation="as coarse as a type of few bits")
+    opened = open_bundle(resealed(copied, move_one_token))
+    (bucket,), goldens = opened.manifest.buckets, read_goldens(copied)
+    path, forced = forced_graph(opened, bucket)
+    with open_graph("onnxruntime", opened, bucket, threads=1, model=path) as runner:
+        part = check_selection(runner, copied, bucket, forced.choices, goldens, coarse)
+    with open_graph("onnxruntime", opened, bucket, threads=1) as runner:
+        rows = check_bucket(runner, bucket, goldens, coarse)
+    for judged in (part.forced, rows):
+        (wrong,) = (row for row in judged if not row)
+        assert (wrong.case, wrong.output) == ("photo", "size")
+        assert "2 of 24 counts differ" in wrong.failures[0]
+
+
 def test_bundles_without_choices_are_told_apart(cli, copied):
     from safetensors.numpy import load_file, save_file
 

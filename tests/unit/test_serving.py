@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 np = pytest.importorskip("numpy")
 
 import edgecomp  # noqa: E402 - numpy first, or skip
 from edgecomp import api  # noqa: E402
+from edgecomp.bundle import Bundle, open_bundle  # noqa: E402
 from edgecomp.errors import BundleError, InvalidSpec, RunError  # noqa: E402
 from edgecomp.images import read_image, to_pixels  # noqa: E402
 from edgecomp.report.profile import describe_profile  # noqa: E402
@@ -100,6 +102,16 @@ def test_a_bundle_without_batch_one_serves_single_requests(tmp_path: Path, bundl
         for answer in (fours(image), *fours.infer_batch([image, image])):
             assert answer["kept"].shape == (1, 8, 64)
             assert np.abs(answer["kept"] - ones(image, budget=8)["kept"]).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("precision", "rest", "word"), [("bf16", "bf16", "bf16"), ("fp8", "fp16", "fp8"), ("int8", "bf16", "bf16")]
+)
+def test_a_type_without_kernels_is_refused_before_a_request(bundle: Path, precision: Any, rest: Any, word: str) -> None:
+    whole = open_bundle(bundle)
+    typed = Bundle(whole.path, msgspec.structs.replace(whole.manifest, precision=precision, rest=rest))
+    with pytest.raises(RunError, match=rf"no kernels for {word}, which \S+fastervlm computes in.*--precision fp16"):
+        Model(typed, runner="onnxruntime", threads=1, resident=None)
 
 
 def test_what_is_counted(bundle: Path) -> None:

@@ -4,7 +4,7 @@ from edgecomp.export.passes.insert_qdq import insert_qdq, tensors_to_calibrate
 from edgecomp.export.passes.merge_bodies import add_merge_body, inline_functions
 from edgecomp.export.passes.name_weights import name_weights
 from edgecomp.export.passes.require_static import require_static
-from edgecomp.export.passes.set_precision import is_named_in, set_precision
+from edgecomp.export.passes.set_precision import is_named_in, modules_named_in, set_precision
 from edgecomp.export.passes.share_weights import WeightsFile, share_weights
 from edgecomp.export.passes.strip_metadata import strip_metadata
 
@@ -14,6 +14,7 @@ __all__ = [
     "inline_functions",
     "insert_qdq",
     "is_named_in",
+    "modules_named_in",
     "name_weights",
     "require_static",
     "set_precision",

@@ -15,7 +15,7 @@ from edgecomp.export.modules import module_of
 from edgecomp.export.passes.score_flow import is_weight_product, score_flow
 from edgecomp.specs.precision import pattern_of
 
-__all__ = ["is_named_in", "set_precision"]
+__all__ = ["is_named_in", "modules_named_in", "set_precision"]
 
 _FLOAT = ir.DataType.FLOAT
 _TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -103,6 +103,7 @@ def set_precision(
     *,
     fp32: Sequence[str] = (),
     scores: Collection[str] = (),
+    counts: Collection[str] = (),
 ) -> dict[str, str]:
     """Change the types of a graph in place; its inputs and outputs stay fp32.
 
@@ -115,8 +116,10 @@ def set_precision(
     Args:
         model: in fp32, without the bodies of merge nodes: these are made for the type that stands here.
         precision: of all nodes but the islands.
-        fp32: shell patterns of modules (`blocks.3.mlp*`, with all inside them) or node names that stay in fp32.
+        fp32: shell patterns of modules (`blocks.3.mlp*`, from any dot of their path on and with all inside them) or
+            node names that stay in fp32.
         scores: outputs of the graph that another graph chooses by.
+        counts: outputs of the graph that are whole numbers; a half type holds those up to 256 or 2048 alone.
 
     Returns:
         the name of each node that computes in fp32, and why; sorted by place in the graph.
@@ -129,7 +132,7 @@ def set_precision(
             raise ExportError(
                 f"{node.op_type} node {node.name!r} holds a subgraph, whose types are not set; export with fp32"
             )
-    islands = _islands(model, precision, fp32, scores)
+    islands = _islands(model, precision, fp32, scores, counts)
     _Rewriter(model, precision, islands).run()
     return {node.name or "": islands[node] for node in model.graph if node in islands and node.op_type not in _TYPED}
 
@@ -139,7 +142,14 @@ def is_named_in(model: ir.Model, pattern: str) -> bool:
     return any(_named(node, (pattern,)) for node in model.graph if _computes(node))
 
 
-def _islands(model: ir.Model, precision: str, patterns: Sequence[str], scores: Collection[str]) -> dict[ir.Node, str]:
+def modules_named_in(model: ir.Model) -> list[str]:
+    """Return the modules that a pattern may name: those of nodes that compute, in the graph's order."""
+    return list(dict.fromkeys(name for node in model.graph if _computes(node) and (name := module_of(node))))
+
+
+def _islands(
+    model: ir.Model, precision: str, patterns: Sequence[str], scores: Collection[str], counts: Collection[str]
+) -> dict[ir.Node, str]:
     """Return the nodes that stay in fp32, with the reason of each."""
     nodes = [node for node in model.graph if _computes(node)]
     found: dict[ir.Node, str] = {}
@@ -154,6 +164,9 @@ def _islands(model: ir.Model, precision: str, patterns: Sequence[str], scores: C
             found[node] = "typed"
         elif number := _number_out_of_range(node, precision):
             found[node] = f"holds {number}"
+    for node in _count_flow([value for value in model.graph.outputs if value.name in counts]):
+        if node.op_type not in _MOVES:
+            found.setdefault(node, "counts")
     roots = [value for node in nodes for value in _read_by_choice(node)]
     roots += [value for value in model.graph.outputs if value.name in scores]
     for node in score_flow(roots, sources=_ISLANDS, products=_PRODUCTS):
@@ -161,6 +174,18 @@ def _islands(model: ir.Model, precision: str, patterns: Sequence[str], scores: C
             found[node] = "scores"
     _spread(nodes, found)
     return found
+
+
+def _count_flow(roots: Sequence[ir.Value]) -> list[ir.Node]:
+    """Return the nodes that make counts: sums of others, and products with ones and zeros, up to a merge or a cast."""
+    found: dict[ir.Node, None] = {}
+    waiting = [node for value in roots if (node := value.producer()) is not None]
+    while waiting:
+        node = waiting.pop()
+        if node not in found and not _is_merge(node) and not is_weight_product(node, _PRODUCTS):
+            found[node] = None
+            waiting += [maker for value in _floats(node.inputs) if (maker := value.producer()) is not None]
+    return list(found)
 
 
 def _spread(nodes: Sequence[ir.Node], found: dict[ir.Node, str]) -> None:
