@@ -277,29 +277,32 @@ class _Run:
 
     def _parity(self) -> Seen:
         report = parity(self.folder, runner=self.runner, threads=self.threads, progress=self.progress)
-        worst = report.worst
-        said = (
-            f"{len(report.outputs)} outputs in {report.version}, max rel error {worst.difference.max_rel:.2g} (allowed "
-            f"{report.tolerance.max_rel:g})"
-        )
-        said += ", emulated: fp32 rounded as the type" if report.emulated else ""
-        if report.ties:
-            said += f"; {len(report.ties)} of them with the original's choices forced, since rounding decides one there"
-        if worst.failures:
-            said += f": {worst.model}, {worst.case}, {worst.output}: {'; '.join(worst.failures)}"
-        elif not report:
-            said += "; a choice of tokens is wrong, `edgecomp parity --explain` shows it"
+        worst, ties = report.worst, report.ties
+        said = f"{len(report.outputs)} outputs in {report.version}"
+        if report.emulated:
+            said += f", emulated: fp32 that rounds as {report.precision} does"
+        said += f", max rel error {worst.difference.max_rel:.2g} (allowed {report.tolerance.max_rel:g})"
+        if ties:
+            said += f"; {len(ties)} judged with the original's choices forced, since rounding may decide a choice"
+        failed = [row for row in report.outputs if not row and row not in ties]
+        problems = [f"{row.model}, {row.case}, {row.output}: {'; '.join(row.failures)}" for row in failed]
+        for part in report.selection:
+            problems += [
+                f"{row.model}, {row.case}, {row.output}, choices forced: {'; '.join(row.failures)}"
+                for row in part.forced
+                if not row
+            ]
+            problems += [f"{one.model}, {one.case}, {one.where}: {one.failures[0]}" for one in part.choices if not one]
+        if problems:
+            said = f"{f'{len(failed)} of ' if failed else ''}{said}: {problems[0]}"
         return "pass" if report else "fail", said, report
 
     def _profile(self) -> Seen:
         assert self.opened is not None
         if self.runner == "onnxruntime" and not self.opened.manifest.runs_on_cpu:
-            kind = "fp8" if self.opened.manifest.precision == "fp8" else "bf16"
-            return (
-                "not applicable",
-                f"ONNX Runtime on the CPU has no kernels for {kind}, and a twin's time says nothing",
-                None,
-            )
+            word = "fp8" if self.opened.manifest.precision == "fp8" else "bf16"
+            why = f"ONNX Runtime on the CPU has no kernels for {word}, and the time of what stands in says nothing"
+            return "not applicable", why, None
         report = profile(
             self.folder, runner=self.runner, threads=self.threads, duration_s=self.duration_s, progress=self.progress
         )

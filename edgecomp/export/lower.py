@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import onnx_ir as ir
 import torch
 from torch import nn
 
 from edgecomp.errors import ExportError
+from edgecomp.export.quiet import quiet_tools
 from edgecomp.specs import TensorSpec
 
-__all__ = ["lower", "quiet_tools"]
+__all__ = ["lower"]
 
 
 def lower(module: nn.Module, *, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], opset: int) -> ir.Model:
@@ -69,22 +67,6 @@ def _free_names(graph: ir.Graph, taken: set[str]) -> None:
         for value in node.outputs:
             if value.name in taken and value not in ends:
                 value.name = f"inner.{value.name}"
-
-
-@contextmanager
-def quiet_tools() -> Iterator[None]:
-    """Silence chatter about conversions and skipped folds; what matters is checked on the result."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _require_declared(kind: str, values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> None:

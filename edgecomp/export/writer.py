@@ -15,7 +15,7 @@ from edgecomp.backbones.placed import PlacedModel, PlainModel
 from edgecomp.backbones.seam import Rest, Stem
 from edgecomp.errors import InvalidSpec
 from edgecomp.export.flops import count_flops, count_ops
-from edgecomp.export.lower import lower, quiet_tools
+from edgecomp.export.lower import lower
 from edgecomp.export.modules import module_of
 from edgecomp.export.opcheck import require_allowed
 from edgecomp.export.passes import (
@@ -32,6 +32,7 @@ from edgecomp.export.passes import (
     strip_metadata,
     tensors_to_calibrate,
 )
+from edgecomp.export.quiet import quiet_tools
 from edgecomp.export.ranges import OutOfRange, Range, collect_ranges, nodes_out_of_range, run_graph
 from edgecomp.export.samples import Sample, in_rows
 from edgecomp.routers import Router

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from conftest import SEED, Smoke
 
@@ -12,6 +17,7 @@ from edgecomp.errors import InvalidSpec, TargetMismatch
 from edgecomp.runners.chain import open_graph
 from edgecomp.specs import load_recipe, method_names
 
+ROOT = Path(__file__).resolve().parents[2]
 BYTES = {"fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 QUICK = {
     ("adaptive-lookupvit", "int8"),
@@ -64,6 +70,37 @@ def test_a_precision_from_export_to_engine(name, precision, assembled, tmp_path)
         with pytest.raises(TargetMismatch, match=r"a10 \(SM86\) does not run fp8"):
             api.build(report.bundle, target="a10", runtime="rtx")
         assert not (report.bundle / "engines" / "a10").exists()
+
+
+VERIFY = """
+import sys
+sys.modules.update(dict.fromkeys(["torch", "torchvision", "timm", "transformers", "onnxscript"]))  # are not there
+from edgecomp.cli import main
+sys.argv[1:] = ["verify", sys.argv[1], "--target", "none"]
+main()
+"""
+
+
+def test_a_type_without_kernels_is_verified_by_its_twin_without_torch(tmp_path):
+    bundle = api.export("lookupvit", preset="smoke", budget=[4], precision="bf16", out=tmp_path / "bundle").bundle
+    environment = {**os.environ, "EDGECOMP_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", VERIFY, bundle],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    assert "emulated: fp32 that rounds as bf16 does, max rel error" in lines["parity:"]
+    assert "ONNX Runtime on the CPU has no kernels for bf16" in lines["profile:"]
+    assert lines["parity"].split()[1] == "pass"
+    assert lines["profile"].split()[1:3] == ["not", "applicable"]
+    assert {name for name, line in lines.items() if "FAIL" in line} <= {
+        "doctor",
+        "verdict:",
+    }  # it sees torch's metadata
 
 
 @pytest.mark.slow

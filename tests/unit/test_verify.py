@@ -197,23 +197,6 @@ def test_no_time_is_taken_of_a_twin(bundle: Path, edit_manifest: Edit, quick: di
     assert quick == {"parity": 1, "profile": 0}
 
 
-@pytest.mark.slow
-def test_a_type_without_cpu_kernels_is_checked_by_twins(tmp_path: Path) -> None:
-    """The choices that rounding decides are judged as in `parity`, and no time is taken of a twin."""
-    pytest.importorskip("torch")
-    made = api.export("tome", preset="smoke", budget=[7], precision="bf16", out=tmp_path / "bundle")
-    assert made.parity is not None
-    assert made.parity.ties
-    report = api.verify(made.bundle, target="none")
-    assert report
-    said = stage(report, "parity")
-    assert (said.verdict, "emulated: fp32 rounded as the type" in said.reason) == ("pass", True)
-    assert "3 of them with the original's choices forced" in said.reason
-    assert "above" not in said.reason
-    assert stage(report, "profile").verdict == "not applicable"
-    assert "no kernels for bf16" in stage(report, "profile").reason
-
-
 def test_missed_threshold_fails_by_name(
     bundle: Path, edit_manifest: Edit, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +208,53 @@ def test_missed_threshold_fails_by_name(
     assert "4 outputs in onnxruntime" in said.out
     assert "above 1e-12" in said.out
     assert "verdict: FAIL" in said.out
+
+
+CHOICE: dict[str, Any] = {
+    "model": MODEL, "case": "photo", "number": 0, "where": "blocks.3", "kind": "set", "agreement": 0.6,
+    "agreement_mean": 0.6, "flips": 1, "margin": 1e-6, "noise": 1e-5, "score_error": 1e-6, "score_limit": 1e-4,
+    "worst": None, "failures": (),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("forced", "choice", "verdict", "text"),
+    [
+        ((), (), "pass", "2 outputs in r 1, max rel error 0.002 (allowed 0.01); 1 judged with the original's choices"),
+        (("too far",), (), "fail", "rounding may decide a choice: model.m4.b1.onnx, photo, x, choices forced: too far"),
+        (
+            (),
+            ("wrong",),
+            "fail",
+            "1 of 2 outputs in r 1, max rel error 1.3 (allowed 0.01): model.m4.b1.onnx, photo, x: off",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("quick")
+def test_close_calls_are_told_from_misses(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, forced: Any, choice: Any, verdict: str, text: str
+) -> None:
+    """An output that rounding may decide is judged with the choices forced, and is no miss in the words either."""
+
+    def row(case: str, max_rel: float, failures: tuple[str, ...]) -> dict[str, Any]:
+        difference = {
+            "max_abs": max_rel, "max_rel": max_rel, "cosine_mean": 1.0, "cosine_min": 1.0, "psnr": 9.0,
+            "not_finite": 0, "worst": (0,), "got": 0.0, "expected": 0.0,
+        }  # fmt: skip
+        return {"model": MODEL, "case": case, "output": "x", "difference": difference, "failures": failures}
+
+    fields = {
+        "bundle": "b", "runner": "r", "version": "r 1", "threads": 0, "precision": "fp16",
+        "tolerance": {"max_rel": 0.01, "min_cosine": 0.9, "derivation": "made up, for this test alone"},
+        "outputs": [row("seeded", 0.001, ()), row("photo", 1.3, ("off",))],
+        "selection": [
+            {"model": MODEL, "forced": [row("photo", 0.002, forced)], "choices": [{**CHOICE, "failures": choice}]}
+        ],
+    }  # fmt: skip
+    monkeypatch.setattr(_verify, "parity", lambda *words, **more: msgspec.convert(fields, ParityReport))
+    found = stage(api.verify(bundle), "parity")
+    assert found.verdict == verdict
+    assert text in found.reason
 
 
 def test_conflict_fails_and_the_rest_still_runs(
