@@ -40,6 +40,7 @@ _EXPECTED = (
     (re.compile(rf"{BUNDLE}/engines/{_PLAIN}/{_PLAIN}\.json"), 16 << 20),
     (re.compile(rf"{BUNDLE}/parity/{_PLAIN}\.forced\.(onnx|json)"), 256 << 20),
     (re.compile(rf"plugins/{_PLAIN}/{_PLAIN}"), 16 << 20),
+    (re.compile(r"edgecomp-[0-9A-Za-z.+]+-py3-none-any\.whl"), 64 << 20),
 )
 _LONGEST_NAME = 200
 _MOST_MEMBERS = 10_000

@@ -16,7 +16,7 @@ from edgecomp.errors import MissingDependency
 
 __all__ = ["Runnable", "runnable"]
 
-_ADVICE = "install it with: pip install onnx-ir, which brings no torch"  # as the extra would
+_ADVICE = "install it with: pip install onnx-ir onnxscript, which bring no torch"  # as the extra would
 
 
 class Runnable(NamedTuple):
@@ -68,12 +68,13 @@ def _write_twin(graph: Path, weights: Path, folder: Path) -> Path:
 
         from edgecomp.export.emulate import emulated
         from edgecomp.export.quiet import quiet_tools
-    except ImportError as error:
+
+        model = ir.load(graph)
+        ir.external_data.set_base_dir(model.graph, weights)
+        with quiet_tools():
+            twin = emulated(model)
+    except ImportError as error:  # onnxscript, where a merge is inlined
         needed = "the check of bf16 and fp8 on the CPU, where ONNX Runtime has no kernels for them"
         raise MissingDependency(error.name or str(error), needed_for=needed, extra="export", advice=_ADVICE) from error
-    model = ir.load(graph)
-    ir.external_data.set_base_dir(model.graph, weights)
-    with quiet_tools():
-        twin = emulated(model)
     ir.save(twin, folder / graph.name, external_data=f"{graph.name}.data")
     return folder / graph.name

@@ -103,7 +103,8 @@ def _router_record(assembly: Assembly, order: Order, graphs: tuple[RouterGraph, 
 def _risk(value: OutOfRange) -> str:
     """Return what the range check found, and the cure."""
     cures = " ".join(f"--fp32 '{name}'" for name in value.island)
+    what = f"{value.op} {value.node!r}" if value.node else f"the input {value.tensor!r}"
     return (
-        f"fp16 ends at 65504, and {value.op} {value.node!r}{f' of {value.module}' if value.module else ''} reached "
+        f"fp16 ends at 65504, and {what}{f' of {value.module}' if value.module else ''} reached "
         f"{value.absmax:.4g} on the calibration inputs; other inputs may overflow: {cures}"
     )

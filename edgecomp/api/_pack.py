@@ -13,6 +13,7 @@ from edgecomp.engines import EngineRecord, find_plugin_nodes, read_record, sidec
 from edgecomp.engines.external import require_contained
 from edgecomp.errors import BuildError, BundleError, EdgecompError, InvalidSpec
 from edgecomp.lock import bundle_lock
+from edgecomp.remote import make_wheel
 from edgecomp.report.pack import PackReport, UnpackReport, archive_readme
 from edgecomp.specs import load_plugin
 from edgecomp.specs.origin import file_sha256
@@ -34,7 +35,8 @@ def pack(
     """Write a bundle as one file: the same bundle gives the same bytes.
 
     It holds the bundle's own files, the forced forms of its graphs and the timing caches of its engines where there are
-    some, the sources of the plugins that its graphs could use, and a README for whoever unpacks it.
+    some, the sources of the plugins that its graphs could use, the wheel of this edgecomp, and a README for whoever
+    unpacks it.
 
     Args:
         bundle: the folder.
@@ -64,7 +66,9 @@ def pack(
         for name in sorted(names):
             sources = sorted(file for file in load_plugin(name).folder.iterdir() if file.is_file())
             members |= {f"plugins/{name}/{file.name}": file.read_bytes() for file in sources}
-        members[archive.README] = archive_readme(opened.manifest, tuple(sorted(names))).encode()
+        wheel = make_wheel()
+        members[wheel.name] = wheel.content
+        members[archive.README] = archive_readme(opened.manifest, tuple(sorted(names)), wheel=wheel.name).encode()
         forced = sorted((folder / "parity").glob("[A-Za-z0-9]*.forced.*"))  # a board has nothing to make them with
         members |= {f"{archive.BUNDLE}/parity/{file.name}": file for file in forced}
         notes = _add_engines(opened, members, with_engines=with_engines)
@@ -95,7 +99,7 @@ def unpack(
     """Unpack an archive into a new folder, which appears whole and checked, or not at all.
 
     The archive is untrusted: names, kinds, sizes, CRCs and hashes are checked, and engines and compiled plugins, which
-    are code, stay in it unless they are asked for.
+    are code, stay in it unless they are asked for, and so does the wheel of edgecomp, which is installed already.
 
     Args:
         file: the archive.
@@ -119,7 +123,8 @@ def unpack(
     def wanted(name: str) -> bool:
         if with_engines or name.endswith(".timing") or name.startswith(f"{archive.BUNDLE}/parity/"):
             return True
-        left.append(name)
+        if not name.endswith(".whl"):
+            left.append(name)
         return False
 
     def check(folder: Path) -> None:

@@ -194,6 +194,11 @@ def _open_derived(runner: _RunnerChoice, bundle: Bundle, model: Path) -> Runner:
 def _read_runner(text: str, threads: int, files: Mapping[str, str]) -> _RunnerChoice:
     """Read `NAME` or `NAME:THREADS`."""
     name, colon, count = text.partition(":")
+    if name == _ORIGINAL:
+        raise InvalidSpec(
+            f"{text!r} is no runner but what was recorded of the original: others are compared with it, --against "
+            f"{_ORIGINAL} (the default); `torch` runs the model"
+        )
     if (colon and not count.isascii()) or (colon and not count.isdigit()):
         raise InvalidSpec(f"runner {text!r}: give a name, or NAME:THREADS, such as onnxruntime:4")
     if name not in (*runner_names(), TORCH):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import secrets
@@ -73,7 +74,7 @@ class BuiltEngine:
         record: what is known about it.
         reused: it was there already, and nothing was built.
         plugins: one line for each op that a plugin could run: what runs it, and why.
-        notes: what the user should know of how it was built: a timing cache or a lock that was left out.
+        notes: what the user should know of how it was built: why again, a timing cache or a lock that was left out.
         differing_bytes: of a second build from the first, where one was asked for; -1: the sizes differ.
     """
 
@@ -227,6 +228,7 @@ def _build_or_keep(job: _Job, guard: Callable[[], None], *, force: bool, check_s
             # Once more: the build of another process may have ended while this one began.
             reason = "a rebuild was asked for" if force else _why_rebuild(engine, job.inputs)
             if reason:
+                _require_writable(job.out_dir)
                 return _build(job, engine, reason, lines, check_stable=check_stable)
     for choice in job.choices:
         copy_library(choice, job.out_dir)
@@ -237,6 +239,21 @@ def _build_or_keep(job: _Job, guard: Callable[[], None], *, force: bool, check_s
         job.progress(f"{engine.name}: building again to compare")
         differing = _count_differing(engine, _build_plan(job, engine.name)[0])
     return BuiltEngine(engine, read_record(engine), True, lines, tuple(job.notes), differing)
+
+
+def _require_writable(folder: Path) -> None:
+    """Refuse a folder before minutes are spent on what it cannot hold."""
+    probe = folder / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BuildError(f"{folder} cannot be written: {error.strerror}; {_remedy(error)}") from None
+
+
+def _remedy(error: OSError) -> str:
+    return "free space" if error.errno == errno.ENOSPC else "copy the bundle to a folder that can be written"
 
 
 @contextlib.contextmanager
@@ -256,6 +273,8 @@ def _build(job: _Job, engine: Path, reason: str, lines: tuple[str, ...], *, chec
     _remove_leftovers(engine)
     sms = ", ".join(f"SM{sm}" for sm in job.inputs["sm"])
     job.progress(f"{engine.name}: building with {job.flavour.name} {job.flavour.version} for {sms} ({reason})")
+    if engine.exists() or sidecar_path(engine).exists():
+        job.notes.append(f"built again: {reason}")
     plan, measured = _build_plan(job, engine.name)
     fields = {"schema": 1, **job.inputs, **measured, "edgecomp_version": __version__}
     record = msgspec.convert(fields, EngineRecord)
@@ -389,7 +408,7 @@ def _write_pair(engine: Path, plan: memoryview, record: EngineRecord) -> None:
         os.replace(new_sidecar, sidecar)
     except OSError as error:
         raise BuildError(
-            f"{engine} cannot be written ({plan.nbytes} bytes): {error.strerror}; free space, or choose another folder"
+            f"{engine} cannot be written ({plan.nbytes} bytes): {error.strerror}; {_remedy(error)}"
         ) from error
     finally:
         new_plan.unlink(missing_ok=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from edgecomp.errors import RunError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 __all__ = ["Gpu", "local_gpu_sm"]
 
@@ -90,14 +90,12 @@ class Gpu:
             "cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), array.ctypes.data_as(ctypes.c_void_p), size, self._stream
         )
 
-    def download(self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """Return an array that the stream fills; it is there after `wait`."""
-        array = np.empty(shape, dtype)
+    def download(self, address: int, array: npt.NDArray[Any]) -> None:
+        """Copy from the GPU into an array, in the order of the stream; it is there after `wait`."""
         size = ctypes.c_size_t(array.nbytes)
         self._call(
             "cuMemcpyDtoHAsync_v2", array.ctypes.data_as(ctypes.c_void_p), ctypes.c_uint64(address), size, self._stream
         )
-        return array
 
     def wait(self) -> None:
         """Return when the stream has done all of its work."""

@@ -97,11 +97,11 @@ class OutOfRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def float_activations(model: ir.Model) -> tuple[str, ...]:
-    """Return the names of all fp32 values that nodes of the main graph make, in the graph's order."""
+    """Return the names of all fp32 values of the main graph but its weights: its inputs, and what its nodes make."""
+    made = (value for node in model.graph for value in node.outputs)
     return tuple(
         value.name
-        for node in model.graph
-        for value in node.outputs
+        for value in (*model.graph.inputs, *made)
         if value.name and value.dtype == ir.DataType.FLOAT and (value.uses() or value.is_graph_output())
     )
 
@@ -121,7 +121,7 @@ def collect_ranges(
     Args:
         model: the graph, its weights in memory or in a file; it is not changed.
         batches: inputs by name, a mapping for each run.
-        tensors: which values; none means every fp32 activation. A graph input may be among them.
+        tensors: which values; none means every fp32 input and activation.
         threads: of ONNX Runtime.
 
     Raises:

@@ -26,7 +26,7 @@ class Difference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         psnr: peak signal to noise in dB, the peak being the largest magnitude expected; at most 300.
         worst: index of the element with the largest error.
         got, expected: both values there.
-        not_finite: at how many places one of both is NaN or Inf.
+        not_finite: at how many places a NaN or Inf stands in the output, or in what it should be.
     """
 
     max_abs: float
@@ -41,17 +41,17 @@ class Difference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def compare(got: Array, expected: Array) -> Difference:
-    """Compare two arrays of one shape; NaN and Inf, on either side, count as the largest error there is."""
+    """Compare two arrays of one shape; NaN and Inf in either count as the largest error there is."""
     if got.shape != expected.shape:
         raise ValueError(f"shapes differ: {got.shape} and {expected.shape}")
-    x, y = got.astype(np.float64), expected.astype(np.float64)
-    finite = np.isfinite(x) & np.isfinite(y)
-    clean, wanted = np.where(np.isfinite(x), x, 0.0), np.where(np.isfinite(y), y, 0.0)
-    error = np.where(finite, np.abs(clean - wanted), np.finfo(np.float64).max)
+    given, wanted = got.astype(np.float64), expected.astype(np.float64)
+    finite = np.isfinite(given) & np.isfinite(wanted)
+    x, y = np.where(finite, given, 0.0), np.where(finite, wanted, 0.0)
+    error = np.where(finite, np.abs(x - y), np.finfo(np.float64).max)
     worst = np.unravel_index(int(error.argmax()), error.shape)
-    peak = float(np.abs(wanted).max())
-    mean_square = float(np.mean((clean - wanted) ** 2))
-    cosine = _cosine(clean, wanted)
+    peak = float(np.abs(y).max())
+    mean_square = float(np.mean((x - y) ** 2))
+    cosine = _cosine(x, y)
     not_finite = int((~finite).sum())
     if not_finite or (mean_square and not peak):
         psnr = 0.0
@@ -65,8 +65,8 @@ def compare(got: Array, expected: Array) -> Difference:
         cosine_min=float(cosine.min()) if not not_finite else -1.0,
         psnr=psnr,
         worst=tuple(int(i) for i in worst),
-        got=float(x[worst]),
-        expected=float(y[worst]),
+        got=float(given[worst]),
+        expected=float(wanted[worst]),
         not_finite=not_finite,
     )
 

@@ -6,5 +6,6 @@
 from edgecomp.remote.job import Attached
 from edgecomp.remote.place import Place, read_place
 from edgecomp.remote.session import RemoteRun, run_there
+from edgecomp.remote.wheel import make_wheel
 
-__all__ = ["Attached", "Place", "RemoteRun", "read_place", "run_there"]
+__all__ = ["Attached", "Place", "RemoteRun", "make_wheel", "read_place", "run_there"]

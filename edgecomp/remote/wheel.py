@@ -43,8 +43,9 @@ class Wheel(msgspec.Struct, frozen=True):
     requires: tuple[str, ...]
 
 
-class _Project(msgspec.Struct, frozen=True):
+class _Project(msgspec.Struct, frozen=True, rename="kebab"):
     dependencies: tuple[str, ...]
+    optional_dependencies: dict[str, tuple[str, ...]]
 
 
 class _Pyproject(msgspec.Struct, frozen=True):
@@ -58,11 +59,14 @@ def make_wheel() -> Wheel:
         EdgecompError: its own files, or what it requires, cannot be read.
     """
     version = edgecomp.__version__
-    requires = _requires()
+    requires, extras = _requires()
     info = f"edgecomp-{version}.dist-info"
     lines = ["Metadata-Version: 2.1", "Name: edgecomp", f"Version: {version}", "Requires-Python: >=3.10"]
     members = dict(_members())
-    members[f"{info}/METADATA"] = "\n".join([*lines, *(f"Requires-Dist: {one}" for one in requires), ""]).encode()
+    lines += [f"Requires-Dist: {one}" for one in requires]
+    for extra, needed in sorted(extras.items()):
+        lines += [f"Provides-Extra: {extra}", *(f"Requires-Dist: {_under(extra, one)}" for one in needed)]
+    members[f"{info}/METADATA"] = "\n".join([*lines, ""]).encode()
     members[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: edgecomp\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     members[f"{info}/entry_points.txt"] = b"[console_scripts]\nedgecomp = edgecomp.cli:main\n"
     members[f"{info}/RECORD"] = _record(members, f"{info}/RECORD")
@@ -99,19 +103,38 @@ def _belongs(parts: tuple[str, ...]) -> bool:
     return not hidden and not parts[-1].endswith((".pyc", ".pyo", ".so", "~"))
 
 
-def _requires() -> tuple[str, ...]:
-    """Return what edgecomp requires, from the checkout that it runs from or from what pip noted."""
+def _requires() -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Return what edgecomp requires and its extras, from the checkout that it runs from or from what pip noted."""
     pyproject = Path(edgecomp.__file__).resolve().parents[1] / "pyproject.toml"
     try:
         if pyproject.is_file():
-            return msgspec.toml.decode(pyproject.read_bytes(), type=_Pyproject).project.dependencies
+            project = msgspec.toml.decode(pyproject.read_bytes(), type=_Pyproject).project
+            return project.dependencies, project.optional_dependencies
         noted = importlib.metadata.requires("edgecomp") or []
+        names = importlib.metadata.metadata("edgecomp").get_all("Provides-Extra") or []
     except (OSError, ValueError, msgspec.DecodeError, importlib.metadata.PackageNotFoundError) as error:
         raise EdgecompError(
             f"what edgecomp requires cannot be read ({error}), so it cannot be taken to another machine; "
             "install it again with pip"
         ) from None
-    return tuple(line for line in noted if "extra" not in str(Requirement(line).marker))
+    own = tuple(line for line in noted if "extra" not in str(Requirement(line).marker))
+    extras = {name: tuple(line for line in noted if line not in own and _is_under(name, line)) for name in names}
+    return own, extras
+
+
+def _under(extra: str, line: str) -> str:
+    """Return a requirement that holds with an extra alone."""
+    needed = Requirement(line)
+    if "extra" in str(needed.marker):  # as pip noted it
+        return line
+    marker = f"({needed.marker}) and " if needed.marker else ""
+    needed.marker = None
+    return f'{needed} ; {marker}extra == "{extra}"'
+
+
+def _is_under(extra: str, line: str) -> bool:
+    marker = Requirement(line).marker
+    return marker is not None and f'extra == "{extra}"' in str(marker)
 
 
 def _record(members: dict[str, bytes], own: str) -> bytes:

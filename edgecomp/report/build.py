@@ -21,7 +21,7 @@ class EngineFile(msgspec.Struct, frozen=True):
         record: what is known about it.
         reused: it was there already.
         plugins: what runs its merge nodes and why.
-        notes: what else happened: a timing cache or a lock that was left out.
+        notes: what else happened: why it was built again, a timing cache or a lock that was left out.
         differing_bytes: of a second build from the first; -1: the sizes differ; none: it was built once.
     """
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import msgspec
 
-from edgecomp import __version__
 from edgecomp.report.text import flops, size, table
 from edgecomp.specs.manifest import Manifest
 
@@ -81,8 +80,13 @@ def describe_unpack(report: UnpackReport) -> str:
     return "\n".join(lines)
 
 
-def archive_readme(manifest: Manifest, plugins: tuple[str, ...]) -> str:
-    """Return the README of an archive: what it is, what to install on the board, and the commands, word for word."""
+def archive_readme(manifest: Manifest, plugins: tuple[str, ...], *, wheel: str) -> str:
+    """Return the README of an archive: what it is, what to install on the board, and the commands, word for word.
+
+    Args:
+        plugins: names of those whose sources are in it.
+        wheel: file name of the edgecomp in it.
+    """
     tolerance = manifest.recipe.tolerances[manifest.precision]
     rows = [
         [bucket.model, bucket.budget.tokens_in, bucket.budget.tokens_out, bucket.batch, flops(bucket.flops)]
@@ -91,7 +95,6 @@ def archive_readme(manifest: Manifest, plugins: tuple[str, ...]) -> str:
     first = manifest.buckets[0]
     host = "" if manifest.backbone == "none" else f" on {manifest.backbone}"
     version, summary = manifest.tools.get("edgecomp", ""), manifest.recipe.summary.rstrip(".")
-    wheel = f"edgecomp-{__version__}-py3-none-any.whl"
     weights = [f"compressor: {manifest.weights}"]
     if manifest.backbone_weights is not None:
         weights.append(f"host: {manifest.backbone_weights}")
@@ -120,19 +123,17 @@ def archive_readme(manifest: Manifest, plugins: tuple[str, ...]) -> str:
         "",
         "## Install, on the board",
         "",
-        "Python 3.10 or newer; no torch. edgecomp comes as a wheel, which is made in its sources, on any machine, and",
-        "copied beside this archive:",
+        f"Python 3.10 or newer; no torch. edgecomp is in this archive, as `{wheel}`: take it out with",
+        f"`unzip ARCHIVE.zip {wheel}`, where you trust whoever packed it. One of these:",
         "",
         "```",
-        f"python3 -m pip wheel --no-deps -w . .        # in edgecomp's sources: makes {wheel}",
-        "```",
+        "# any machine: ONNX Runtime",
+        f"python3 -m venv .venv && .venv/bin/pip install './{wheel}[ort]'",
+        "# a GeForce or RTX card",
+        f"python3 -m venv .venv && .venv/bin/pip install './{wheel}[ort,rtx]'",
+        "# Jetson: TensorRT comes with JetPack",
+        f"python3 -m venv --system-site-packages .venv && .venv/bin/pip install './{wheel}[ort]'",
         "",
-        "Then, on the board, one of the first three:",
-        "",
-        "```",
-        f"python3 -m venv .venv && .venv/bin/pip install './{wheel}[ort]'      # any machine: ONNX Runtime",
-        f"python3 -m venv .venv && .venv/bin/pip install './{wheel}[ort,rtx]'  # a GeForce or RTX card",
-        f"python3 -m venv --system-site-packages .venv && .venv/bin/pip install './{wheel}[ort]'  # Jetson, JetPack",
         "source .venv/bin/activate",
         "```",
         "",

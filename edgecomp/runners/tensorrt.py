@@ -158,12 +158,13 @@ class TensorRTRunner:
                 self._gpu.upload(self._addresses[tensor.name], array)
             if not self._context.execute_async_v3(self._gpu.stream):
                 raise RunError(f"{self.version} did not run {self._plan.name}; its log says why, build it again here")
-            outputs = {
-                tensor.name: self._gpu.download(self._addresses[tensor.name], tensor.shape, self._dtype(tensor))
-                for tensor in self._outputs
+            outputs: dict[str, Array] = {
+                tensor.name: np.empty(tensor.shape, self._dtype(tensor)) for tensor in self._outputs
             }
+            for name, array in outputs.items():
+                self._gpu.download(self._addresses[name], array)
             self._gpu.wait()
-        return dict(outputs)
+        return outputs
 
 
 def _words(tensors: list[EngineTensor] | tuple[EngineTensor, ...]) -> str:

@@ -19,7 +19,13 @@ from edgecomp.specs import load_recipe, method_names
 
 ROOT = Path(__file__).resolve().parents[2]
 BYTES = {"fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
-QUICK = {("lookupvit", "fp16"), ("lookupvit", "fp8"), ("attention-pruning", "int8"), ("tome", "fp16")}
+QUICK = {
+    ("adaptive-lookupvit", "int8"),
+    ("lookupvit", "fp16"),
+    ("lookupvit", "fp8"),
+    ("attention-pruning", "int8"),
+    ("tome", "fp16"),
+}
 CASES = [
     pytest.param(method, precision, marks=() if (method, precision) in QUICK else pytest.mark.slow)
     for method in method_names()

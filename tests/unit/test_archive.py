@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+import edgecomp
 from edgecomp import api, archive
 from edgecomp.bundle import GOLDEN, MANIFEST, WEIGHTS, digest_of, open_bundle
 from edgecomp.errors import BundleError, EdgecompError, InvalidSpec
@@ -121,7 +122,8 @@ def test_members_times_and_modes(packed: Path, exported: Path) -> None:
         assert opened.testzip() is None
     names = [info.filename for info in infos]
     assert names == sorted(names)
-    assert names == ["README.md", *sorted(f"bundle/{file.name}" for file in exported.iterdir())]
+    own = sorted(f"bundle/{file.name}" for file in exported.iterdir())
+    assert names == ["README.md", *own, f"edgecomp-{edgecomp.__version__}-py3-none-any.whl"]
     assert {info.date_time for info in infos} == {(1980, 1, 1, 0, 0, 0)}
     assert {stat.filemode(info.external_attr >> 16) for info in infos} == {"-rw-r--r--"}
     assert {info.compress_type for info in infos} == {zipfile.ZIP_STORED}
@@ -162,7 +164,8 @@ def test_readme_says_what_to_do(merging: Path, tmp_path: Path) -> None:
         assert word in text
     assert "edgecomp plugin build topk_merge --sm" in text
     wheel = make_wheel().name
-    assert f"pip wheel --no-deps -w . .        # in edgecomp's sources: makes {wheel}\n" in text
+    assert f"`unzip ARCHIVE.zip {wheel}`" in text
+    assert "edgecomp verify BUNDLE --on ssh://" in text
     assert text.count(f"/pip install './{wheel}[ort") == 3
     assert "pip install 'edgecomp" not in text, "no index has it"
     assert "photo.jpg" in text

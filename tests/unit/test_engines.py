@@ -173,10 +173,11 @@ def test_unchanged_engine_is_kept(model: Path, tmp_path: Path) -> None:
 )
 def test_changed_input_rebuilds(field: str, changes: dict[str, Any], model: Path, tmp_path: Path) -> None:
     """Each input by itself makes the engine stale, and the reason names it."""
-    make(model, tmp_path)
+    assert make(model, tmp_path).notes == ()
     said: list[str] = []
     built = make(model, tmp_path, progress=said.append, **changes)
     assert not built.reused
+    assert any(note.startswith(f"built again: changed: {field}") for note in built.notes)  # in the report too
     assert re.search(rf"\(changed: {field}( \S+ -> \S+)?\)", said[0])
     assert make(model, tmp_path, **changes).reused
 
@@ -494,6 +495,17 @@ def test_unknown_field_and_missing_record_are_refused(engine: Path) -> None:
     sidecar_path(engine).unlink()
     with pytest.raises(BuildError, match=r"model\.rtx\.json .*No such file"):
         read_record(engine)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_build(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgecomp.engines import build as module
+
+    monkeypatch.setattr(module, "_build_plan", lambda job, label: pytest.fail("minutes were spent"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BuildError, match=r"file/engines cannot be written: Not a directory; copy the bundle to"):
+        make(model, tmp_path / "file" / "engines")
 
 
 def test_local_gpu_is_a_number_or_none() -> None:

@@ -45,7 +45,7 @@ def random(seed: int, *, scale: float = 1.0) -> Array:
 def test_ranges_are_those_of_the_values() -> None:
     inputs = [random(seed, scale=10.0**seed) for seed in range(4)]
     found = collect_ranges(chain(), [{"x": x} for x in inputs])
-    assert list(found) == ["h", "y"]
+    assert list(found) == ["x", "h", "y"]
     for name, compute in (("h", lambda x: x * np.float32(3)), ("y", lambda x: x * np.float32(3) - np.float32(100))):
         values = np.concatenate([np.abs(compute(x)).ravel() for x in inputs])
         seen = found[name]
@@ -91,7 +91,7 @@ def test_the_graph_is_left_as_it_was() -> None:
 
 
 def test_only_fp32_values_that_are_read_count() -> None:
-    assert float_activations(chain()) == ("h", "y")
+    assert float_activations(chain()) == ("x", "h", "y")
 
 
 def test_run_graph_hands_on_what_a_stem_gives() -> None:
@@ -121,6 +121,8 @@ def test_a_number_that_is_none_is_an_error_that_names_the_node(bad: float) -> No
     x = random(0)
     x[1, 3] = bad
     with pytest.raises(ExportError, match=r"node 'scale' \(Mul\) gives NaN or Inf in 'h'"):
+        collect_ranges(chain(), [{"x": x}], tensors=["h"])
+    with pytest.raises(ExportError, match=r"a calibration input gives NaN or Inf in 'x'"):
         collect_ranges(chain(), [{"x": x}])
 
 

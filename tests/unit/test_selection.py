@@ -314,8 +314,12 @@ def test_given_thresholds_replace_the_recipes():
     assert judge("m", "photo", "x", got, expected, TOLERANCE, Limits(atol={"x": 0.01}, rtol={"x": 0.08}))
     row = judge("m", "photo", "x", got, expected, TOLERANCE, Limits(atol={"x": 0.2}))
     assert row.failures == ("1 of 3 values are not within atol 0.2 + rtol 0, most at [0, 2]: got 4.3, expected 4",)
-    got[0, 0] = np.nan
-    assert "NaN" in judge("m", "photo", "x", got, expected, TOLERANCE, Limits(atol={"": 9.0})).failures[0]
+    bad = np.array([[np.nan, 2.0, 4.0]], np.float32)
+    for limits in (Limits(atol={"": 9.0}), Limits(rtol={"": 1e30})):
+        for one, other in ((bad, expected), (expected, bad), (bad, bad)):
+            failures = judge("m", "photo", "x", one, other, TOLERANCE, limits).failures
+            assert "NaN" in failures[0]
+            assert "1 of 3 values are not within" in failures[-1]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -197,12 +198,50 @@ def test_one_runner_against_another(cli, merger):
     assert "1 threads, fp32, against onnxruntime:2" in said.out
 
 
+def test_the_model_in_torch_is_a_runner(cli, merger, tmp_path):
+    said = cli("parity", merger, "--runner", "torch")
+    assert said.code == 0
+    assert re.match(r".*: torch \d\S*, fp32, against the PyTorch original", said.out.splitlines()[0])
+    spoiled = shutil.copytree(merger, tmp_path / "bundle", ignore=shutil.ignore_patterns("parity"))
+    resealed(spoiled, lambda: scaled_scores(spoiled, noise(0.5)))
+    assert cli("parity", spoiled, "--runner", "torch").code == 0  # the graph is off, and not the model
+    said = cli("parity", spoiled, "--runner", "onnxruntime:1", "--against", "torch", "--selection")
+    assert said.code == 1
+    assert "1 threads, fp32, against torch" in said.out
+    assert "FAIL" in said.out.partition("choices, each on the rows")[2]
+
+
+def test_torch_leaves_routers_out(tmp_path):
+    """And says so."""
+    pytest.importorskip("torch")
+    from edgecomp import api
+    from edgecomp.report.parity import describe_parity
+
+    out = tmp_path / "bundle"
+    made = api.export("evit", preset="smoke", budget=[5, 11], router="detail", out=out)
+    report = api.parity(made.bundle, runner="torch")
+    assert report
+    assert report.left_out
+    assert f"{report.left_out[0]}: left out, torch runs no routers" in describe_parity(report)
+    assert {row.model for row in report.outputs} == {
+        bucket.model for bucket in open_bundle(made.bundle).manifest.buckets
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--runner", "onnxruntime:x"), "runner 'onnxruntime:x': give a name, or NAME:THREADS"),
         (("--against", "onnxrutime"), "no runner 'onnxrutime'; did you mean 'onnxruntime'?"),
         (("--runner", "onnxruntime:99999"), "threads=99999"),
+        (("--runner", "onnxruntime:1", "--threads", "2"), "has threads of its own, and threads=2 is another number"),
+        (("--runner", "torch:4"), "torch takes no number of threads, write torch"),
+        (("--runner", "torch", "--threads", "2"), "threads=2 with runner torch: it takes no number of threads"),
+        (("--runner", "torch", "--selection"), "is the model itself, and takes no choices"),
+        (("--runner", "torch", "--bisect"), "is the model itself"),
+        (("--runner", "torch", "--weights", "here.pt"), "the bundle was made with random (seed 0), untrained"),
+        (("--runner", "original"), "'original' is no runner but what was recorded of the original"),
+        (("--against", "original:3"), "'original:3' is no runner"),
         (("--atol", "merge:1"), "--atol names the output 'merge'; the bundle's are merged, size, source_map"),
         (("--bisect", "--weights", "here.pt"), "the bundle was made with random (seed 0), untrained"),
     ],
