@@ -207,6 +207,12 @@ def test_all_verbs_that_run_elsewhere_are_named(file: str) -> None:
     assert set(re.findall(r"`([a-z]+)`", line.partition("`--on")[0])) == takes
 
 
+def test_every_benchmark_has_a_row() -> None:
+    files = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"common.py"}
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+\.py)` \|", text, re.MULTILINE)) == sorted(files)
+
+
 def test_what_an_extra_brings_is_used() -> None:
     """A package that nothing here imports, runs or names is downloaded for nothing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
