@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -178,6 +179,32 @@ def test_data_folders_hold_no_python(folder: str) -> None:
     found = [path for path in repository_files() if path.is_relative_to(ROOT / folder)]
     assert found, f"{folder}/ is empty, and the wheel needs it"
     assert [path for path in found if path.suffix in {".py", ".pyc", ".pyi", ".so"}] == []
+
+
+def test_no_text_names_a_command_that_there_is_not() -> None:
+    from edgecomp.cli.app import app
+
+    known = {one.name for one in (*app.registered_commands, *app.registered_groups)}
+    kinds = {".py", ".md", ".toml", ".txt", ".cpp", ".h"}
+    named = re.compile(r"(?:[`'$] ?|\buse |\brun )edgecomp ([a-z]+)\b")
+    wrong = [
+        f"{path.relative_to(ROOT)}: edgecomp {word}"
+        for path in repository_files()
+        if path.suffix in kinds and not path.is_relative_to(ROOT / "tests")
+        for word in named.findall(path.read_text(encoding="utf-8"))
+        if word not in known
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/remote.md"])
+def test_all_verbs_that_run_elsewhere_are_named(file: str) -> None:
+    from edgecomp.cli.app import app
+
+    takes = {one.name for one in app.registered_commands if "on" in inspect.signature(one.callback).parameters}
+    text = (ROOT / file).read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if re.search(r"`build`.*`--on ssh://", line))
+    assert set(re.findall(r"`([a-z]+)`", line.partition("`--on")[0])) == takes
 
 
 def test_what_an_extra_brings_is_used() -> None:

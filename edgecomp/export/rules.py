@@ -290,6 +290,14 @@ def _opset(graph: GraphView, scope: Scope) -> Iterator[Hit]:
 
     Source: the op lists. A lower bound that a document states is enforced by the parser; an upper one is not.
     """
+    newest = onnx.defs.onnx_opset_version()
+    if graph.opset > newest:
+        yield Hit(
+            f"opset {graph.opset} is above {newest}, the last that the package onnx {onnx.__version__} knows here: "
+            "what its ops are cannot be told",
+            f"export at opset {min(newest, *(oplist.opset[1] for oplist in scope.lists))}, or check with a newer onnx",
+        )
+        return
     for oplist in scope.lists:
         low, high = oplist.opset
         if low <= graph.opset <= high:
@@ -306,7 +314,9 @@ def _opset(graph: GraphView, scope: Scope) -> Iterator[Hit]:
 
 
 def in_versions(node: NodeView, low: int, high: int) -> bool:
-    """Say whether an op has the same definition in the graph's opset as in one of a range."""
+    """Say whether an op has one definition in the graph's opset and in one of a range; an unknown opset has none."""
+    if node.graph.opset > onnx.defs.onnx_opset_version():
+        return False
     version = _since(node.proto.op_type, node.graph.opset)
     return bool(version) and any(_since(node.proto.op_type, opset) == version for opset in range(low, high + 1))
 

@@ -23,6 +23,7 @@ import edgecomp
 from edgecomp import api, archive
 from edgecomp.bundle import GOLDEN, MANIFEST, WEIGHTS, digest_of, open_bundle
 from edgecomp.errors import BundleError, EdgecompError, InvalidSpec
+from edgecomp.remote.wheel import make_wheel
 from edgecomp.resources import data_path
 
 Cli = Callable[..., Any]
@@ -162,6 +163,11 @@ def test_readme_says_what_to_do(merging: Path, tmp_path: Path) -> None:
     for word in ("# lookupvit (smoke)", manifest.digest, MODEL, "edgecomp verify bundle", "max rel 2e-05"):
         assert word in text
     assert "edgecomp plugin build topk_merge --sm" in text
+    wheel = make_wheel().name
+    assert f"unzip ARCHIVE.zip {wheel}" in text
+    assert report.members[wheel] == len(make_wheel().content)
+    assert text.count(f"/pip install './{wheel}[ort") == 3
+    assert "pip install 'edgecomp" not in text, "no index has it"
     assert "photo.jpg" in text
     for file in data_path("engines", "plugins", "topk_merge").iterdir():
         assert report.members[f"plugins/topk_merge/{file.name}"] == file.stat().st_size

@@ -276,6 +276,18 @@ def test_a_near_miss_is_not_flagged(rule: str, tmp_path: Path) -> None:
     assert report
 
 
+@pytest.mark.parametrize("where", [RTX, ORIN], ids=["rtx", "orin"])
+def test_an_opset_that_does_not_exist_is_never_likely(where: dict[str, str], tmp_path: Path) -> None:
+    """Not even for an op that no opset has changed: what it will be there, nobody knows."""
+    newest = onnx.defs.onnx_opset_version()
+    report = check(of_opset("Relu", 99).save(tmp_path / "model.onnx"), **where)
+    (finding,) = (one for one in report.graphs[0].findings if one.rule == "EC401")
+    assert f"opset 99 is above {newest}" in finding.what
+    assert "export at opset 2" in finding.remedy
+    assert report.verdict == "unverified"
+    assert report.graphs[0].nodes == {"blocked": 0, "unverified": 1, "likely": 0, "verified": 0}
+
+
 def test_every_rule_has_a_planted_fault_and_a_row_in_the_docs() -> None:
     elsewhere = {"EC110", "EC402", "EC403", "EC404"}  # below: they need files or options
     assert {rule.id for rule in RULES} == set(PLANTED) | elsewhere
