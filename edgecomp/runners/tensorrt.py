@@ -6,6 +6,7 @@ The calls are the same on TensorRT 10.3 to 11 and RTX, and are type-checked agai
 from __future__ import annotations
 
 import contextlib
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ class TensorRTRunner:
         self._engine: trt.ICudaEngine | None = None
         self._context: trt.IExecutionContext | None = None
         self._addresses: dict[str, int] = {}
+        self._turn = threading.Lock()  # one context and one set of buffers: calls of several threads take turns
         self._gpu = Gpu()
         with contextlib.ExitStack() as stack:
             stack.callback(self._gpu.close)
@@ -64,7 +66,7 @@ class TensorRTRunner:
             trt = flavour.module
         logger: Any = collecting_logger(flavour)
         self._runtime = trt.Runtime(logger)
-        stack.callback(setattr, self, "_runtime", None)
+        stack.callback(self._drop_runtime)
         for library in libraries_of(self._plan, record):
             stack.enter_context(loaded_library(self._runtime.get_plugin_registry(), library))
         stack.callback(self._drop_engine)
@@ -87,6 +89,10 @@ class TensorRTRunner:
         with self._gpu.current():
             self._context = None
             self._engine = None
+
+    def _drop_runtime(self) -> None:
+        with self._gpu.current():
+            self._runtime = None
 
     def _require_recorded(self, input_mode: trt.TensorIOMode) -> None:
         """Refuse a plan whose inputs and outputs are not those of its record."""
@@ -153,7 +159,7 @@ class TensorRTRunner:
             given.append(array)  # kept until the stream is done
         if self._context is None:
             raise RunError(f"the runner of {self._plan.name} is closed; open it again")
-        with self._gpu.current():
+        with self._turn, self._gpu.current():
             for tensor, array in zip(self._inputs, given, strict=True):
                 self._gpu.upload(self._addresses[tensor.name], array)
             if not self._context.execute_async_v3(self._gpu.stream):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -273,6 +275,25 @@ def test_inputs_are_held_to_the_engine(here: StandIn, bundle: Path) -> None:
     assert all(first[key].tobytes() == again[key].tobytes() for key in first)
     with pytest.raises(RunError, match="is closed"):
         runner.infer(given)
+
+
+def test_threads_take_turns(here: StandIn, bundle: Path) -> None:
+    """There is one set of buffers: what one thread put there, no other may overwrite before it has its answer."""
+    (bucket,) = open_bundle(bundle).manifest.buckets
+    random = np.random.default_rng(0)
+    requests = [
+        {spec.name: random.standard_normal(spec.shape).astype(spec.dtype) for spec in bucket.inputs} for _ in range(4)
+    ]
+    with open_runner("tensorrt", bundle / bucket.model, threads=0) as runner:
+        alone = [runner.infer(request) for request in requests]
+        inner = here.behave["IExecutionContext.execute_async_v3"]
+        here.behave["IExecutionContext.execute_async_v3"] = lambda me, stream_handle: (
+            time.sleep(0.005) or inner(me, stream_handle)
+        )
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(runner.infer, requests * 3))
+    for seen, expected in zip(together, alone * 3, strict=True):
+        assert all(np.array_equal(seen[name], expected[name]) for name in expected)
 
 
 def test_without_a_gpu_or_tensorrt(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
