@@ -20,7 +20,7 @@ from edgecomp.export.view import GraphView, NodeView
 from edgecomp.specs import OpList
 from edgecomp.specs.verdict import VERDICTS, Finding, GraphCheck, Verdict, worst
 
-__all__ = ["check_graph"]
+__all__ = ["check_graph", "infer_shapes"]
 
 _MOST_NODES = 1_000_000  # of an inlined function
 _MOST_FOLLOWED = 1 << 20  # elements whose values shape inference follows, at some 150 bytes each
@@ -38,7 +38,7 @@ def check_graph(path: Path, scope: Scope) -> GraphCheck:
     """
     light = read_light(path)
     model, inlined = _inline(light, scope)
-    graph = GraphView(light, _infer(model))
+    graph = GraphView(light, infer_shapes(model))
     findings: list[Finding] = []
     for rule in RULES:
         if rule.graph is not None:
@@ -104,7 +104,7 @@ def _require_finite(light: LightModel, wanted: set[tuple[str, str]]) -> None:
             )
 
 
-def _infer(model: Any) -> Any:
+def infer_shapes(model: Any) -> Any:
     """Return the model with inferred shapes; as it is where inference fails, and less is known then.
 
     Values are followed only where shapes depend on them: each element of a value of one dimension is then noted by

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import onnx
 
 from edgecomp.errors import InvalidSpec, MissingDependency, ParityError, RunError
+from edgecomp.export.check import infer_shapes
 from edgecomp.export.light import LARGEST_PROTOBUF, read_light
 from edgecomp.export.view import GraphView
 from edgecomp.specs.verdict import GraphCheck, Proof, Rewrite
@@ -66,11 +67,7 @@ def fix_graph(
         raise RunError(f"{path} has {light.size} bytes, more than protobuf can write; save its weights beside it first")
     model = onnx.load(str(path), load_external_data=False)
     found = frozenset((finding.rule, finding.node) for finding in checked.findings)
-    try:
-        inferred = onnx.shape_inference.infer_shapes(light.proto, data_prop=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        inferred = light.proto
-    work = _Work(model, GraphView(light, inferred), found, batch)
+    work = _Work(model, GraphView(light, infer_shapes(light.proto)), found, batch)
     done = tuple(rewrite for apply in _REWRITES for rewrite in apply(work))
     if not done:
         return (), None
@@ -81,8 +78,12 @@ def fix_graph(
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, out)
+    except OSError as error:
+        raise RunError(
+            f"--out {out} cannot be written: {error.strerror or error}; free space there, or name a file elsewhere"
+        ) from None
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             temporary.unlink()
     return done, proof
 

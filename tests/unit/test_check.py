@@ -807,6 +807,16 @@ def test_fix_keeps_external_data_and_never_overwrites(tmp_path: Path) -> None:
         check(path, fix=True, out=tmp_path / "mine.onnx")
 
 
+def test_fix_says_where_it_cannot_write(tmp_path: Path) -> None:
+    graph = Graph(1, 64)
+    words = [graph.const("bias", np.arange(64), np.int32), graph.const("scale", np.linspace(0.1, 1, 64), np.float32)]
+    graph.give(graph.add("Add", "x", graph.add("DequantizeLinear", *words, axis=0)), shape=[1, 64])
+    with pytest.raises(
+        EdgecompError, match=r"--out /proc/fixed\.onnx cannot be written: .*; free space there, or name"
+    ):
+        check(graph.save(tmp_path / "model.onnx"), fix=True, out="/proc/fixed.onnx")
+
+
 # -- timm -----------------------------------------------------------------------------------------------------
 
 CLEAN = {
