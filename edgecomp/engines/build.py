@@ -60,6 +60,7 @@ from edgecomp.specs.target import Target
 
 __all__ = ["BuiltEngine", "EngineRecord", "build_engine", "read_record", "require_target_runs"]
 
+_ASKED = "a rebuild was asked for"
 _ERRORS_SHOWN = 5
 _FIRST_SM = {"bf16": 80, "fp8": 89, "fp4": 100}  # the first hardware with such matrix products
 _SHORTEST_SHOWN = 40  # characters of a changed value; a hash is longer
@@ -226,7 +227,7 @@ def _build_or_keep(job: _Job, guard: Callable[[], None], *, force: bool, check_s
         guard()
         with bundle_lock(job.out_dir, "build", say=job.note), _no_empty_folder(job.out_dir):
             # Once more: the build of another process may have ended while this one began.
-            reason = "a rebuild was asked for" if force else _why_rebuild(engine, job.inputs)
+            reason = _ASKED if force else _why_rebuild(engine, job.inputs)
             if reason:
                 _require_writable(job.out_dir)
                 return _build(job, engine, reason, lines, check_stable=check_stable)
@@ -273,7 +274,7 @@ def _build(job: _Job, engine: Path, reason: str, lines: tuple[str, ...], *, chec
     _remove_leftovers(engine)
     sms = ", ".join(f"SM{sm}" for sm in job.inputs["sm"])
     job.progress(f"{engine.name}: building with {job.flavour.name} {job.flavour.version} for {sms} ({reason})")
-    if engine.exists() or sidecar_path(engine).exists():
+    if reason != _ASKED and (engine.exists() or sidecar_path(engine).exists()):
         job.notes.append(f"built again: {reason}")
     plan, measured = _build_plan(job, engine.name)
     fields = {"schema": 1, **job.inputs, **measured, "edgecomp_version": __version__}

@@ -12,10 +12,11 @@ import hashlib
 import importlib.metadata
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 
 import edgecomp
@@ -65,7 +66,7 @@ def make_wheel() -> Wheel:
     members = dict(_members())
     lines += [f"Requires-Dist: {one}" for one in requires]
     for extra, needed in sorted(extras.items()):
-        lines += [f"Provides-Extra: {extra}", *(f"Requires-Dist: {_under(extra, one)}" for one in needed)]
+        lines += [f"Provides-Extra: {extra}", *(f"Requires-Dist: {one}" for one in needed)]
     members[f"{info}/METADATA"] = "\n".join([*lines, ""]).encode()
     members[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: edgecomp\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     members[f"{info}/entry_points.txt"] = b"[console_scripts]\nedgecomp = edgecomp.cli:main\n"
@@ -109,7 +110,9 @@ def _requires() -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     try:
         if pyproject.is_file():
             project = msgspec.toml.decode(pyproject.read_bytes(), type=_Pyproject).project
-            return project.dependencies, project.optional_dependencies
+            own = _in_order(project.dependencies)
+            extras = project.optional_dependencies
+            return own, {name: _in_order(_spelled_out(extras, name), name) for name in extras}
         noted = importlib.metadata.requires("edgecomp") or []
         names = importlib.metadata.metadata("edgecomp").get_all("Provides-Extra") or []
     except (OSError, ValueError, msgspec.DecodeError, importlib.metadata.PackageNotFoundError) as error:
@@ -117,24 +120,36 @@ def _requires() -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
             f"what edgecomp requires cannot be read ({error}), so it cannot be taken to another machine; "
             "install it again with pip"
         ) from None
-    own = tuple(line for line in noted if "extra" not in str(Requirement(line).marker))
-    extras = {name: tuple(line for line in noted if line not in own and _is_under(name, line)) for name in names}
-    return own, extras
+    own = _in_order(line for line in noted if not _marker_of(line))
+    return own, {name: _in_order(line for line in noted if _marker_of(line).endswith(f'"{name}"')) for name in names}
 
 
-def _under(extra: str, line: str) -> str:
-    """Return a requirement that holds with an extra alone."""
-    needed = Requirement(line)
-    if "extra" in str(needed.marker):  # as pip noted it
-        return line
-    marker = f"({needed.marker}) and " if needed.marker else ""
-    needed.marker = None
-    return f'{needed} ; {marker}extra == "{extra}"'
+def _spelled_out(extras: Mapping[str, Sequence[str]], name: str) -> Iterator[str]:
+    """Yield what an extra brings; of one that names others of edgecomp's, what those bring, as build tools note it."""
+    for line in extras[name]:
+        needed = Requirement(line)
+        if needed.name != "edgecomp":
+            yield line
+        for other in sorted(needed.extras) if needed.name == "edgecomp" else ():
+            yield from _spelled_out(extras, other)
 
 
-def _is_under(extra: str, line: str) -> bool:
-    marker = Requirement(line).marker
-    return marker is not None and f'extra == "{extra}"' in str(marker)
+def _in_order(lines: Iterable[str], extra: str = "") -> tuple[str, ...]:
+    """Return requirements in the one form and order that pyproject and pip's notes both give; of an extra, said so."""
+    found = []
+    for line in lines:
+        needed = Requirement(line)
+        if extra:
+            also = f"({needed.marker}) and " if needed.marker else ""
+            needed.marker = Marker(f'{also}extra == "{extra}"')
+        found.append(str(needed))
+    return tuple(sorted(found))
+
+
+def _marker_of(line: str) -> str:
+    """Return the marker of a requirement that only an extra brings; "" of any other."""
+    marker = str(Requirement(line).marker or "")
+    return marker if "extra ==" in marker else ""
 
 
 def _record(members: dict[str, bytes], own: str) -> bytes:

@@ -540,7 +540,7 @@ def test_read_only_file_system(
     exported: Path, tiny_disk: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EDGECOMP_CACHE_DIR", str(tmp_path / "cache"))
-    disk = tiny_disk(2000)
+    disk = tiny_disk(4000)
     bundle = shutil.copytree(exported, disk / "bundle")
     packed = api.pack(bundle, out=disk / "packed.zip").path
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)

@@ -237,9 +237,9 @@ def test_wheel_holds_the_package_and_its_data() -> None:
         assert members[place] == (ROOT / file).read_bytes()
     assert not [name for name in members if "__pycache__" in name or "results/" in name]
     metadata = next(content.decode() for name, content in members.items() if name.endswith("METADATA")).splitlines()
-    assert 'Requires-Dist: onnxruntime>=1.19 ; extra == "ort"' in metadata  # pip install WHEEL[ort]
+    assert 'Requires-Dist: onnxruntime>=1.19; extra == "ort"' in metadata  # pip install WHEEL[ort]
     gpu = [line for line in metadata if line.endswith('and extra == "gpu"')]
-    assert gpu == ['Requires-Dist: tensorrt<12,>=10.3 ; (platform_machine == "x86_64") and extra == "gpu"']
+    assert gpu == ['Requires-Dist: tensorrt<12,>=10.3; platform_machine == "x86_64" and extra == "gpu"']
     assert [line for line in metadata if line.startswith("Provides-Extra")]
     assert any(line.startswith("msgspec>=") for line in wheel.requires)
     assert not [line for line in wheel.requires if "torch" in line or "extra" in line]
