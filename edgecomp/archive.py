@@ -173,7 +173,7 @@ def unpack(
     Args:
         path: the archive.
         out: a folder that is absent or empty.
-        wanted: whether a member below `bundle/engines/` is written; all others are.
+        wanted: whether a member is written.
         check: is given the bundle's folder before it gets its name, and raises where something is wrong.
 
     Returns:
@@ -188,7 +188,7 @@ def unpack(
     with _opened(path) as (_, archive):
         table = _table_of(path, archive)
         promised = _promised(path, archive)
-        members = [one for one in table.members if "/engines/" not in one.name or wanted(one.name)]
+        members = [one for one in table.members if wanted(one.name)]
         _require_promised(path, members, promised)
         kept = Table(path, tuple(members))
         _require_space(out, kept)

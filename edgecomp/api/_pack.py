@@ -121,10 +121,11 @@ def unpack(
     left: list[str] = []
 
     def wanted(name: str) -> bool:
-        if with_engines or name.endswith(".timing") or name.startswith(f"{archive.BUNDLE}/parity/"):
+        if name.endswith(".whl"):
+            return False
+        if with_engines or name.endswith(".timing") or not name.startswith(f"{archive.BUNDLE}/engines/"):
             return True
-        if not name.endswith(".whl"):
-            left.append(name)
+        left.append(name)
         return False
 
     def check(folder: Path) -> None:

@@ -16,9 +16,8 @@ from edgecomp.profiles.latency import LatencyProfile, measure_latency
 from edgecomp.profiles.machine import read_machine
 from edgecomp.report.profile import ProductTypes, ProfileReport, RoutedTime
 from edgecomp.runners import Array, Runner, open_runner, require_threads
-from edgecomp.runners.chain import open_graph
+from edgecomp.runners.chain import open_graph, require_kernels
 from edgecomp.runners.onnxruntime_types import runtime_products
-from edgecomp.serving import require_kernels
 from edgecomp.serving.memory import MemoryUse, measure_memory
 from edgecomp.specs.manifest import Graph, Manifest
 from edgecomp.words import read_words

@@ -299,8 +299,7 @@ class _Run:
 
     def _profile(self) -> Seen:
         assert self.opened is not None
-        if self.runner == "onnxruntime" and not self.opened.manifest.runs_on_cpu:
-            word = "fp8" if self.opened.manifest.precision == "fp8" else "bf16"
+        if self.runner == "onnxruntime" and (word := self.opened.manifest.unknown_to_cpu):
             why = f"ONNX Runtime on the CPU has no kernels for {word}, and the time of what stands in says nothing"
             return "not applicable", why, None
         report = profile(

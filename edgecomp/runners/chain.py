@@ -10,7 +10,7 @@ from edgecomp.errors import RunError
 from edgecomp.runners import Array, Runner, open_runner
 from edgecomp.specs.manifest import Graph
 
-__all__ = ["ChainRunner", "open_graph"]
+__all__ = ["ChainRunner", "open_graph", "require_kernels"]
 
 
 class ChainRunner:
@@ -63,14 +63,22 @@ def open_graph(
     Raises:
         RunError: the runner has no kernels for the bundle's precision, or cannot load a graph.
     """
-    if name == "onnxruntime" and not bundle.manifest.runs_on_cpu:
-        word = "fp8" if bundle.manifest.precision == "fp8" else "bf16"
-        raise RunError(
-            f"ONNX Runtime on the CPU has no kernels for {word}, which {bundle.path} computes in; `edgecomp parity` "
-            "checks it by twins in fp32, `edgecomp build` makes an engine, and --precision fp16 runs here"
-        )
+    require_kernels(bundle, name)
     path, weights = (bundle.path / graph.model, None) if model is None else (model, bundle.path)
     if not graph.stem:
         return open_runner(name, path, threads=threads, takes_turns=takes_turns, weights=weights)
     stem = open_runner(name, bundle.path / graph.stem, threads=threads, takes_turns=True)
     return ChainRunner(stem, open_runner(name, path, threads=threads, takes_turns=True, weights=weights))
+
+
+def require_kernels(bundle: Bundle, runner: str) -> None:
+    """Refuse a bundle that a runner cannot run before it finds out, by the name of some node.
+
+    Raises:
+        RunError: ONNX Runtime has no kernels on the CPU for the type that the bundle computes in.
+    """
+    if runner == "onnxruntime" and (word := bundle.manifest.unknown_to_cpu):
+        raise RunError(
+            f"ONNX Runtime on the CPU has no kernels for {word}, which {bundle.path} computes in; `edgecomp parity` "
+            "checks it by twins in fp32, `edgecomp build` makes an engine, and --precision fp16 runs here"
+        )

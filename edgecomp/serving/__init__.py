@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgecomp.serving.model import Answer, Model, RoutedRunner, load, require_kernels
+from edgecomp.serving.model import Answer, Model, RoutedRunner, load
 from edgecomp.serving.stats import BucketStats, Stats
 
-__all__ = ["Answer", "BucketStats", "Model", "RoutedRunner", "Stats", "load", "require_kernels"]
+__all__ = ["Answer", "BucketStats", "Model", "RoutedRunner", "Stats", "load"]

@@ -19,6 +19,7 @@ from edgecomp.errors import InvalidSpec, RunError, UnknownName
 from edgecomp.images import read_image, to_pixels
 from edgecomp.inputs import require_inputs
 from edgecomp.runners import Array, Runner, open_runner, require_sharing, require_threads, runner_names
+from edgecomp.runners.chain import require_kernels
 from edgecomp.serving.stats import Recorder, Stats
 from edgecomp.specs.budget import read_count
 from edgecomp.specs.manifest import Bucket, Graph, RouterRecord
@@ -27,7 +28,7 @@ from edgecomp.words import read_words
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Answer", "Model", "RoutedRunner", "load", "require_kernels"]
+__all__ = ["Answer", "Model", "RoutedRunner", "load"]
 
 _IMAGE_RANK = 4
 AnyGraph = TypeVar("AnyGraph", bound=Graph)
@@ -436,17 +437,6 @@ class Model:
                 while self._resident is not None and len(self._loaded) > self._resident:
                     self._loaded.popitem(last=False)  # freed when the last request that runs in it ends
             return session
-
-
-def require_kernels(bundle: Bundle, runner: str) -> None:
-    """Refuse a bundle that the runner cannot run before a request finds out, by the name of some node."""
-    manifest = bundle.manifest
-    if runner == "onnxruntime" and not manifest.runs_on_cpu:
-        word = "fp8" if manifest.precision == "fp8" else "bf16"
-        raise RunError(
-            f"ONNX Runtime on the CPU has no kernels for {word}, which {bundle.path} computes in; build an engine "
-            "of it with `edgecomp build`, or export it with --precision fp16, which runs here"
-        )
 
 
 class RoutedRunner:

@@ -197,9 +197,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     samples: Samples | None = None
 
     @property
+    def unknown_to_cpu(self) -> str:
+        """The type of the graphs that ONNX Runtime's CPU kernels do not know: fp8 or bf16; "" where they know all."""
+        if self.precision == "fp8":
+            return "fp8"
+        return "bf16" if self.rest == "bf16" else ""
+
+    @property
     def runs_on_cpu(self) -> bool:
-        """Whether ONNX Runtime's CPU kernels know all types of the graphs; bf16 and fp8 they do not."""
-        return self.precision != "fp8" and self.rest != "bf16"
+        """Whether ONNX Runtime's CPU kernels know all types of the graphs."""
+        return not self.unknown_to_cpu
 
     @property
     def routers(self) -> tuple[RouterGraph, ...]:

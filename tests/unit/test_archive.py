@@ -143,6 +143,7 @@ def test_unzip_gives_the_same(packed: Path, tmp_path: Path) -> None:
     api.unpack(packed, out=tmp_path / "ours")
     with zipfile.ZipFile(packed) as opened:
         opened.extractall(tmp_path / "theirs")
+    (tmp_path / "theirs" / make_wheel().name).unlink()  # it stays in the archive
     assert contents(tmp_path / "theirs") == contents(tmp_path / "ours")
 
 
@@ -461,10 +462,14 @@ def test_flipped_bits_never_leave_a_half(packed: Path, exported: Path, tmp_path:
     """200 archives with one to three wrong bytes: the bundle comes out as it was, or nothing does."""
     good, draw = packed.read_bytes(), random.Random(0)
     table, expected, whole = good.find(b"PK\1\2"), contents(exported), 0
+    with zipfile.ZipFile(packed) as opened:
+        wheel = opened.getinfo(make_wheel().name)  # which is not read: wrong bits in it change nothing
+    unread = range(wheel.header_offset, wheel.header_offset + 30 + len(wheel.filename) + wheel.file_size)
+    read = [place for place in range(len(good)) if place not in unread]
     for _ in range(200):
         content = bytearray(good)
         for _ in range(draw.randint(1, 3)):  # half of them in the table, which is small
-            place = draw.randrange(table, len(good)) if draw.random() < 0.5 else draw.randrange(len(good))
+            place = draw.randrange(table, len(good)) if draw.random() < 0.5 else draw.choice(read)
             content[place] = draw.randrange(256)
         (tmp_path / "bad.zip").write_bytes(content)
         try:
@@ -511,3 +516,12 @@ def test_full_disk(
     with pytest.raises(EdgecompError, match=r"x\.zip could not be written: the disk is full"):
         api.pack(bundle, out=disk / "x.zip")
     assert list(disk.iterdir()) == []
+
+
+def test_the_wheel_stays_in_the_archive(packed: Path, tmp_path: Path) -> None:
+    """It is code, and edgecomp is installed where it unpacks."""
+    report = api.unpack(packed, out=tmp_path / "out", with_engines=True)
+    wheel = make_wheel().name
+    assert wheel in zipfile.ZipFile(packed).namelist()
+    assert wheel not in report.members
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["README.md", "bundle"]
