@@ -115,6 +115,7 @@ class JetsonState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ram_used_mib: shared by CPU and GPU.
         ram_total_mib: shared by CPU and GPU.
         temperatures_c: by zone, as the board names them.
+        over_current_events: how often the board slowed down because a rail drew too much, by counter, since it started.
     """
 
     model: str = "unknown"
@@ -129,6 +130,7 @@ class JetsonState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ram_used_mib: float | None = None
     ram_total_mib: float | None = None
     temperatures_c: dict[str, float] = {}
+    over_current_events: dict[str, int] = {}
 
 
 class DeviceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,6 +144,9 @@ class DeviceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         memory_available_mib: what could be taken without swapping.
         temperatures_c: by thermal zone.
         temperature_limits_c: by thermal zone, where the kernel begins to slow down; zones without a limit are absent.
+        cooling: what the kernel or the board holds a clock down with now, because of heat: names of its cooling devices
+            that are at work; None when unknown.
+        cpu_throttle_count: how often heat has slowed the cores down since the machine started, summed; None when unknown.
         gpu: None where there is no NVIDIA GPU, or nothing answers for it.
         jetson: None where this is no Jetson.
         unreadable: what could not be read, each with its reason.
@@ -154,6 +159,8 @@ class DeviceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_available_mib: float | None = None
     temperatures_c: dict[str, float] = {}
     temperature_limits_c: dict[str, float] = {}
+    cooling: tuple[str, ...] | None = None
+    cpu_throttle_count: int | None = None
     gpu: GpuState | None = None
     jetson: JetsonState | None = None
     unreadable: tuple[str, ...] = ()
@@ -196,6 +203,9 @@ class Watch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         total_energy_mj: over `total_rails`; None where no power is known.
         mean_power_mw: `total_energy_mj` by the time it covers; None where no power is known.
         counter_energy_mj: what the GPU's own counter of energy rose by, to hold beside the trapezoid; None without one.
+        other_cores: how many cores other processes kept busy, on average; None when unknown.
+        stolen_cores: how many cores a hypervisor took away, on average; None when unknown.
+        sample_cost_us: CPU time that one sample took of this process, on average; None without samples.
         notes: what a reader of the numbers must know.
     """
 
@@ -210,6 +220,9 @@ class Watch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     total_energy_mj: float | None = None
     mean_power_mw: float | None = None
     counter_energy_mj: float | None = None
+    other_cores: float | None = None
+    stolen_cores: float | None = None
+    sample_cost_us: float | None = None
     notes: tuple[str, ...] = ()
 
 
