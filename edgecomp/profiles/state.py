@@ -146,7 +146,7 @@ class DeviceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         temperature_limits_c: by thermal zone, where the kernel begins to slow down; zones without a limit are absent.
         cooling: what the kernel or the board holds a clock down with now, because of heat: names of its cooling devices
             that are at work; None when unknown.
-        cpu_throttle_count: how often heat has slowed the cores down since the machine started, summed; None when unknown.
+        cpu_throttle_count: how often heat has slowed the cores down since the start, summed; None when unknown.
         gpu: None where there is no NVIDIA GPU, or nothing answers for it.
         jetson: None where this is no Jetson.
         unreadable: what could not be read, each with its reason.
