@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 
+from edgecomp import __version__
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import Bundle, golden_key, open_bundle
 from edgecomp.errors import InvalidSpec
 from edgecomp.parity import read_goldens
 from edgecomp.profiles.latency import LatencyProfile, measure_latency
-from edgecomp.profiles.machine import read_machine
-from edgecomp.report.profile import ProductTypes, ProfileReport, RoutedTime
+from edgecomp.profiles.machine import Machine, read_machine
+from edgecomp.profiles.result import MemoryUse, Result, RoutedTime, Subject, write_result
 from edgecomp.runners import Array, Runner, open_runner, require_threads
 from edgecomp.runners.chain import open_graph, require_kernels
 from edgecomp.runners.onnxruntime_types import runtime_products
-from edgecomp.serving.memory import MemoryUse, measure_memory
-from edgecomp.specs.manifest import Graph, Manifest
+from edgecomp.serving.memory import measure_memory
+from edgecomp.specs.manifest import Bucket, Graph, Manifest
 from edgecomp.words import read_words
 
 __all__ = ["profile"]
@@ -33,8 +38,9 @@ def profile(
     threads: int = 0,
     budget: str | int | None = None,
     batch: int | None = None,
+    out: str | Path = "",
     progress: Progress = silent,
-) -> ProfileReport:
+) -> Result:
     """Measure the latency of each bucket with its stem, of router and stem alone, and of the plain model.
 
     Each is warmed up until it is steady, then timed run after run on the seeded golden input; raw samples are kept.
@@ -45,6 +51,7 @@ def profile(
         bundle: the folder.
         runner, threads, budget, batch: as in `parity`.
         duration_s: least seconds to measure each graph for, above 0 and at most 3600.
+        out: write the result here: a file that ends in `.json`, or a folder of results.
         progress: takes one line for each graph.
 
     Raises:
@@ -69,10 +76,9 @@ def profile(
             model=graph.model,
             runner=runner_of.version,
             threads=threads,
-            machine=machine,
             duration_s=duration_s,
         )
-        profiles.append(measured)
+        profiles.append(msgspec.structs.replace(measured, **_described(manifest, graph)))
 
     for size in batches:
         inputs = {
@@ -90,23 +96,78 @@ def profile(
     if budget is None and len({bucket.budget.tokens_out for bucket in buckets}) > 1:
         progress("measuring memory in processes of their own")
         memory = _measure_memory(opened, goldens, runner=runner, threads=threads)
-    types = _types(opened, [profile.model for profile in profiles], runner)
-    return ProfileReport(str(bundle), tuple(profiles), _routing(manifest, profiles), memory, types)
+    result = Result(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        edgecomp=__version__,
+        command=_command(opened, runner=runner, duration_s=duration_s, threads=threads, budget=budget, batch=batch),
+        target=_target(machine),
+        subject=_subject(opened),
+        machine=machine,
+        profiles=tuple(profiles),
+        routing=_routing(manifest, profiles),
+        memory=memory,
+        types=_types(opened, [profile.model for profile in profiles], runner),
+    )
+    if str(out):
+        write_result(result, Path(out))
+    return result
 
 
-def _types(opened: Bundle, models: Sequence[str], runner: str) -> tuple[ProductTypes, ...]:
+def _described(manifest: Manifest, graph: Graph) -> dict[str, Any]:
+    """Return what a profile says of its graph."""
+    roles = ((manifest.stem, "stem"), (manifest.routers, "router"), (manifest.plain, "plain"))
+    words = {
+        "role": next((role for graphs, role in roles if graph in graphs), "bucket"),
+        "precision": graph.precision,
+        "flops": graph.flops,
+    }
+    return words | (
+        {"tokens_in": graph.budget.tokens_in, "tokens_out": graph.budget.tokens_out}
+        if isinstance(graph, Bucket)
+        else {}
+    )
+
+
+def _subject(opened: Bundle) -> Subject:
+    manifest = opened.manifest
+    return Subject(
+        name=opened.path.resolve().name,
+        digest=manifest.digest,
+        method=manifest.method,
+        preset=manifest.preset,
+        backbone=manifest.backbone,
+        precision=manifest.precision,
+        rest=manifest.rest,
+        image_size=manifest.image_size,
+        weights=str(manifest.weights),
+    )
+
+
+def _target(machine: Machine) -> str:
+    """Return the name of the folder that results of this machine go to."""
+    return re.sub(r"[^a-z0-9]+", "-", machine.gpu.lower()).strip("-") or "cpu"
+
+
+def _command(opened: Bundle, **words: Any) -> tuple[str, ...]:
+    """Return the words that repeat the run, without those that say what is so anyway."""
+    given = {name: value for name, value in words.items() if value not in (None, 0, "onnxruntime")}
+    options = (f"--{name.removesuffix('_s')}={value}" for name, value in given.items())
+    return ("edgecomp", "profile", opened.path.resolve().name, *options)
+
+
+def _types(opened: Bundle, models: Sequence[str], runner: str) -> dict[str, dict[str, int]]:
     """Return in which types ONNX Runtime runs the matrix products of graphs, and stems, that are not in fp32."""
     graphs = {graph.model: graph for graph in opened.manifest.graphs}
     measured = dict.fromkeys(name for model in models for name in (graphs[model].stem, model) if name)
     if not runner.startswith("onnxruntime"):
-        return ()
+        return {}
     provider = "CUDAExecutionProvider" if runner == "onnxruntime-cuda" else "CPUExecutionProvider"
-    found = []
+    found = {}
     for model in measured:
         if graphs[model].precision != "fp32":
             seen = Counter(product.dtype for product in runtime_products(opened.path / model, provider=provider))
-            found.append(ProductTypes(model, graphs[model].precision, dict(seen.most_common())))
-    return tuple(found)
+            found[model] = dict(seen.most_common())
+    return found
 
 
 def _measure_memory(

@@ -23,6 +23,7 @@ def command(
     threads: Annotated[int, typer.Option(help="CPU threads; 0: the runtime's choice.")] = 0,
     budget: Annotated[str | None, typer.Option(help="Only the bucket that keeps so many tokens.")] = None,
     batch: Annotated[int | None, typer.Option(help="Only this batch size.")] = None,
+    out: Annotated[str, typer.Option(help="Write the result: a .json file, or a folder of results.")] = "",
     on: ON = "",
     json: JSON = False,
 ) -> None:
@@ -31,7 +32,14 @@ def command(
         run_on(context)
     with progress("profile") as say:
         report = api.profile(
-            bundle, runner=runner, duration_s=duration, threads=threads, budget=budget, batch=batch, progress=say
+            bundle,
+            runner=runner,
+            duration_s=duration,
+            threads=threads,
+            budget=budget,
+            batch=batch,
+            out=out,
+            progress=say,
         )
 
     def text() -> str:

@@ -2,7 +2,7 @@
 
 from edgecomp.evaluation.data import Images, LabelledImages, balanced_subset, open_data, open_images
 from edgecomp.evaluation.score import Comparison, Evaluation, GraphScore, score
-from edgecomp.evaluation.statistics import Estimate, median_interval, paired_drop, wilson
+from edgecomp.profiles.statistics import Estimate, median_interval, paired_drop, wilson
 
 __all__ = [
     "Comparison",

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from edgecomp.errors import RunError
 from edgecomp.evaluation.data import LabelledImages, Labels
-from edgecomp.evaluation.statistics import Estimate, median_interval, paired_drop, wilson
 from edgecomp.images import PixelType, to_pixels
+from edgecomp.profiles.statistics import Estimate, median_interval, paired_drop, wilson
 from edgecomp.runners import Array, Runner
 from edgecomp.specs import Preprocess
 

@@ -7,19 +7,30 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import msgspec
 
 from edgecomp.errors import InvalidSpec
-from edgecomp.profiles.machine import Machine, read_machine
+from edgecomp.profiles.statistics import percentile_ranks
 
-__all__ = ["QUERIES_NEEDED", "LatencyProfile", "measure_latency", "percentile"]
+__all__ = [
+    "PERCENTILES",
+    "QUERIES_NEEDED",
+    "LatencyProfile",
+    "Percentile",
+    "Stage",
+    "measure_latency",
+    "percentile",
+    "percentiles_of",
+]
 
-QUERIES_NEEDED = {"p90": 24_576, "p95": 57_344, "p97": 90_112, "p99": 270_336}
+PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
+QUERIES_NEEDED = {"p90": 24_576, "p95": 57_344, "p97": 90_112, "p99": 270_336, "p99.9": 2_654_208}
 """Samples that carry a percentile at 99 % confidence, by MLPerf Inference's rules.
 
 They are (z / margin)^2 p (1 - p) with z = 2.576 and a margin of a twentieth of 1 - p, rounded up to a multiple of
-2^13. A percentile from fewer samples is a figure to go by, not one to promise.
+2^13; p99.9 follows from the same formula. A percentile from fewer samples is a figure to go by, not one to promise.
 """
 
 _WINDOW = 10  # runs that a warm-up median covers
@@ -30,49 +41,101 @@ _TELL_EVERY_NS = 100_000_000
 Clock = Callable[[], int]
 
 
-class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What measuring one model on one machine gave.
+class Percentile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A percentile by nearest rank, so that it is a time that was measured, and how far it can be trusted.
 
     Attributes:
-        samples_us: every timed run in order, in microseconds of wall time.
-        p50_us: median; like the other percentiles by nearest rank, so it is a time that was measured.
-        p90_us: 90th percentile.
-        p99_us: 99th percentile.
-        mean_us: arithmetic mean.
-        min_us: fastest run.
-        max_us: slowest run.
-        throughput_per_s: items a second, `batch` over the mean; runs follow each other, they do not overlap.
-        num_samples: length of `samples_us`.
-        warmup_runs: runs before the first sample.
-        is_steady: the warm-up ended because times had settled, not because its limit was reached.
-        batch: items a run.
-        model: what ran, for example the ONNX file's name.
-        runner: what ran it, for example "onnxruntime".
-        threads: of the runner; 0 when it chose by itself.
-        machine: where, read before the warm-up.
-        loop_overhead_us: median time of a callable that does nothing, in the same loop. It is contained in every
-            sample and not subtracted.
-        indicative: the percentiles that so few samples cannot carry (`QUERIES_NEEDED`).
+        us: microseconds.
+        low_us, high_us: its 95 % confidence interval by order statistics; none where so few samples bound it on
+            that side by nothing.
+        is_indicative: fewer samples than MLPerf's rules ask for (`QUERIES_NEEDED`): a figure to go by, not to promise.
     """
 
-    samples_us: tuple[float, ...]
+    us: float
+    low_us: float | None
+    high_us: float | None
+    is_indicative: bool
+
+
+class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of one request, timed by itself; the parts need not add up to the whole.
+
+    Attributes:
+        name: `preprocessing`, `host to device`, `router`, `stem`, `encoder`, `selection`, `merge`, `device to host`.
+        p50_us: median in microseconds.
+        how: how it was told apart, in a few words.
+    """
+
+    name: str
     p50_us: float
-    p90_us: float
-    p99_us: float
+    how: str
+
+
+class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What measuring one graph on one machine, in one mode, gave.
+
+    Attributes:
+        model: what ran, for example the ONNX file's name.
+        role: what the graph is for: `bucket`, `stem`, `router`, `plain`, or `model` of a plain ONNX file.
+        tokens_in, tokens_out: before and behind the compressor; 0 where there is none.
+        precision: what the graph computes in; "" where it is not known.
+        flops: of one run at this batch; 0 where they were not counted.
+        runner: what ran it, with its version, for example "onnxruntime 1.27.0".
+        threads: of the runner; 0 when it chose by itself.
+        batch: items a run.
+        mode: MLPerf's scenario in its wording. `single-stream`: one run after the other. `multi-stream`: `streams` runs
+            at a time, a sample is over when the last of them is. `offline`: `streams` runs at any time, each
+            beginning when another ends; latency is that of a run, throughput that of all.
+        streams: runs at a time.
+        cuda_graph: whether runs were launched as one CUDA graph; none where there is no GPU.
+        samples_us: every timed run in order, in microseconds of wall time.
+        num_samples: length of `samples_us`.
+        percentiles: by name: p50, p90, p95, p99, p99.9.
+        mean_us, min_us, max_us: of the samples.
+        throughput_per_s: items a second.
+        load_us: reading the model until it could run; none where that was not measured.
+        first_us: the first inference; likewise.
+        warmup_runs: runs before the first sample, the first inference with them.
+        is_steady: the warm-up ended because times had settled, not because its limit was reached.
+        loop_overhead_us: median time of a callable that does nothing, in the same loop. It is contained in every
+            sample and not subtracted.
+        stages: empty where they were not told apart.
+        host_peak_mib: the most resident memory of this process while it loaded and ran; none where unknown.
+        device_peak_mib: the most memory of the GPU in use, likewise.
+    """
+
+    model: str
+    role: str = "model"
+    tokens_in: int = 0
+    tokens_out: int = 0
+    precision: str = ""
+    flops: int = 0
+    runner: str
+    threads: int
+    batch: int
+    mode: Literal["single-stream", "multi-stream", "offline"] = "single-stream"
+    streams: int = 1
+    cuda_graph: bool | None = None
+    samples_us: tuple[float, ...]
+    num_samples: int
+    percentiles: dict[str, Percentile]
     mean_us: float
     min_us: float
     max_us: float
     throughput_per_s: float
-    num_samples: int
+    load_us: float | None = None
+    first_us: float | None = None
     warmup_runs: int
     is_steady: bool
-    batch: int
-    model: str
-    runner: str
-    threads: int
-    machine: Machine
     loop_overhead_us: float
-    indicative: tuple[str, ...]
+    stages: tuple[Stage, ...] = ()
+    host_peak_mib: float | None = None
+    device_peak_mib: float | None = None
+
+    @property
+    def p50_us(self) -> float:
+        """The median."""
+        return self.percentiles["p50"].us
 
 
 def measure_latency(
@@ -82,7 +145,6 @@ def measure_latency(
     model: str = "",
     runner: str = "",
     threads: int = 0,
-    machine: Machine | None = None,
     duration_s: float = 3.0,
     min_runs: int = 20,
     max_runs: int = 100_000,
@@ -107,7 +169,6 @@ def measure_latency(
         model: what runs.
         runner: what runs it.
         threads: of the runner; 0 for its own choice.
-        machine: where it runs; read here if not given.
         duration_s: least time to measure for.
         min_runs: least number of samples, even if they take longer than `duration_s`.
         max_runs: most samples.
@@ -117,7 +178,6 @@ def measure_latency(
         clock: nanoseconds that only grow.
     """
     _require_plan(batch, duration_s=duration_s, min_runs=min_runs, max_runs=max_runs, warmup=(warmup_s, warmup_runs))
-    machine = read_machine() if machine is None else machine
     was_enabled = gc.isenabled()
     try:
         gc.collect()
@@ -133,28 +193,40 @@ def measure_latency(
     samples = [nanoseconds / 1000 for nanoseconds in samples_ns]
     mean = statistics.fmean(samples)
     return LatencyProfile(
+        model=model,
+        runner=runner,
+        threads=threads,
+        batch=batch,
         samples_us=tuple(samples),
-        p50_us=percentile(samples, 50),
-        p90_us=percentile(samples, 90),
-        p99_us=percentile(samples, 99),
+        num_samples=len(samples),
+        percentiles=percentiles_of(samples),
         mean_us=mean,
         min_us=min(samples),
         max_us=max(samples),
         throughput_per_s=batch * 1e6 / max(mean, 1e-3),  # a clock's tick may be longer than a run
-        num_samples=len(samples),
         warmup_runs=warmed,
         is_steady=is_steady,
-        batch=batch,
-        model=model,
-        runner=runner,
-        threads=threads,
-        machine=machine,
         loop_overhead_us=overhead_ns / 1000,
-        indicative=tuple(name for name in ("p90", "p99") if len(samples) < QUERIES_NEEDED[name]),
     )
 
 
-def percentile(samples: Sequence[float], percent: int) -> float:
+def percentiles_of(samples: Sequence[float]) -> dict[str, Percentile]:
+    """Return p50, p90, p95, p99 and p99.9 of samples, with intervals and marks."""
+    ordered = sorted(samples)
+    found = {}
+    for percent in PERCENTILES:
+        low, high = percentile_ranks(len(ordered), percent)
+        name = f"p{percent:g}"
+        found[name] = Percentile(
+            us=percentile(ordered, percent),
+            low_us=None if low is None else ordered[low],
+            high_us=None if high is None else ordered[high],
+            is_indicative=len(ordered) < QUERIES_NEEDED.get(name, 0),
+        )
+    return found
+
+
+def percentile(samples: Sequence[float], percent: float) -> float:
     """Return the smallest sample that at least `percent` (1 to 100) of all samples do not exceed: the nearest rank."""
     if not samples or not 1 <= percent <= 100:
         raise InvalidSpec(f"percentile {percent} of {len(samples)} samples; give 1 to 100 of at least one sample")

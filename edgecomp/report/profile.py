@@ -4,99 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
-from edgecomp.profiles.latency import LatencyProfile
+from edgecomp.profiles.latency import Percentile
+from edgecomp.profiles.result import MemoryUse, Result, RoutedTime
 from edgecomp.report.text import table
-from edgecomp.serving.memory import MemoryUse
 
-__all__ = ["ProductTypes", "ProfileReport", "RoutedTime", "describe_profile"]
-
-
-class RoutedTime(msgspec.Struct, frozen=True):
-    """Medians of a request that the router sends to a bucket, its stem run once; made of the parts' own medians.
-
-    Attributes:
-        model: the bucket's.
-        router_ms: the router alone, without the stem.
-        routed_ms: router, stem and bucket.
-        smallest_ms, largest_ms: stem and bucket of the smallest and largest budget, without a router.
-    """
-
-    model: str
-    batch: int
-    router_ms: float
-    routed_ms: float
-    smallest_ms: float
-    largest_ms: float
+__all__ = ["describe_profile"]
 
 
-class ProductTypes(msgspec.Struct, frozen=True):
-    """In which types a runtime really runs a graph's matrix products, and how many in each."""
-
-    model: str
-    precision: str
-    products: dict[str, int]
-
-
-class ProfileReport(msgspec.Struct, frozen=True):
-    """Latency of each graph that was asked for; a bucket's with its stem.
-
-    Attributes:
-        routing: empty without a router.
-        memory: of the largest bucket alone, of all, and of all with shared weights where the runner can; empty for
-            one bucket, and where the system does not tell.
-        types: of graphs of a reduced precision in ONNX Runtime, which has not kernels for all of them.
-    """
-
-    bundle: str
-    profiles: tuple[LatencyProfile, ...]
-    routing: tuple[RoutedTime, ...] = ()
-    memory: tuple[MemoryUse, ...] = ()
-    types: tuple[ProductTypes, ...] = ()
-
-
-def describe_profile(report: ProfileReport) -> str:
+def describe_profile(result: Result) -> str:
     """Return the text: percentiles for each graph, and the conditions they were measured under."""
     rows = []
-    for p in report.profiles:
-        marks = ["~" if name in p.indicative else "" for name in ("p90", "p99")]
+    for p in result.profiles:
+        p90, p99 = (p.percentiles[name] for name in ("p90", "p99"))
         rows.append(
             [
                 p.model,
                 p.batch,
                 f"{p.p50_us / 1000:.3f}",
-                f"{p.p90_us / 1000:.3f}{marks[0]}",
-                f"{p.p99_us / 1000:.3f}{marks[1]}",
+                _percentile(p90),
+                _percentile(p99),
                 f"{p.mean_us / 1000:.3f}",
                 f"{p.throughput_per_s:.1f}",
                 p.num_samples,
                 "" if p.is_steady else "warm-up did not settle",
             ]
         )
-    first = report.profiles[0]
-    machine = first.machine
+    first = result.profiles[0]
+    machine = result.machine
     where = f"{machine.cpu}, {machine.cores} cores" + (f", {machine.gpu}" if machine.gpu else "")
     load = f"{machine.load_average[0]:.2f}" if machine.load_average else "unknown"
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     return "\n".join(
         [
-            f"{report.bundle}: {first.runner}, {first.threads or 'its own choice of'} threads",
+            f"{result.subject.name}: {first.runner}, {first.threads or 'its own choice of'} threads",
             f"on {where}; governor {machine.governor}, load {load}, {machine.os}, Python {machine.python}",
             f"with {versions}",
             "",
             table(["model", "batch", "p50 ms", "p90 ms", "p99 ms", "mean ms", "items/s", "samples", ""], rows),
             "~ indicative: so few samples do not carry this percentile (24,576 for p90, 270,336 for p99)",
             f"the timing loop itself costs {first.loop_overhead_us:.2f} us a run",
-            *_describe_routing(report.routing),
-            *_describe_memory(report.memory),
+            *_describe_routing(result.routing),
+            *_describe_memory(result.memory),
             *(
-                f"{one.model}: {one.precision} in the file; ONNX Runtime runs its matrix products in "
-                + ", ".join(f"{dtype} ({count})" for dtype, count in one.products.items())
-                for one in report.types
+                f"{model}: {result.subject.precision} in the file; ONNX Runtime runs its matrix products in "
+                + ", ".join(f"{dtype} ({count})" for dtype, count in products.items())
+                for model, products in result.types.items()
             ),
         ]
     )
+
+
+def _percentile(one: Percentile) -> str:
+    return f"{one.us / 1000:.3f}{'~' if one.is_indicative else ''}"
 
 
 def _describe_routing(routing: Sequence[RoutedTime]) -> list[str]:

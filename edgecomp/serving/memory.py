@@ -9,35 +9,17 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from edgecomp.errors import RunError
+from edgecomp.profiles.result import MemoryUse
 from edgecomp.runners import Array
 from edgecomp.serving.model import load
 
-__all__ = ["MemoryUse", "measure_memory"]
+__all__ = ["measure_memory"]
 
 _EVERY_S = 0.01  # between two looks at the process
 _SERVED = b"served\n"
-
-
-class MemoryUse(msgspec.Struct, frozen=True):
-    """What a process holds that has served one request from each of some buckets.
-
-    Memory is Linux' proportional set size (Pss): a page of the weights file that several sessions map counts once.
-
-    Attributes:
-        buckets: tokens kept by each.
-        share_weights: as given to `load`.
-        held_mib: afterwards, when all of them are in memory.
-        peak_mib: the most seen while it loaded and ran, looking every 10 ms.
-    """
-
-    buckets: tuple[int, ...]
-    share_weights: bool
-    held_mib: float
-    peak_mib: float
 
 
 def measure_memory(

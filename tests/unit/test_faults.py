@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from made_result import made_result
 from PIL import Image
 
 from edgecomp import api
@@ -37,7 +38,6 @@ from edgecomp.engines import installed_flavours
 from edgecomp.engines.record import read_record
 from edgecomp.errors import BundleBusy, EdgecompError
 from edgecomp.lock import Owner, bundle_lock, lock_path
-from edgecomp.report.profile import ProfileReport
 from edgecomp.specs.origin import file_sha256
 
 Cli = Callable[..., Any]
@@ -96,8 +96,8 @@ HARNESS = """
         sys.stderr.write(f"\\n{count}")
 """
 NO_PROFILE = (
-    "from edgecomp.api import _verify; from edgecomp.report.profile import ProfileReport; "
-    "_verify.profile = lambda *words, **more: ProfileReport('b', ())"
+    "from edgecomp.api import _verify; from types import SimpleNamespace; "
+    "_verify.profile = lambda *words, **more: SimpleNamespace(profiles=())"
 )
 
 
@@ -517,7 +517,7 @@ def test_lock_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
 
 def hold_to_reading(bundle: Path, packed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     """What reads works in a folder that cannot be written to; what writes says so, and changes nothing."""
-    monkeypatch.setattr(_verify, "profile", lambda *words, **more: ProfileReport("b", ()))
+    monkeypatch.setattr(_verify, "profile", lambda *words, **more: made_result())
     monkeypatch.setattr(_verify, "local_gpu_sm", lambda: None)
     before, said = contents(folder), []
     report = api.verify(bundle, threads=1, progress=said.append)

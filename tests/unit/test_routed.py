@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,7 +27,8 @@ from edgecomp import api  # noqa: E402
 from edgecomp.bundle import GOLDEN, golden_key, open_bundle  # noqa: E402
 from edgecomp.errors import BundleError, InvalidSpec, RunError  # noqa: E402
 from edgecomp.images import to_pixels  # noqa: E402
-from edgecomp.report.profile import ProfileReport, RoutedTime, describe_profile  # noqa: E402
+from edgecomp.profiles.result import RoutedTime  # noqa: E402
+from edgecomp.report.profile import describe_profile  # noqa: E402
 from edgecomp.resources import photograph_path  # noqa: E402
 from edgecomp.runners import open_runner  # noqa: E402
 from edgecomp.serving import Model  # noqa: E402
@@ -663,7 +665,8 @@ def test_profile_says_where_the_router_does_not_pay(by_stem: Path) -> None:
 
     def printed(router_ms: float, largest_ms: float) -> str:
         times = {"router_ms": router_ms, "routed_ms": 2 + router_ms, "smallest_ms": 2.0, "largest_ms": largest_ms}
-        return describe_profile(ProfileReport("x", measured, (RoutedTime(model="m4", batch=1, **times),)))
+        routed = (RoutedTime(model="m4", batch=1, **times),)
+        return describe_profile(msgspec.structs.replace(alone, routing=routed))
 
     slow = printed(1.0, 2.5)
     assert "router, batch 1: 1.000 ms, 50.0 % of stem and smallest bucket" in slow

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from made_result import made_result
 
 from edgecomp import api
 from edgecomp.api import _verify
@@ -22,8 +23,8 @@ from edgecomp.engines import Flavour, installed_flavours, read_record
 from edgecomp.errors import BundleError, InvalidSpec, MissingDependency, RunError, TargetMismatch, UnknownName
 from edgecomp.lock import lock_path
 from edgecomp.parity import ParityReport
+from edgecomp.profiles.result import Result
 from edgecomp.report.doctor import DoctorReport, Finding
-from edgecomp.report.profile import ProfileReport
 from edgecomp.report.verify import Stage, VerifyReport, describe_verify
 
 Cli = Callable[..., Any]
@@ -58,9 +59,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         fields = {"bundle": "b", "runner": "r", "version": "r 1", "threads": 0, "precision": "fp32"}
         return msgspec.convert({**fields, "tolerance": passing, "outputs": [row]}, ParityReport)
 
-    def profile(bundle: Path, **words: Any) -> ProfileReport:
+    def profile(bundle: Path, **words: Any) -> Result:
         asked["profile"] += 1
-        return ProfileReport("b", ())
+        return made_result()
 
     monkeypatch.setattr(_verify, "parity", parity)
     monkeypatch.setattr(_verify, "profile", profile)
@@ -174,7 +175,7 @@ def test_what_failed_is_repeated(bundle: Path, quick: dict[str, int], monkeypatc
 
 
 def test_interrupted_run_goes_on(bundle: Path, quick: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(folder: Path, **words: Any) -> ProfileReport:
+    def interrupt(folder: Path, **words: Any) -> Result:
         raise KeyboardInterrupt
 
     fine = _verify.profile
@@ -200,7 +201,7 @@ def test_no_time_is_taken_of_a_twin(bundle: Path, edit_manifest: Edit, quick: di
 def test_missed_threshold_fails_by_name(
     bundle: Path, edit_manifest: Edit, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_verify, "profile", lambda *words, **more: ProfileReport("b", ()))
+    monkeypatch.setattr(_verify, "profile", lambda *words, **more: made_result())
     edit_manifest(bundle, lambda raw: raw["recipe"]["tolerances"]["fp32"].update(max_rel=1e-12))
     said = cli("verify", bundle, "--threads", "1")
     assert said.code == 1

@@ -1,4 +1,4 @@
-"""Confidence intervals of 95 %: of a share, of the difference of two paired shares, of a median."""
+"""Confidence intervals of 95 %: of a share, of the difference of two paired shares, of a median or a percentile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-__all__ = ["Estimate", "median_interval", "paired_drop", "wilson"]
+__all__ = ["Estimate", "median_interval", "paired_drop", "percentile_ranks", "wilson"]
 
 _Z = 1.959963984540054  # two-sided 95 % of the normal distribution
 _TAIL = 0.025
@@ -82,3 +82,25 @@ def _order_rank(n: int) -> int:
             break
         k += 1
     return max(0, k - 1)
+
+
+def percentile_ranks(count: int, percent: float) -> tuple[int | None, int | None]:
+    """Return the ranks, from 0, of the two order statistics between which a percentile lies with at least 95 %.
+
+    As for the median: the number of independent samples below the percentile is binomial(count, percent / 100). None
+    where even the least, or the greatest, sample does not bound it on that side.
+    """
+    share = percent / 100
+    spread = 12 * math.sqrt(count * share * (1 - share)) + 12
+    first, last = max(0, math.floor(count * share - spread)), min(count, math.ceil(count * share + spread))
+    whole, logs = math.lgamma(count + 1), (math.log(share), math.log1p(-share))
+    below, low, high = 0.0, None, None
+    for k in range(first, last + 1):
+        # `below` is the chance that fewer than k samples lie below the percentile
+        if below <= _TAIL and k:
+            low = k - 1
+        if below >= 1 - _TAIL and high is None and k:
+            high = k - 1
+        log = whole - math.lgamma(k + 1) - math.lgamma(count - k + 1) + k * logs[0] + (count - k) * logs[1]
+        below += math.exp(log)
+    return low, high

@@ -1,0 +1,256 @@
+"""Result files: what `edgecomp profile` measured, with all that a reader needs to believe or repeat it.
+
+One JSON document a run, documented field by field in `docs/results.md`. A file of a newer schema, a truncated one, or
+one whose figures contradict each other is refused with its name, never read in part.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from edgecomp.errors import EdgecompError, InvalidSpec, RunError
+from edgecomp.profiles.latency import LatencyProfile
+from edgecomp.profiles.machine import Machine
+
+__all__ = [
+    "SCHEMA",
+    "BlockTime",
+    "LayerTime",
+    "MemoryUse",
+    "Result",
+    "RoutedTime",
+    "Subject",
+    "read_result",
+    "write_result",
+]
+
+SCHEMA: Final = 1
+_KIND: Final = "edgecomp result"
+_LARGEST = 256 << 20  # bytes; raw samples of an hour of short runs fit
+_UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
+
+Time = Annotated[float, Meta(ge=0)]
+
+
+class Subject(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was measured, as far as a latency depends on it; results of one subject can be compared without a word.
+
+    Attributes:
+        name: of the bundle's folder, or of the ONNX file; never its path.
+        digest: of the bundle (its manifest's own), or the file's sha256.
+        method, preset, backbone, precision, rest, image_size: of the bundle; "" or 0 of a plain ONNX file.
+        weights: where they come from in a word, for example `random (seed 0)`.
+    """
+
+    name: str
+    digest: str
+    method: str = ""
+    preset: str = ""
+    backbone: str = ""
+    precision: str = ""
+    rest: str = ""
+    image_size: int = 0
+    weights: str = ""
+
+
+class LayerTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One node or fused layer of a graph, by the runtime's own profiler, which slows the run down a little.
+
+    Attributes:
+        model: file of the graph.
+        name, op: as the runtime calls it.
+        module: the PyTorch module it came from; "" where the runtime's name does not tell.
+        block: the encoder block that holds the module, for example `blocks.3`; "" outside of blocks.
+        us: median over the runs.
+        share: of the sum over all layers of the graph, 0 to 1.
+    """
+
+    model: str
+    name: str
+    op: str
+    module: str
+    block: str
+    us: Time
+    share: Annotated[float, Meta(ge=0, le=1)]
+
+
+class BlockTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An encoder block, by the difference between two truncated graphs (`--ablate`), measured in turns.
+
+    Attributes:
+        model: file of the graph.
+        block: for example `blocks.3`.
+        us: median of the differences; negative where noise is larger than the block.
+        low_us, high_us: 95 % confidence interval of that median.
+        total_us: median of the graph up to the end of this block.
+    """
+
+    model: str
+    block: str
+    us: float
+    low_us: float
+    high_us: float
+    total_us: Time
+
+
+class MemoryUse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a process holds that has served one request from each of some buckets.
+
+    Memory is Linux' proportional set size (Pss): a page of the weights file that several sessions map counts once.
+
+    Attributes:
+        buckets: tokens kept by each.
+        share_weights: the graphs read one mapping of the weights.
+        held_mib: afterwards, when all of them are in memory.
+        peak_mib: the most seen while it loaded and ran, looking every 10 ms.
+    """
+
+    buckets: tuple[int, ...]
+    share_weights: bool
+    held_mib: Time
+    peak_mib: Time
+
+
+class RoutedTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Medians of a request that the router sends to a bucket, its stem run once; made of the parts' own medians.
+
+    Attributes:
+        model: the bucket's.
+        router_ms: the router alone, without the stem.
+        routed_ms: router, stem and bucket.
+        smallest_ms, largest_ms: stem and bucket of the smallest and largest budget, without a router.
+    """
+
+    model: str
+    batch: int
+    router_ms: Time
+    routed_ms: Time
+    smallest_ms: Time
+    largest_ms: Time
+
+
+class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One run of `edgecomp profile`: the file, and what `--json` prints.
+
+    Attributes:
+        kind: always "edgecomp result", so that no other JSON is taken for one.
+        created: UTC, ISO 8601, to the second.
+        edgecomp: the version that measured.
+        command: the words that repeat it; a bundle by its folder's name.
+        target: a target's name where the machine is known to be one, else `cpu` or the GPU's name in small letters.
+        subject: what was measured.
+        machine: where.
+        profiles: one for each graph and mode, a bucket's with its stem.
+        layers, blocks: per layer and `--ablate`; empty where they were not asked for.
+        routing: empty without a router.
+        memory: of processes that serve the buckets; empty where the system does not tell.
+        types: in which types a runtime really ran a graph's matrix products, and how many in each, by graph.
+        notes: what else a reader must know.
+    """
+
+    schema: Literal[1] = SCHEMA
+    kind: Literal["edgecomp result"] = _KIND
+    created: str
+    edgecomp: str
+    command: tuple[str, ...]
+    target: str
+    subject: Subject
+    machine: Machine
+    profiles: Annotated[tuple[LatencyProfile, ...], Meta(min_length=1)]
+    layers: tuple[LayerTime, ...] = ()
+    blocks: tuple[BlockTime, ...] = ()
+    routing: tuple[RoutedTime, ...] = ()
+    memory: tuple[MemoryUse, ...] = ()
+    types: dict[str, dict[str, int]] = {}
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_stable(self) -> bool:
+        """No graph's number carries a mark against it."""
+        return all(profile.is_steady for profile in self.profiles)
+
+
+class _Head(msgspec.Struct, frozen=True):
+    """The fields that tell whether a document is a result of a schema that is known."""
+
+    kind: str = ""
+    schema: int = 0
+
+
+def read_result(path: Path) -> Result:
+    """Read a result file.
+
+    Raises:
+        RunError: it cannot be read, is truncated or no result, is of a newer schema, or contradicts itself.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST:
+            raise RunError(f"{path} has {size} bytes, more than any result; is it the right file?")
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"result {path} cannot be read: {error.strerror}; check the path") from None
+    try:
+        head = msgspec.json.decode(content, type=_Head)
+    except msgspec.ValidationError:
+        head = _Head()
+    except msgspec.DecodeError as error:
+        raise RunError(f"result {path} is truncated or no JSON ({error}); measure again or copy it again") from None
+    if head.kind != _KIND:
+        raise RunError(f"{path} is JSON, and no result of `edgecomp profile`: its kind is {head.kind or 'missing'!r}")
+    if head.schema != SCHEMA:
+        raise RunError(
+            f"result {path} is of schema {head.schema}, and this edgecomp reads {SCHEMA}; install the edgecomp that "
+            "wrote it, or measure again"
+        )
+    try:
+        result = msgspec.json.decode(content, type=Result)
+    except msgspec.ValidationError as error:
+        raise RunError(f"result {path} is damaged or was edited: {error}; measure again") from None
+    for profile in result.profiles:
+        if not profile.samples_us or profile.num_samples != len(profile.samples_us):
+            raise RunError(
+                f"result {path}: {profile.model} says {profile.num_samples} samples and holds "
+                f"{len(profile.samples_us)}; measure again"
+            )
+    return result
+
+
+def write_result(result: Result, out: Path) -> Path:
+    """Write a result, whole or not at all, and return where.
+
+    Args:
+        out: a file that ends in `.json`, or a folder of results, which gets `<target>/<subject>-<runner>-<time>.json`.
+
+    Raises:
+        EdgecompError: it cannot be written. InvalidSpec: the file is there and is no result.
+    """
+    path = out if out.suffix == ".json" else out / result.target / f"{_stem(result)}.json"
+    if path.is_file():
+        try:
+            read_result(path)
+        except RunError as error:
+            raise InvalidSpec(f"{path} is there and would be lost ({error}); name another file") from None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise EdgecompError(f"result {path} cannot be written: {error.strerror}; name another place") from None
+    return path
+
+
+def _stem(result: Result) -> str:
+    words = (result.subject.name, result.profiles[0].runner.partition(" ")[0], re.sub(r"[-:]", "", result.created))
+    return "-".join(_UNFIT.sub("-", word) for word in words)

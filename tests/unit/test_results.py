@@ -1,0 +1,119 @@
+"""Result files: whole or refused, and percentiles that say how far they can be trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_result import made_profile, made_result
+
+from edgecomp.errors import EdgecompError, InvalidSpec, RunError
+from edgecomp.profiles.latency import percentile
+from edgecomp.profiles.result import read_result, write_result
+from edgecomp.profiles.statistics import percentile_ranks
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    ("count", "percent", "ranks"),
+    [
+        (1, 50, (None, None)),
+        (6, 50, (0, 5)),
+        (20, 50, (5, 14)),  # the textbook's sixth and fifteenth of twenty
+        (100, 99, (96, None)),
+        (1000, 90, (880, 918)),
+    ],
+)
+def test_percentile_ranks(count: int, percent: float, ranks: tuple[int | None, int | None]) -> None:
+    assert percentile_ranks(count, percent) == ranks
+
+
+def test_interval_covers_the_percentile_as_often_as_it_says() -> None:
+    chance = random.Random(0)
+    true_p90 = -math.log(0.1)
+    covered = 0
+    for _ in range(400):
+        samples = [chance.expovariate(1.0) for _ in range(200)]
+        one = made_profile(samples).percentiles["p90"]
+        assert one.low_us is not None
+        assert one.high_us is not None
+        covered += one.low_us <= true_p90 <= one.high_us
+    assert 0.93 <= covered / 400 <= 0.99
+
+
+def test_percentiles_carry_interval_and_mark() -> None:
+    profile = made_profile([float(number) for number in range(1000, 0, -1)])
+    p90 = profile.percentiles["p90"]
+    assert (p90.us, p90.low_us, p90.high_us, p90.is_indicative) == (900.0, 881.0, 919.0, True)
+    assert list(profile.percentiles) == ["p50", "p90", "p95", "p99", "p99.9"]
+    assert not profile.percentiles["p50"].is_indicative
+    assert profile.p50_us == percentile(profile.samples_us, 50)
+
+
+def test_result_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    result = made_result()
+    path = write_result(result, tmp_path / "results")
+    assert path.relative_to(tmp_path).as_posix() == "results/cpu/small-onnxruntime-20261122T120000Z.json"
+    assert read_result(path) == result
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    assert write_result(result, tmp_path / "one.json") == tmp_path / "one.json"
+
+
+def edited(path: Path, edit: Edit) -> Path:
+    raw = json.loads(path.read_text())
+    edit(raw)
+    path.write_text(json.dumps(raw))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (lambda raw: raw.update(schema=2), "is of schema 2, and this edgecomp reads 1"),
+        (lambda raw: raw.update(kind="other"), "no result of `edgecomp profile`: its kind is 'other'"),
+        (lambda raw: raw.pop("kind"), "its kind is 'missing'"),
+        (lambda raw: raw.update(profiles=[]), "damaged or was edited: Expected `array` of length >= 1"),
+        (lambda raw: raw.update(more=1), "damaged or was edited: Object contains unknown field `more`"),
+        (lambda raw: raw["profiles"][0].update(samples_us=[]), "says 20 samples and holds 0"),
+        (lambda raw: raw["profiles"][0].update(num_samples=21), "says 21 samples and holds 20"),
+        (lambda raw: raw["profiles"][0].update(mean_us=math.nan), "truncated or no JSON"),
+    ],
+)
+def test_damaged_results_are_refused(tmp_path: Path, edit: Edit, text: str) -> None:
+    path = edited(write_result(made_result(), tmp_path / "r.json"), edit)
+    with pytest.raises(RunError, match=r"r\.json") as caught:
+        read_result(path)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 2000])
+def test_truncated_result(tmp_path: Path, size: int) -> None:
+    path = write_result(made_result(), tmp_path / "r.json")
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(RunError, match=r"r\.json is truncated or no JSON"):
+        read_result(path)
+
+
+def test_what_is_no_result_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "package.json"
+    path.write_text("{}")
+    with pytest.raises(InvalidSpec, match=r"package\.json is there and would be lost"):
+        write_result(made_result(), path)
+    assert path.read_text() == "{}"
+
+
+def test_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EdgecompError, match="cannot be written: Not a directory"):
+        write_result(made_result(), tmp_path / "file" / "r.json")
+
+
+def test_absent_result(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"absent\.json cannot be read: No such file"):
+        read_result(tmp_path / "absent.json")
