@@ -12,7 +12,15 @@ import hashlib
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir", "data_path", "photograph_path", "says_each_step", "source_digest"]
+__all__ = [
+    "cache_dir",
+    "data_path",
+    "gpus_are_in_bus_order",
+    "photograph_path",
+    "says_each_step",
+    "source_digest",
+    "visible_gpus",
+]
 
 _PACKAGE = Path(__file__).resolve().parent
 _SHIPPED = _PACKAGE / "_data"
@@ -40,6 +48,16 @@ def cache_dir() -> Path:
 def says_each_step() -> bool:
     """Say whether long verbs write each step to stderr as a line, also where that is no terminal (`--on` has it so)."""
     return os.environ.get("EDGECOMP_PROGRESS", "") == "lines"
+
+
+def visible_gpus() -> str | None:
+    """Return `CUDA_VISIBLE_DEVICES`, by which a user says which GPUs a process sees; None where all are."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def gpus_are_in_bus_order() -> bool:
+    """Say whether CUDA numbers the GPUs as nvidia-smi does; unless told to, it puts the fastest first."""
+    return os.environ.get("CUDA_DEVICE_ORDER", "") == "PCI_BUS_ID"
 
 
 @functools.cache  # as it was when it was read first: a long process may lose the right to read it

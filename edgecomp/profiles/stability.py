@@ -1,0 +1,167 @@
+"""Whether a measurement's conditions stood still: the rule, and nothing but the rule.
+
+**Unstable** is a result during which any of these was seen.
+
+1. *Drift*: the clock of the device that worked (the GPU's multiprocessors, or the fastest core) has medians over the
+   first and the last third of the samples that differ by more than 5 % of the higher one.
+2. *Dips*: more than a tenth of the samples lie over 5 % below the median of all.
+3. *Throttling*: NVML gave a reason other than that the GPU was idle, that a user set application clocks, or that a
+   display limits them; or one of the kernel's cooling devices that hold clocks was at work; or a count of thermal
+   throttling (x86) or of over-current (Jetson) rose.
+4. *Heat*: it came within 3 degrees of where the clocks begin to fall.
+
+With fewer than six samples that hold a clock, the clocks before and after are compared by the same 5 % instead.
+
+**Unknown** is a result whose clocks could not be read, if nothing of the above was seen either: nobody knows that it is
+stable. **Stable** is the rest. Governor, power mode, other processes and a hypervisor are notes: they explain, and do
+not decide.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+from edgecomp.profiles.nvml import HARMLESS_REASONS, is_gpu_reason
+from edgecomp.profiles.state import DeviceState, Stability, Watch
+
+__all__ = ["DIP_SHARE", "DRIFT_PERCENT", "FEWEST_SAMPLES", "NEAR_LIMIT_C", "judge_state"]
+
+DRIFT_PERCENT = 5.0
+"""How far clocks may differ, in percent of the higher one."""
+DIP_SHARE = 0.1
+"""Share of samples that may lie further below the median than that."""
+NEAR_LIMIT_C = 3.0
+"""Degrees below the limit from which on heat counts."""
+FEWEST_SAMPLES = 6
+"""Samples with a clock below which before and after are compared instead."""
+
+_BUSY_CORES = 0.5
+_STOLEN_CORES = 0.05
+
+Device = Literal["gpu", "cpu"]
+
+
+def judge_state(before: DeviceState, after: DeviceState, watch: Watch | None = None, *, device: Device) -> Stability:
+    """Say whether the conditions of a measurement stood still; the module states the rule.
+
+    Args:
+        before: the device after the warm-up and before the first sample.
+        after: the device after the last one.
+        watch: what was seen between them, where something watched.
+        device: what the model ran on, whose clocks decide.
+    """
+    clocks = _clocks(watch, device)
+    if len(clocks) >= FEWEST_SAMPLES:
+        moved = _moves(clocks, device)
+    else:
+        ends = [clock for clock in (_clock(before, device), _clock(after, device)) if clock]
+        moved = [_drift(ends[0], ends[1], f"{device} clock before and after")] if len(ends) == 2 else []
+        clocks = ends if len(ends) == 2 else []
+    seen = (*moved, *_throttling(before, after, watch, device), *_heat(after, watch, device))
+    reasons = tuple(reason for reason in seen if reason)
+    notes = _notes(before, after, watch)
+    if reasons:
+        return Stability("unstable", reasons, notes)
+    if not clocks:
+        said = next((line for line in after.unreadable if line.startswith(device)), f"{device} clocks: not readable")
+        return Stability("unknown", (said,), notes)
+    return Stability("stable", (), notes)
+
+
+def _clock(state: DeviceState, device: Device) -> float | None:
+    if device == "gpu":
+        return None if state.gpu is None else state.gpu.sm_mhz or state.gpu.graphics_mhz
+    return max((core.now_mhz for core in state.cores if core.now_mhz), default=None)
+
+
+def _clocks(watch: Watch | None, device: Device) -> list[float]:
+    samples = () if watch is None else watch.samples
+    return [clock for clock in (s.gpu_mhz if device == "gpu" else s.cpu_mhz for s in samples) if clock]
+
+
+def _moves(clocks: Sequence[float], device: Device) -> list[str]:
+    third = len(clocks) // 3
+    first, last = statistics.median(clocks[:third]), statistics.median(clocks[-third:])
+    middle = statistics.median(clocks)
+    low = [clock for clock in clocks if clock < middle * (1 - DRIFT_PERCENT / 100)]
+    found = [_drift(first, last, f"{device} clock over the measurement")]
+    if len(low) > DIP_SHARE * len(clocks):
+        found.append(
+            f"{device} clock dipped below {middle:.0f} MHz by more than {DRIFT_PERCENT:g} % in {len(low)} of "
+            f"{len(clocks)} samples, down to {min(low):.0f} MHz"
+        )
+    return found
+
+
+def _drift(first: float, last: float, where: str) -> str:
+    """Return the reason where two clocks differ by too much, "" where not."""
+    if abs(first - last) <= DRIFT_PERCENT / 100 * max(first, last):
+        return ""
+    return f"{where}: {first:.0f} MHz to {last:.0f} MHz, {100 * (last - first) / first:+.1f} %"
+
+
+def _throttling(before: DeviceState, after: DeviceState, watch: Watch | None, device: Device) -> list[str]:
+    """Return a reason for each word that says that clocks were held, and for each counter that rose."""
+    samples = () if watch is None else watch.samples
+    gpu = (after.gpu.throttle_reasons if after.gpu else None) or ()
+    readings = [*(sample.throttle_reasons or () for sample in samples), (*gpu, *(after.cooling or ()))]
+    seen = Counter(word for words in readings for word in set(words))
+    found = [
+        f"{word}, in {count} of {len(readings)} readings"
+        for word, count in sorted(seen.items())
+        if word not in HARMLESS_REASONS and (device == "gpu" or not is_gpu_reason(word))
+    ]
+    heat = _rise(before.cpu_throttle_count, after.cpu_throttle_count)
+    if heat:
+        found.append(f"the cores slowed down for heat {heat} times")
+    old, new = (state.jetson.over_current_events if state.jetson else {} for state in (before, after))
+    for name in sorted(new):
+        current = _rise(old.get(name), new[name])
+        if current:
+            found.append(f"the board slowed down for current {current} times (counter {name})")
+    return found
+
+
+def _rise(before: int | None, after: int | None) -> int:
+    return after - before if before is not None and after is not None and after > before else 0
+
+
+def _heat(after: DeviceState, watch: Watch | None, device: Device) -> list[str]:
+    found = []
+    limit = after.gpu.temperature_limit_c if after.gpu else None
+    if device == "gpu" and limit is not None:
+        samples = () if watch is None else watch.samples
+        read = [sample.temperature_c for sample in samples] + [after.gpu.temperature_c if after.gpu else None]
+        highest = max((celsius for celsius in read if celsius is not None), default=None)
+        if highest is not None and highest >= limit - NEAR_LIMIT_C:
+            found.append(f"gpu at {highest:.1f} C, and its clocks fall from {limit:.1f} C on")
+    if device == "cpu" or after.jetson is not None:  # a Jetson's zones share a die
+        for zone, celsius in after.temperatures_c.items():
+            limit = after.temperature_limits_c.get(zone)
+            if limit is not None and celsius >= limit - NEAR_LIMIT_C and not zone.startswith("PMIC"):
+                found.append(f"{zone} at {celsius:.1f} C, and clocks fall from {limit:.1f} C on")
+    return found
+
+
+def _notes(before: DeviceState, after: DeviceState, watch: Watch | None) -> tuple[str, ...]:
+    notes = []
+    if after.governor not in {"performance", "unknown"}:
+        notes.append(f"governor {after.governor}: the cores' clocks follow the load; performance holds them")
+    if after.jetson is not None:
+        if after.jetson.jetson_clocks == "off":
+            notes.append("jetson_clocks is off: the clocks follow the load; `sudo jetson_clocks` holds them")
+        if before.jetson is not None and after.jetson.power_mode != before.jetson.power_mode:
+            notes.append(f"the power mode changed to {after.jetson.power_mode}")
+    busy = (after.gpu.num_processes if after.gpu else None) or 0
+    if busy > 1:
+        notes.append(f"{busy} compute processes on the GPU, this one among them")
+    if after.gpu is not None and after.gpu.mig_instance:
+        notes.append("an instance of a GPU: clocks, heat and power are those of the whole GPU")
+    if watch is not None and watch.other_cores is not None and watch.other_cores > _BUSY_CORES:
+        notes.append(f"other processes kept {watch.other_cores:.1f} cores busy")
+    if watch is not None and watch.stolen_cores is not None and watch.stolen_cores > _STOLEN_CORES:
+        notes.append(f"a hypervisor took {watch.stolen_cores:.2f} cores away")
+    return tuple(notes)
