@@ -6,7 +6,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from edgecomp.profiles.interleave import interleave as take_turns
 from edgecomp.profiles.machine import read_machine
 from edgecomp.report.text import table
 
@@ -31,29 +31,15 @@ def parse(description: str, **flags: tuple[type, Any, str]) -> argparse.Namespac
 
 
 def interleave(runs: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int = 1) -> dict[str, list[float]]:
-    """Time each callable in turn, A B C A B C, so that the machine's drift meets all alike; each turn warms up first.
+    """Time callables in turns, as `edgecomp.profiles.interleave` does; return milliseconds of each round, by name.
 
     Args:
-        runs: callables by name; each is called twice before the first round.
+        runs: callables by name.
         rounds: how many times round.
         repeats: calls in each turn; their mean is one sample.
-
-    Returns:
-        milliseconds of each round, by name.
     """
-    for run in runs.values():
-        run()
-        run()
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            time.sleep(0.2)  # threads of the run before spin for a while, and would take a core from this one
-            run()
-            started = time.perf_counter_ns()
-            for _ in range(repeats):
-                run()
-            samples[name].append((time.perf_counter_ns() - started) / repeats / 1e6)
-    return samples
+    samples = take_turns(runs, rounds=rounds, repeats=repeats).samples_us
+    return {name: [us / 1000 for us in values] for name, values in samples.items()}
 
 
 def ratio(samples: Mapping[str, list[float]], name: str, base: str) -> float:
