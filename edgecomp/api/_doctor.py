@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from edgecomp.profiles.device import read_state
 from edgecomp.profiles.machine import installed_versions, read_gpu
 from edgecomp.report.doctor import DoctorReport, Finding
 
@@ -36,7 +37,7 @@ _NVIDIA = "0x10de"  # PCI vendor
 
 
 def doctor() -> DoctorReport:
-    """Look at Python, the packages, TensorRT, the GPU with its driver and compiler, and JetPack. Prints nothing."""
+    """Look at Python, the packages, TensorRT, the GPU with its driver and compiler, JetPack, and the device's state."""
     driver = _cuda_driver_version()
     gpu, _ = read_gpu()
     is_jetson = _is_jetson(_ROOT)
@@ -53,7 +54,8 @@ def doctor() -> DoctorReport:
             _look_at_gpu(gpu, has_gpu=has_gpu),
             _look_at_compiler(_ROOT, is_jetson=is_jetson),
             _look_at_jetpack(_ROOT, is_jetson=is_jetson),
-        )
+        ),
+        read_state(_ROOT),
     )
 
 

@@ -57,7 +57,7 @@ class Files:
         wanted += [("cooling", name, file) for name, file in cooling.items()]
         for kind, name, file in wanted:
             with suppress(OSError):
-                self.descriptors.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+                self.descriptors.append(os.open(file, os.O_RDONLY))
                 self._plan.append((kind, name))
         self.names = sorted({kind for kind, _ in self._plan})
 

@@ -7,6 +7,7 @@ None, never a number.
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -71,10 +72,15 @@ class Rail(msgspec.Struct, frozen=True):
 def read_text(path: Path) -> str:
     """Return the beginning of a file without blanks around it; "" where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return file.read(_LARGEST).decode(errors="replace").strip("\0 \t\r\n")
+        descriptor = os.open(path, os.O_RDONLY)  # a third of the time of `path.open`, and there are many
     except OSError:
         return ""
+    try:
+        return os.read(descriptor, _LARGEST).decode(errors="replace").strip("\0 \t\r\n")
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)
 
 
 def read_number(path: Path, scale: float = 1.0) -> float | None:

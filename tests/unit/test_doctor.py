@@ -18,7 +18,8 @@ import pytest
 
 from edgecomp.api import _doctor as api_doctor
 from edgecomp.api._doctor import doctor
-from edgecomp.report.doctor import DoctorReport, Finding
+from edgecomp.profiles.state import CoreClock, DeviceState, GpuState, JetsonState
+from edgecomp.report.doctor import DoctorReport, Finding, describe_doctor
 
 SUBJECTS = [
     "Python",
@@ -119,6 +120,27 @@ def test_everything_missing_carries_its_command(bare: Path) -> None:
         "plugin compiler": "sudo apt-get install nvidia-cuda-toolkit",
     }
     assert finding("JetPack") == Finding("JetPack", "fine", "not a Jetson")
+
+
+def test_what_can_be_read_of_the_device_stands_at_the_end(bare: Path) -> None:
+    report = doctor()
+    assert report.state is not None
+    text = describe_doctor(report)
+    assert "What a result can say of this device while it was measured:" in text
+    assert "  unreadable   cpu clocks: no core's scaling_cur_freq under /sys/devices/system/cpu" in text
+    gpu = GpuState(name="A", source="nvml", sm_mhz=1740, temperature_c=61, power_mw=298765.4, throttle_reasons=())
+    jetson = JetsonState(power_mode="25W", jetson_clocks="off", rails_mw={"VDD_IN": 9250.3})
+    state = DeviceState(
+        time_utc="", cores=(CoreClock(0, 1190.4), CoreClock(1, 729.6)), governor="schedutil", gpu=gpu, jetson=jetson,
+        temperatures_c={"a": 50.0, "b": 58.625},
+    )  # fmt: skip
+    assert describe_doctor(DoctorReport(report.findings, state)).splitlines()[-5:] == [
+        "  cpu clocks   2 cores, 730 to 1190 MHz, governor schedutil",
+        "  temperatures 2, the highest b 58.6 C",
+        "  gpu          A, by nvml: 1740 MHz, 61 C, 298765 mW, held by: nothing",
+        "  power mode   25W, jetson_clocks off",
+        "  rails        VDD_IN 9250 mW",
+    ]
 
 
 def test_old_python(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
