@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 from stand_in import NATIVE, compile_cpp
 
+from edgecomp.engines.gpu import local_gpu_sm
 from edgecomp.errors import RunError
-from edgecomp.profiles.device import read_state
+from edgecomp.profiles.device import open_nvml, read_state
 from edgecomp.profiles.nvml import HARMLESS_REASONS, Nvml, is_gpu_reason, throttle_words
 
 
@@ -273,3 +275,22 @@ def test_power_of_this_moment_where_the_driver_has_it(library: str, monkeypatch:
         monkeypatch.setenv("FAKE_NVML_FAIL", "instant=3")
         assert nvml.sampler().power_is_averaged
         assert nvml.sampler().sample()[3] == 312345
+
+
+@pytest.mark.gpu
+def test_gpu_of_this_machine() -> None:
+    try:
+        nvml = open_nvml()
+    except RunError as error:
+        pytest.skip(f"no GPU that NVML knows: {error}")
+    with nvml:
+        state, refused = nvml.read()
+        sampler = nvml.sampler()
+        start = time.perf_counter()
+        clock, _, celsius, power, mask = sampler.sample()
+        spent = time.perf_counter() - start
+    assert state.name != "unknown"
+    assert state.sm == local_gpu_sm()
+    for word, value in (("sm_mhz", clock), ("temperature_c", celsius), ("power_mw", power), ("throttle_reasons", mask)):
+        assert (value is None) == (word in refused), word
+    assert spent < 0.05

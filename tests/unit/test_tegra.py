@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -485,3 +486,13 @@ def test_nothing_of_this_machine_is_asked_for_another_root(tmp_path: Path, monke
     state = read_state(tmp_path)
     assert state.jetson is not None
     assert "neither /var/lib/nvpmodel/status nor `nvpmodel -q`" in " ".join(state.unreadable)
+
+
+def test_state_is_read_within_50_ms(tmp_path: Path) -> None:
+    write(tmp_path, ORIN_NANO)
+    spent = []
+    for _ in range(5):
+        start = time.perf_counter()
+        read_state(tmp_path)
+        spent.append(time.perf_counter() - start)
+    assert min(spent) < 0.05  # 4 ms on a quiet machine
