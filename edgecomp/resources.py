@@ -14,6 +14,7 @@ from pathlib import Path
 
 __all__ = [
     "cache_dir",
+    "config_dir",
     "data_path",
     "gpus_are_in_bus_order",
     "photograph_path",
@@ -43,6 +44,14 @@ def cache_dir() -> Path:
 
     named = os.environ.get("EDGECOMP_CACHE_DIR", "")
     return Path(named) if named else Path(platformdirs.user_cache_dir("edgecomp"))
+
+
+def config_dir() -> Path:
+    """Return the user's folder for what is to be kept: `EDGECOMP_CONFIG_DIR`, or the system's usual place."""
+    import platformdirs
+
+    named = os.environ.get("EDGECOMP_CONFIG_DIR", "")
+    return Path(named) if named else Path(platformdirs.user_config_dir("edgecomp"))
 
 
 def says_each_step() -> bool:

@@ -24,6 +24,7 @@ DIST_INFO = f"edgecomp-{__version__}.dist-info"
 DATA = {
     "export/": "edgecomp/_data/export/",
     "engines/": "edgecomp/_data/engines/",
+    "profiles/published/": "edgecomp/_data/profiles/published/",
     "profiles/targets/": "edgecomp/_data/profiles/targets/",
 }
 NO_NETWORK = re.compile(r"NewConnectionError|NameResolutionError|Network is unreachable|name resolution", re.IGNORECASE)

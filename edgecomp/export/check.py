@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from edgecomp.export.view import GraphView, NodeView
 from edgecomp.specs import OpList
 from edgecomp.specs.verdict import VERDICTS, Finding, GraphCheck, Verdict, worst
 
-__all__ = ["check_graph", "infer_shapes"]
+__all__ = ["check_graph", "infer_shapes", "inline_calls"]
 
 _MOST_NODES = 1_000_000  # of an inlined function
 _MOST_FOLLOWED = 1 << 20  # elements whose values shape inference follows, at some 150 bytes each
@@ -37,7 +37,7 @@ def check_graph(path: Path, scope: Scope) -> GraphCheck:
         RunError: the file is absent, truncated or no ONNX model; or its functions cannot be inlined.
     """
     light = read_light(path)
-    model, inlined = _inline(light, scope)
+    model, inlined = inline_calls(light, scope.plugin_ops)
     graph = GraphView(light, infer_shapes(model))
     findings: list[Finding] = []
     for rule in RULES:
@@ -62,11 +62,15 @@ def check_graph(path: Path, scope: Scope) -> GraphCheck:
     )
 
 
-def _inline(light: LightModel, scope: Scope) -> tuple[Any, int]:
-    """Return the model without functions, and how many calls were replaced."""
+def inline_calls(light: LightModel, kept_ops: Collection[str] = ()) -> tuple[Any, int]:
+    """Return the model without functions but those of `kept_ops`, and how many calls were replaced.
+
+    Raises:
+        RunError: functions that cannot be inlined.
+    """
     model = light.proto
     names = {(f.domain, f.name) for f in model.functions}
-    wanted = {name for name in names if "::".join(name) not in scope.plugin_ops}
+    wanted = {name for name in names if "::".join(name) not in kept_ops}
     if not wanted:
         return model, 0
     calls = sum((node.domain, node.op_type) in wanted for node in model.graph.node)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 import onnx_ir as ir
@@ -10,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgecomp.backbones.placed import PlacedModel, PlainModel
+from edgecomp.specs.costs import multiply_adds
 
 __all__ = ["count_flops", "count_module_flops", "count_ops"]
 
@@ -26,17 +26,15 @@ def count_flops(model: ir.Model) -> int:
 
 
 def _multiply_adds(node: ir.Node) -> int:
-    if node.op_type == "MatMul":
-        return math.prod(_shape(node.outputs[0])) * _shape(node.inputs[0])[-1]
-    if node.op_type == "Gemm":
-        transposed = node.attributes.get("transA")
-        rows = _shape(node.inputs[0])
-        return math.prod(_shape(node.outputs[0])) * rows[0 if transposed is not None and transposed.value else 1]
-    if node.op_type == "Conv":  # weight (out, in / groups, k...)
-        return math.prod(_shape(node.outputs[0])) * math.prod(_shape(node.inputs[1])[1:])
-    if node.op_type == "ConvTranspose":  # weight (in, out / groups, k...)
-        return math.prod(_shape(node.inputs[0])) * math.prod(_shape(node.inputs[1])[1:])
-    return 0
+    if node.op_type not in ("MatMul", "Gemm", "Conv", "ConvTranspose"):
+        return 0
+    transposed = node.attributes.get("transA")
+    return multiply_adds(
+        node.op_type,
+        [_shape(value) for value in node.inputs[:2]],
+        [_shape(value) for value in node.outputs],
+        transposed=transposed is not None and bool(transposed.value),
+    )
 
 
 def _shape(value: ir.Value | None) -> list[int]:

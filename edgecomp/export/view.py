@@ -302,6 +302,7 @@ _COMPUTE: dict[str, Any] = {
     "Sub": lambda node, a, b: a - b,
     "Mul": lambda node, a, b: a * b,
     "Div": lambda node, a, b: _divide(a, b),
+    "Mod": lambda node, a, b: np.mod(a, b),
     "Neg": lambda node, x: -x,
     "Min": lambda node, *xs: np.minimum.reduce(xs),
     "Max": lambda node, *xs: np.maximum.reduce(xs),

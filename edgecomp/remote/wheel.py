@@ -25,7 +25,7 @@ from edgecomp.resources import data_path
 
 __all__ = ["Wheel", "make_wheel"]
 
-_DATA = (("export",), ("engines",), ("profiles", "targets"))
+_DATA = (("export",), ("engines",), ("profiles", "published"), ("profiles", "targets"))
 _STAMP = (1980, 1, 1, 0, 0, 0)  # a zip's first moment: the bytes must not tell when they were made
 _LARGEST = 64 << 20  # bytes; a wheel is some MiB, and more means that the folders hold what is not edgecomp's
 
