@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgecomp.api._calibrate import calibrate
     from edgecomp.api._check import check
     from edgecomp.api._doctor import doctor
+    from edgecomp.api._estimate import estimate
     from edgecomp.api._evaluate import evaluate
     from edgecomp.api._export import export
     from edgecomp.api._inspect import inspect
@@ -34,6 +35,7 @@ __all__ = [
     "calibrate",
     "check",
     "doctor",
+    "estimate",
     "evaluate",
     "export",
     "inspect",

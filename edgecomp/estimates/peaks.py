@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_args
+from typing import get_args
 
+import msgspec
 from msgspec.structs import replace
 
 from edgecomp.errors import InvalidSpec, UnknownName
@@ -25,7 +26,7 @@ _FIRST_TF32 = 80  # compute capability
 _FP32_OF_FP16 = {72: 8, 75: 8}  # 64 FP32 cores (128 FLOP a clock) beside tensor cores of 1024 FLOP a clock in each SM
 
 
-class Rate(NamedTuple):
+class Rate(msgspec.Struct, frozen=True):
     """A dense peak rate.
 
     Attributes:

@@ -1,0 +1,148 @@
+"""`edgecomp estimate`: a graph on hardware that is not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from edgecomp.api._progress import Progress, silent
+from edgecomp.bundle import open_bundle
+from edgecomp.errors import InvalidSpec, MissingDependency, RunError
+from edgecomp.estimates import applied_for, estimate_graph
+from edgecomp.estimates.chain import in_a_row
+from edgecomp.estimates.memory import judge_memory
+from edgecomp.estimates.peaks import at_power_mode, require_precision
+from edgecomp.report.estimate import EstimateReport, findings_of, graph_estimate
+from edgecomp.specs import load_target
+from edgecomp.specs.costs import GraphCosts
+from edgecomp.specs.manifest import Manifest, PlainGraph
+
+__all__ = ["estimate"]
+
+_LARGEST_BATCH = 1 << 16
+
+
+class _Read(NamedTuple):
+    """A graph of what was given: its name and role, the tokens it keeps, its costs."""
+
+    model: str
+    role: str
+    kept: int
+    costs: GraphCosts
+
+
+def estimate(
+    path: str | Path,
+    *,
+    target: str,
+    precision: str = "",
+    batch: int | None = None,
+    budget: str | None = None,
+    plugin: bool = True,
+    power_mode: str = "",
+    per_op: bool = False,
+    progress: Progress = silent,
+) -> EstimateReport:
+    """Compute what a bundle's graphs, or any ONNX file, would take on a target; nothing is built or run.
+
+    Args:
+        path: a bundle, or an .onnx file of anyone.
+        target: a target's name, or the path of a target's TOML file.
+        precision: as if it were exported so; "": as it is written.
+        batch: as if it were exported so, where the graph has a batch axis; None: that of the file, of a bundle its
+            smallest.
+        budget: of a bundle, only the bucket that keeps so many tokens.
+        plugin: merge nodes run in edgecomp's plugin; False: by their function's body.
+        power_mode: of the target; its clock scales the peaks.
+        per_op: keep each kernel.
+        progress: takes one line for each step.
+
+    Raises:
+        RunError: the file is absent, truncated or no ONNX model, or has a shape that is not fixed.
+        BundleError: the bundle is not whole. UnknownName: no such target, precision or power mode.
+        InvalidSpec: a precision that the target does not run or states no peak for; a batch that cannot be scaled to.
+        MissingDependency: the package onnx is not installed.
+    """
+    path, chosen = Path(path), load_target(target)
+    if batch is not None and not 1 <= batch <= _LARGEST_BATCH:
+        raise InvalidSpec(f"--batch {batch} is not between 1 and {_LARGEST_BATCH}")
+    if precision:
+        require_precision(chosen, precision)
+    notes: list[str] = []
+    if power_mode:
+        chosen, said = at_power_mode(chosen, power_mode)
+        notes.append(said)
+    graphs = _graphs_of(path, batch=batch or 0, budget=budget, progress=progress)
+    applied = applied_for(chosen.name)
+    made = {
+        graph.model: estimate_graph(
+            graph.costs, chosen, precision=precision, batch=batch or 0, plugin=plugin, applied=applied
+        )
+        for graph in graphs
+    }
+    plain = next((made[graph.model] for graph in graphs if graph.role == "plain"), None)
+    shown = tuple(
+        graph_estimate(
+            made[graph.model],
+            judge_memory(made[graph.model], chosen),
+            model=graph.model,
+            role=graph.role,  # type: ignore[arg-type]
+            kept=graph.kept,
+            plain=plain if graph.role == "bucket" else None,
+            per_op=per_op,
+        )
+        for graph in graphs
+    )
+    for graph in graphs:
+        if precision and precision != graph.costs.precision:
+            written = graph.costs.precision
+            notes.append(f"{graph.model} is written in {written}: taken as if it were exported in {precision}")
+    notes += [note for one in made.values() for note in one.notes]
+    if plain is None and any(graph.role == "bucket" for graph in graphs):
+        notes.append("the bundle has no plain model to compare with; export it with --with-plain")
+    return EstimateReport(
+        path=str(path),
+        target=chosen.name,
+        title=chosen.title,
+        graphs=shown,
+        efficiency=applied.efficiency,
+        efficiency_from=applied.source,
+        error=next(iter(made.values())).error,
+        findings=findings_of(shown, chosen.name),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _graphs_of(path: Path, *, batch: int, budget: str | None, progress: Progress) -> list[_Read]:
+    """Return the graphs to estimate: of a bundle its buckets, stem and all, and its plain model; or the one file."""
+    try:
+        from edgecomp.export.costs import count_costs
+    except ImportError as error:
+        raise MissingDependency("onnx", needed_for="counting what a graph costs", extra="export") from error
+    if not path.is_dir():
+        if not path.is_file():
+            raise RunError(f"{path} is not there; give a bundle or an .onnx file")
+        if budget is not None:
+            raise InvalidSpec(f"--budget {budget} is of a bundle, and {path} is a file; leave it out")
+        progress(path.name)
+        return [_Read(path.name, "file", 0, count_costs(path, batch=batch))]
+    opened = open_bundle(path, verify=False)
+    manifest = opened.manifest
+    have = sorted({bucket.batch for bucket in manifest.buckets})
+    chosen = batch if batch in have else have[0]
+    stems: dict[str, GraphCosts] = {}
+    found = []
+    for bucket in opened.select(budget=budget, batch=chosen):
+        progress(bucket.model)
+        costs = count_costs(path / bucket.model)
+        if bucket.stem:
+            if bucket.stem not in stems:
+                stems[bucket.stem] = count_costs(path / bucket.stem)
+            costs = in_a_row(stems[bucket.stem], costs)
+        found.append(_Read(bucket.model, "bucket", bucket.budget.tokens_out, costs))
+    found += [_Read(graph.model, "plain", 0, count_costs(path / graph.model)) for graph in _plain(manifest, chosen)]
+    return found
+
+
+def _plain(manifest: Manifest, batch: int) -> list[PlainGraph]:
+    return [graph for graph in manifest.plain if graph.batch == batch][:1]

@@ -1,0 +1,49 @@
+"""Graphs that run in a row, as one: a bundle's stem and the rest of a bucket."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from edgecomp.errors import InvalidSpec
+from edgecomp.specs.costs import GraphCosts
+
+__all__ = ["in_a_row"]
+
+
+def in_a_row(first: GraphCosts, second: GraphCosts) -> GraphCosts:
+    """Return the costs of two graphs of which the second reads what the first makes.
+
+    Weights that bear one name are one: graphs of a bundle share their weights file.
+
+    Raises:
+        InvalidSpec: the second reads what the first neither makes nor takes.
+    """
+    handed = {*first.outputs, *first.inputs}
+    if missing := [name for name in second.inputs if name not in handed]:
+        raise InvalidSpec(f"{second.file} reads {', '.join(missing)}, which {first.file} does not make")
+    taken = {*first.values}
+    names = {name: name if name in second.inputs or name not in taken else f"2/{name}" for name in second.values}
+    weights = {
+        name: name if name not in first.weights or first.weights[name] == weight else f"2/{name}"
+        for name, weight in second.weights.items()
+    }
+    ops = tuple(
+        replace(
+            op,
+            reads=tuple(names[name] for name in op.reads),
+            writes=tuple(names[name] for name in op.writes),
+            weights=tuple(weights[name] for name in op.weights),
+        )
+        for op in second.ops
+    )
+    return GraphCosts(
+        file=second.file,
+        batch=first.batch if first.batch == second.batch else 0,
+        tokens=first.tokens or second.tokens,
+        inputs=first.inputs,
+        outputs=tuple(names[name] for name in second.outputs),
+        ops=(*first.ops, *ops),
+        values={**first.values, **{names[name]: value for name, value in second.values.items()}},
+        weights={**first.weights, **{weights[name]: value for name, value in second.weights.items()}},
+        notes=tuple(dict.fromkeys((*first.notes, *second.notes))),
+    )
