@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgecomp.api._build import build
     from edgecomp.api._calibrate import calibrate
     from edgecomp.api._check import check
+    from edgecomp.api._compare import compare
     from edgecomp.api._doctor import doctor
     from edgecomp.api._estimate import estimate
     from edgecomp.api._evaluate import evaluate
@@ -34,6 +35,7 @@ __all__ = [
     "build",
     "calibrate",
     "check",
+    "compare",
     "doctor",
     "estimate",
     "evaluate",

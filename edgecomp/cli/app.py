@@ -15,6 +15,7 @@ from edgecomp.cli import (
     bundle,
     calibrate,
     check,
+    compare,
     doctor,
     estimate,
     evaluate,
@@ -38,7 +39,21 @@ app = typer.Typer(
     name="edgecomp", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 app.add_typer(listing.app, name="list", help="List methods, targets, backbones or routers.")
-for _module in (export, parity, build, run, profile, estimate, evaluate, calibrate, check, inspect, doctor, verify):
+for _module in (
+    export,
+    parity,
+    build,
+    run,
+    profile,
+    compare,
+    estimate,
+    evaluate,
+    calibrate,
+    check,
+    inspect,
+    doctor,
+    verify,
+):
     app.command(name=_module.__name__.rpartition(".")[2])(_module.command)
 app.add_typer(bundle.app, name="bundle", help="Pack a bundle into one file, or unpack one.")
 app.add_typer(plugin.app, name="plugin", help="Compile, list or check TensorRT plugins.")

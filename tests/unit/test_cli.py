@@ -23,7 +23,20 @@ from edgecomp.errors import InvalidSpec
 from edgecomp.resources import photograph_path
 
 Cli = Callable[..., Any]
-VERBS = ("export", "parity", "build", "run", "profile", "estimate", "evaluate", "check", "inspect", "doctor", "list")
+VERBS = (
+    "export",
+    "parity",
+    "build",
+    "run",
+    "profile",
+    "compare",
+    "estimate",
+    "evaluate",
+    "check",
+    "inspect",
+    "doctor",
+    "list",
+)
 HELPS = [["export", "--help"], ["evaluate", "--help"]]
 LIGHT = [["--help"], ["--version"], ["list", "methods"], ["list", "targets"], ["list", "backbones"]]
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx", "transformers", "timm", "numpy", "rich")
