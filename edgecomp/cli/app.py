@@ -25,6 +25,7 @@ from edgecomp.cli import (
     parity,
     plugin,
     profile,
+    results,
     run,
     verify,
 )
@@ -56,6 +57,7 @@ for _module in (
 ):
     app.command(name=_module.__name__.rpartition(".")[2])(_module.command)
 app.add_typer(bundle.app, name="bundle", help="Pack a bundle into one file, or unpack one.")
+app.add_typer(results.app, name="results", help="List, show, compare or check results of `profile`.")
 app.add_typer(plugin.app, name="plugin", help="Compile, list or check TensorRT plugins.")
 
 
