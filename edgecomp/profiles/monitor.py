@@ -109,7 +109,9 @@ class Monitor:
                 self._nvml, self._owns_nvml = open_nvml(), True
         self._before = read_state(self._root, nvml=self._nvml)
         self._counter = self._nvml.energy_mj() if self._nvml is not None else None
-        self._sampler = self._nvml.sampler() if self._nvml is not None else None
+        sampler = self._nvml.sampler() if self._nvml is not None else None
+        if sampler is not None and any(value is not None for value in sampler.sample()):  # a Jetson's may say nothing
+            self._sampler = sampler
         self._files = Files(self._root)
         program = self._find_tegrastats()
         self._ticks = sysfs.busy_jiffies(self._root), time.process_time()

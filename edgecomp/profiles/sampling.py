@@ -137,6 +137,7 @@ class TegrastatsChild:
         code = process.poll()
         with suppress(OSError):  # its group is gone already
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
         self._thread.join(_PATIENCE_S)
         if process.stdout is not None and not self._thread.is_alive():

@@ -4,13 +4,14 @@
 
 1. *Drift*: the clock of the device that worked (the GPU's multiprocessors, or the fastest core) has medians over the
    first and the last third of the samples that differ by more than 5 % of the higher one.
-2. *Dips*: more than a tenth of the samples lie over 5 % below the median of all.
+2. *Dips*: more than a tenth of the samples, and more than one, lie over 5 % below the median of all.
 3. *Throttling*: NVML gave a reason other than that the GPU was idle, that a user set application clocks, or that a
    display limits them; or one of the kernel's cooling devices that hold clocks was at work; or a count of thermal
    throttling (x86) or of over-current (Jetson) rose.
 4. *Heat*: it came within 3 degrees of where the clocks begin to fall.
 
-With fewer than six samples that hold a clock, the clocks before and after are compared by the same 5 % instead.
+With fewer than nine samples that hold a clock, one of them could move a median; then the clocks before and after are
+compared by the same 5 % instead.
 
 **Unknown** is a result whose clocks could not be read, if nothing of the above was seen either: nobody knows that it is
 stable. **Stable** is the rest. Governor, power mode, other processes and a hypervisor are notes: they explain, and do
@@ -35,7 +36,7 @@ DIP_SHARE = 0.1
 """Share of samples that may lie further below the median than that."""
 NEAR_LIMIT_C = 3.0
 """Degrees below the limit from which on heat counts."""
-FEWEST_SAMPLES = 6
+FEWEST_SAMPLES = 9
 """Samples with a clock below which before and after are compared instead."""
 
 _BUSY_CORES = 0.5
@@ -88,7 +89,7 @@ def _moves(clocks: Sequence[float], device: Device) -> list[str]:
     middle = statistics.median(clocks)
     low = [clock for clock in clocks if clock < middle * (1 - DRIFT_PERCENT / 100)]
     found = [_drift(first, last, f"{device} clock over the measurement")]
-    if len(low) > DIP_SHARE * len(clocks):
+    if len(low) > max(DIP_SHARE * len(clocks), 1):
         found.append(
             f"{device} clock dipped below {middle:.0f} MHz by more than {DRIFT_PERCENT:g} % in {len(low)} of "
             f"{len(clocks)} samples, down to {min(low):.0f} MHz"
