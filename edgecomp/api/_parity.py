@@ -182,7 +182,9 @@ class _RunnerChoice(NamedTuple):
     def open(self, bundle: Bundle, graph: Graph, *, model: Path | None = None) -> Runner:
         """Load a graph of a bundle, or another form of it."""
         if self.name == TORCH:
-            return open_torch(bundle, graph, **self.files)
+            return open_torch(
+                bundle, graph, weights=self.files["weights"], backbone_weights=self.files["backbone_weights"]
+            )
         return open_graph(self.name, bundle, graph, threads=self.threads, model=model)
 
 

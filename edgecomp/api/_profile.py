@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import numpy as np
 
 from edgecomp import __version__
+from edgecomp.api._measure import Plan, command_of, measure_opened, short_of, time_preprocessing, utc_now
+from edgecomp.api._profile_file import profile_file
 from edgecomp.api._progress import Progress, silent
+from edgecomp.api._torch import TORCH, open_torch
 from edgecomp.bundle import Bundle, golden_key, open_bundle
-from edgecomp.errors import InvalidSpec
+from edgecomp.images import PixelType
 from edgecomp.parity import read_goldens
-from edgecomp.profiles.latency import LatencyProfile, measure_latency
-from edgecomp.profiles.machine import Machine, read_machine
+from edgecomp.profiles.latency import LatencyProfile, Stage
+from edgecomp.profiles.machine import read_machine
+from edgecomp.profiles.recognise import target_of
 from edgecomp.profiles.result import MemoryUse, Result, RoutedTime, Subject, write_result
-from edgecomp.runners import Array, Runner, open_runner, require_threads
+from edgecomp.runners import Array, Runner
 from edgecomp.runners.chain import open_graph, require_kernels
 from edgecomp.runners.onnxruntime_types import runtime_products
 from edgecomp.serving.memory import measure_memory
 from edgecomp.specs.manifest import Bucket, Graph, Manifest
 from edgecomp.words import read_words
+
+if TYPE_CHECKING:
+    from edgecomp.profiles.latency import Mode
 
 __all__ = ["profile"]
 
@@ -35,7 +41,17 @@ def profile(
     *,
     runner: str = "onnxruntime",
     duration_s: float = 3.0,
+    runs: int = 20,
+    warmup_s: float = 2.0,
     threads: int = 0,
+    mode: str = "single-stream",
+    streams: int = 1,
+    percentile: float = 0.0,
+    cuda_graph: bool = False,
+    stages: bool = True,
+    original: bool = False,
+    weights: str = "random",
+    backbone_weights: str = "random",
     budget: str | int | None = None,
     batch: int | None = None,
     out: str | Path = "",
@@ -48,69 +64,107 @@ def profile(
     whose graphs share their weights, as well.
 
     Args:
-        bundle: the folder.
+        bundle: the folder, or an ONNX file with static shapes, whose inputs are seeded noise.
         runner, threads, budget, batch: as in `parity`.
         duration_s: least seconds to measure each graph for, above 0 and at most 3600.
+        runs: least samples of each graph, even if they take longer.
+        warmup_s: most seconds of warm-up; 0 leaves it out.
+        mode, streams: as MLPerf calls them: `single-stream`, `multi-stream` or `offline`, with so many at a time.
+        percentile: one that must be carried by enough samples; a note says so where it is not. 0: none in particular.
+        cuda_graph: launch an engine as one CUDA graph.
+        stages: time what stands around a graph, too: preparing an image, and copies to and from a GPU.
+        original: time the PyTorch original of each bucket, too, in torch on the CPU.
+        weights, backbone_weights: of the runner `torch` and of `original`: files, where the bundle's came from files.
         out: write the result here: a file that ends in `.json`, or a folder of results.
         progress: takes one line for each graph.
 
     Raises:
         BundleError, InvalidSpec, MissingDependency, RunError: as in `parity`.
     """
-    if not 0 < duration_s <= 3600:
-        raise InvalidSpec(f"duration {duration_s} s is not above 0 and at most 3600 s")
-    require_threads(threads)
-    opened = open_bundle(Path(bundle))
-    require_kernels(opened, runner)
+    plan = Plan(
+        runner=runner,
+        threads=threads,
+        duration_s=duration_s,
+        runs=runs,
+        warmup_s=warmup_s,
+        mode=cast("Mode", mode),
+        streams=streams,
+        percentile=percentile,
+        cuda_graph=cuda_graph,
+        stages=stages,
+        original=original,
+        weights=weights,
+        backbone_weights=backbone_weights,
+    )
+    plan.require()
+    if Path(bundle).suffix == ".onnx":
+        result = profile_file(Path(bundle), plan, budget=budget, batch=batch, progress=progress)
+    else:
+        result = _profile_bundle(Path(bundle), plan, budget=budget, batch=batch, progress=progress)
+    if str(out):
+        write_result(result, Path(out))
+    return result
+
+
+def _profile_bundle(
+    folder: Path, plan: Plan, *, budget: str | int | None, batch: int | None, progress: Progress
+) -> Result:
+    """Measure the graphs of a bundle."""
+    runner, threads = plan.runner, plan.threads
+    opened = open_bundle(folder)
+    if runner != TORCH:
+        require_kernels(opened, runner)
     manifest, goldens, machine = opened.manifest, read_goldens(opened.path), read_machine()
     buckets = opened.select(budget=budget, batch=batch)
     batches = sorted({bucket.batch for bucket in buckets})
     profiles: list[LatencyProfile] = []
+    notes: list[str] = []
 
-    def measure(runner_of: Runner, graph: Graph, inputs: dict[str, Array]) -> None:
+    def measure(open_one: Callable[[], Runner], graph: Graph, inputs: Mapping[str, Array]) -> None:
         progress(f"timing {graph.model} in {runner}")
-        given = {name: inputs[name] for name in runner_of.input_names}
-        measured = measure_latency(
-            lambda: runner_of.infer(given),
-            batch=graph.batch,
-            model=graph.model,
-            runner=runner_of.version,
-            threads=threads,
-            duration_s=duration_s,
+        measured = measure_opened(
+            plan, open_one, inputs, model=graph.model, batch=graph.batch, **_described(manifest, graph)
         )
-        profiles.append(msgspec.structs.replace(measured, **_described(manifest, graph)))
+        profiles.append(measured)
+        if short := short_of(plan, measured):
+            notes.append(short)
+            progress(f"note: {short}")
 
     for size in batches:
         inputs = {
             spec.name: np.ascontiguousarray(goldens[golden_key("input", "seeded", spec.name)][:size])
             for spec in buckets[0].inputs
         }
-        if manifest.router is not None and budget is None:
+        if manifest.router is not None and budget is None and runner != TORCH:
             router = next((graph for graph in manifest.router.graphs if graph.batch == size), None)
-            _measure_router(opened, manifest, router, size, inputs, measure, runner=runner, threads=threads)
+            _measure_router(opened, manifest, router, size, inputs, measure, plan=plan)
         plain = [graph for graph in manifest.plain if graph.batch == size and budget is None]
         for graph in (*(bucket for bucket in buckets if bucket.batch == size), *plain):
-            with open_graph(runner, opened, graph, threads=threads) as loaded:
-                measure(loaded, graph, inputs)
+            measure(partial(_open, plan, opened, graph), graph, inputs)
+            if plan.original and graph not in plain:
+                progress(f"timing the original of {graph.model} in {TORCH}")
+                described = _described(manifest, graph) | {"role": "original", "precision": "fp32"}
+                eager = msgspec.structs.replace(plan, runner=TORCH, cuda_graph=False)
+                opening = partial(_open_torch, eager, opened, graph, original=True)
+                name = f"original of {graph.model}"
+                profiles.append(measure_opened(eager, opening, inputs, model=name, batch=graph.batch, **described))
     memory: tuple[MemoryUse, ...] = ()
-    if budget is None and len({bucket.budget.tokens_out for bucket in buckets}) > 1:
+    if runner != TORCH and budget is None and len({bucket.budget.tokens_out for bucket in buckets}) > 1:
         progress("measuring memory in processes of their own")
         memory = _measure_memory(opened, goldens, runner=runner, threads=threads)
-    result = Result(
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
+    return Result(
+        created=utc_now(),
         edgecomp=__version__,
-        command=_command(opened, runner=runner, duration_s=duration_s, threads=threads, budget=budget, batch=batch),
-        target=_target(machine),
+        command=command_of(folder, plan, budget=budget, batch=batch),
+        target=target_of(gpu=machine.gpu, on_gpu=plan.on_gpu),
         subject=_subject(opened),
         machine=machine,
-        profiles=tuple(profiles),
+        profiles=_with_stages(opened, profiles, plan),
         routing=_routing(manifest, profiles),
         memory=memory,
         types=_types(opened, [profile.model for profile in profiles], runner),
+        notes=tuple(notes),
     )
-    if str(out):
-        write_result(result, Path(out))
-    return result
 
 
 def _described(manifest: Manifest, graph: Graph) -> dict[str, Any]:
@@ -143,16 +197,43 @@ def _subject(opened: Bundle) -> Subject:
     )
 
 
-def _target(machine: Machine) -> str:
-    """Return the name of the folder that results of this machine go to."""
-    return re.sub(r"[^a-z0-9]+", "-", machine.gpu.lower()).strip("-") or "cpu"
+def _open(plan: Plan, opened: Bundle, graph: Graph) -> Runner:
+    if plan.runner == TORCH:
+        return _open_torch(plan, opened, graph)
+    return open_graph(plan.runner, opened, graph, threads=plan.threads, cuda_graph=plan.cuda_graph)
 
 
-def _command(opened: Bundle, **words: Any) -> tuple[str, ...]:
-    """Return the words that repeat the run, without those that say what is so anyway."""
-    given = {name: value for name, value in words.items() if value not in (None, 0, "onnxruntime")}
-    options = (f"--{name.removesuffix('_s')}={value}" for name, value in given.items())
-    return ("edgecomp", "profile", opened.path.resolve().name, *options)
+def _open_torch(plan: Plan, opened: Bundle, graph: Graph, *, original: bool = False) -> Runner:
+    return open_torch(
+        opened,
+        graph,
+        weights=plan.weights,
+        backbone_weights=plan.backbone_weights,
+        threads=plan.threads,
+        original=original,
+    )
+
+
+def _with_stages(opened: Bundle, profiles: Sequence[LatencyProfile], plan: Plan) -> tuple[LatencyProfile, ...]:
+    """Return profiles of whole models with the stages that stand around and in front of their graphs."""
+    manifest = opened.manifest
+    if not plan.stages:
+        return tuple(profiles)
+    before: tuple[Stage, ...] = ()
+    if manifest.preprocess is not None:
+        dtype: PixelType = "uint8" if manifest.input_dtype == "uint8" else "float32"
+        before = (time_preprocessing(manifest.preprocess, dtype),)
+    routers = {one.batch: one.p50_us for one in profiles if one.role == "router"}
+    found = []
+    for one in profiles:
+        router = (
+            (Stage("router", routers[one.batch], "alone, with its own copies in and out"),)
+            if one.role == "bucket" and one.batch in routers
+            else ()
+        )
+        is_whole = one.role not in ("router", "stem")
+        found.append(msgspec.structs.replace(one, stages=(*before, *router, *one.stages)) if is_whole else one)
+    return tuple(found)
 
 
 def _types(opened: Bundle, models: Sequence[str], runner: str) -> dict[str, dict[str, int]]:
@@ -191,23 +272,21 @@ def _measure_router(
     router: Graph | None,
     size: int,
     inputs: dict[str, Array],
-    measure: Callable[[Runner, Graph, dict[str, Array]], None],
+    measure: Callable[[Callable[[], Runner], Graph, Mapping[str, Array]], None],
     *,
-    runner: str,
-    threads: int,
+    plan: Plan,
 ) -> None:
     """Time the router alone, and the stem alone where there is one."""
     seen = dict(inputs)
     for stem in (graph for graph in manifest.stem if graph.batch == size):
-        with open_runner(runner, opened.path / stem.model, threads=threads) as loaded:
-            measure(loaded, stem, seen)
+        measure(partial(_open, plan, opened, stem), stem, seen)
+        with _open(plan, opened, stem) as loaded:
             seen |= loaded.infer({name: seen[name] for name in loaded.input_names})
     if router is None or manifest.router is None:
         return
     cuts = np.asarray(manifest.router.thresholds, np.float32)
     seen["thresholds"], seen["words"] = np.repeat(cuts[None], size, 0), np.repeat(read_words(""), size, 0)
-    with open_runner(runner, opened.path / router.model, threads=threads) as loaded:
-        measure(loaded, router, seen)
+    measure(partial(_open, plan, opened, router), router, seen)
 
 
 def _routing(manifest: Manifest, profiles: Sequence[LatencyProfile]) -> tuple[RoutedTime, ...]:

@@ -17,15 +17,19 @@ TORCH = "torch"
 
 
 class _TorchRunner:
-    """A static model in eager torch: fp32, on one thread, so that its bytes are the same everywhere."""
+    """A model in eager torch on the CPU: fp32, and on one thread where its bytes shall be the same everywhere.
+
+    Args:
+        threads: while it is open; 0: torch's own choice.
+    """
 
     name = TORCH
 
-    def __init__(self, model: Any, graph: Graph) -> None:
+    def __init__(self, model: Any, graph: Graph, *, threads: int) -> None:
         self.version = f"torch {importlib.metadata.version('torch')}"
         self.input_names = tuple(spec.name for spec in graph.inputs)
         self.output_names = tuple(spec.name for spec in graph.outputs)
-        self._model = model
+        self._model, self._threads = model, threads
 
     def __enter__(self) -> _TorchRunner:
         return self
@@ -38,15 +42,19 @@ class _TorchRunner:
     def infer(self, inputs: dict[str, Array]) -> dict[str, Array]:
         from edgecomp.export.golden import run_module
 
-        outputs = run_module(self._model, [inputs[name] for name in self.input_names])
-        return dict(zip(self.output_names, outputs, strict=True))
+        outputs = run_module(self._model, [inputs[name] for name in self.input_names], threads=self._threads)
+        return dict(zip(self.output_names, outputs, strict=False))
 
 
-def open_torch(bundle: Bundle, graph: Graph, *, weights: str, backbone_weights: str) -> Runner:
+def open_torch(
+    bundle: Bundle, graph: Graph, *, weights: str, backbone_weights: str, threads: int = 1, original: bool = False
+) -> Runner:
     """Make the model of a bucket, or the plain model, again.
 
     Args:
         weights, backbone_weights: files, where the bundle's came from files; else `random`.
+        threads: of torch; 0: its own choice.
+        original: the method as its authors wrote it, with the same weights, in place of its static form.
 
     Raises:
         MissingDependency: torch is not there. InvalidSpec: other weights than the bundle's, or a router.
@@ -60,4 +68,5 @@ def open_torch(bundle: Bundle, graph: Graph, *, weights: str, backbone_weights: 
     model: Any = made.plain if isinstance(graph, PlainGraph) else made.models[-1]
     if model is None or not isinstance(graph, (Bucket, PlainGraph)):
         raise InvalidSpec(f"the runner 'torch' runs buckets and the plain model, and {graph.model} is neither")
-    return _TorchRunner(model.eval(), graph)
+    model = model.reference() if original else model
+    return _TorchRunner(model.eval(), graph, threads=threads)

@@ -17,6 +17,7 @@ __all__ = ["Gpu", "local_gpu_sm"]
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _OUT_OF_MEMORY = 2
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
 
 
 def local_gpu_sm() -> int | None:
@@ -53,6 +54,8 @@ class Gpu:
         self._device = ctypes.c_int()
         self._context, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
         self._blocks: list[int] = []
+        self._graphs: list[ctypes.c_void_p] = []
+        self._events: list[ctypes.c_void_p] = []
         self._call("cuDeviceGet", ctypes.byref(self._device), 0)
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
         try:
@@ -101,16 +104,57 @@ class Gpu:
         """Return when the stream has done all of its work."""
         self._call("cuStreamSynchronize", self._stream)
 
+    def begin_recording(self) -> None:
+        """Record what is put into the stream from here on, in place of doing it."""
+        self._call("cuStreamBeginCapture_v2", self._stream, _THREAD_LOCAL)
+
+    def end_recording(self) -> ctypes.c_void_p:
+        """Return the graph of what was recorded, ready to be launched; `close` frees it."""
+        graph, made = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+        try:
+            self._call("cuGraphInstantiateWithFlags", ctypes.byref(made), graph, ctypes.c_ulonglong(0))
+        finally:
+            self._driver.cuGraphDestroy(graph)
+        self._graphs.append(made)
+        return made
+
+    def launch(self, graph: ctypes.c_void_p) -> None:
+        """Put a recorded graph into the stream."""
+        self._call("cuGraphLaunch", graph, self._stream)
+
+    def mark(self) -> ctypes.c_void_p:
+        """Put an event into the stream, which notes the time when the GPU gets there; `close` frees it."""
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), 0)
+        self._events.append(event)
+        self._call("cuEventRecord", event, self._stream)
+        return event
+
+    def mark_again(self, event: ctypes.c_void_p) -> None:
+        """Put an event into the stream once more; its former time is lost."""
+        self._call("cuEventRecord", event, self._stream)
+
+    def us_between(self, first: ctypes.c_void_p, second: ctypes.c_void_p) -> float:
+        """Return the microseconds between two events that have happened; the driver counts in half of one."""
+        milliseconds = ctypes.c_float()
+        self._call("cuEventElapsedTime", ctypes.byref(milliseconds), first, second)
+        return milliseconds.value * 1000
+
     def close(self) -> None:
         """Free the memory, the stream and the context; a second call does nothing."""
         if not self._stream:
             return
         with self.current():
             self._driver.cuStreamSynchronize(self._stream)
+            for graph in self._graphs:
+                self._driver.cuGraphExecDestroy(graph)
+            for event in self._events:
+                self._driver.cuEventDestroy_v2(event)
             for address in self._blocks:
                 self._driver.cuMemFree_v2(ctypes.c_uint64(address))
             self._driver.cuStreamDestroy_v2(self._stream)
-        self._blocks, self._stream = [], ctypes.c_void_p()
+        self._graphs, self._events, self._blocks, self._stream = [], [], [], ctypes.c_void_p()
         self._driver.cuDevicePrimaryCtxRelease_v2(self._device)
 
     def _call(self, name: str, *words: Any, size: int = 0) -> None:

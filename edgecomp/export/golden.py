@@ -176,15 +176,19 @@ def golden_inputs(
     return cases
 
 
-def run_module(module: nn.Module, inputs: Sequence[Array]) -> tuple[npt.NDArray[np.float32], ...]:
-    """Run a torch module on numpy arrays, without gradients, on one thread: equal bytes on any number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def run_module(module: nn.Module, inputs: Sequence[Array], *, threads: int = 1) -> tuple[npt.NDArray[np.float32], ...]:
+    """Run a torch module on numpy arrays, without gradients, on one thread: equal bytes on any number of cores.
+
+    Args:
+        threads: another number, where speed is what counts; 0: torch's own choice.
+    """
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads or usual)
     try:
         with torch.inference_mode():
             outputs = module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in inputs))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(usual)
     return tuple(output.numpy() for output in outputs)
 
 

@@ -7,23 +7,32 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, get_args
 
 import msgspec
 
 from edgecomp.errors import InvalidSpec
 from edgecomp.profiles.statistics import percentile_ranks
+from edgecomp.profiles.streams import Clock, Run, Team, Timed, time_always_busy, time_runs
 
 __all__ = [
+    "MODES",
     "PERCENTILES",
     "QUERIES_NEEDED",
     "LatencyProfile",
+    "Mode",
     "Percentile",
     "Stage",
     "measure_latency",
     "percentile",
     "percentiles_of",
+    "queries_needed",
+    "require_mode",
 ]
+
+Mode = Literal["single-stream", "multi-stream", "offline"]
+MODES: tuple[str, ...] = get_args(Mode)
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 QUERIES_NEEDED = {"p90": 24_576, "p95": 57_344, "p97": 90_112, "p99": 270_336, "p99.9": 2_654_208}
@@ -35,10 +44,9 @@ They are (z / margin)^2 p (1 - p) with z = 2.576 and a margin of a twentieth of 
 
 _WINDOW = 10  # runs that a warm-up median covers
 _STEADY = 0.05  # relative change between two windows that counts as none
+_FEW, _FEW_WINDOW = 6, 3  # least runs of a warm-up, and the windows where its limit leaves no room for more
 _OVERHEAD_RUNS = 1000
-_TELL_EVERY_NS = 100_000_000
-
-Clock = Callable[[], int]
+_MOST_STREAMS = 256
 
 
 class Percentile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,7 +56,7 @@ class Percentile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         us: microseconds.
         low_us, high_us: its 95 % confidence interval by order statistics; none where so few samples bound it on
             that side by nothing.
-        is_indicative: fewer samples than MLPerf's rules ask for (`QUERIES_NEEDED`): a figure to go by, not to promise.
+        is_indicative: fewer samples than MLPerf's rules ask for (`queries_needed`): a figure to go by, not to promise.
     """
 
     us: float
@@ -93,6 +101,7 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         percentiles: by name: p50, p90, p95, p99, p99.9.
         mean_us, min_us, max_us: of the samples.
         throughput_per_s: items a second.
+        duration_s: wall time from the first sample's beginning to the last one's end; 0 where it was not kept.
         load_us: reading the model until it could run; none where that was not measured.
         first_us: the first inference; likewise.
         warmup_runs: runs before the first sample, the first inference with them.
@@ -113,7 +122,7 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     runner: str
     threads: int
     batch: int
-    mode: Literal["single-stream", "multi-stream", "offline"] = "single-stream"
+    mode: Mode = "single-stream"
     streams: int = 1
     cuda_graph: bool | None = None
     samples_us: tuple[float, ...]
@@ -123,6 +132,7 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     min_us: float
     max_us: float
     throughput_per_s: float
+    duration_s: float = 0.0
     load_us: float | None = None
     first_us: float | None = None
     warmup_runs: int
@@ -139,29 +149,35 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 
 def measure_latency(
-    run: Callable[[], object],
+    run: Run,
     *,
     batch: int,
     model: str = "",
     runner: str = "",
     threads: int = 0,
+    mode: Mode = "single-stream",
+    others: Sequence[Run] = (),
     duration_s: float = 3.0,
     min_runs: int = 20,
     max_runs: int = 100_000,
     warmup_s: float = 2.0,
     warmup_runs: int = 100,
+    percents: Sequence[float] = (),
+    watch: AbstractContextManager[object] | None = None,
     progress: Callable[[float], None] = lambda share: None,
     clock: Clock = time.perf_counter_ns,
 ) -> LatencyProfile:
-    """Time `run` again and again, one call after the other.
+    """Time `run` again and again, in one of MLPerf's modes.
 
     **Warm-up.** `run` is called until the median of the last 10 times lies within 5 % of the median of the 10
-    before them, or until `warmup_s` seconds or `warmup_runs` runs are spent, whichever comes first. A run that
-    has begun is finished, and the profile says which of the two ended it (`is_steady`).
+    before them, or until `warmup_s` seconds or `warmup_runs` runs are spent, whichever comes first, but at least 6
+    times. A warm-up whose limit left no room for 20 runs has settled if the medians of its last 3 and of the 3 before
+    them are as near. The profile says whether times had settled (`is_steady`). With several streams a run here is one
+    of each at a time.
 
     **Timing.** Then until `duration_s` has passed and there are `min_runs` samples, or there are `max_runs`.
-    Python's garbage collector is emptied before and off meanwhile, and left as it was found. The shortest run of
-    the loop around an empty callable is measured too.
+    Python's garbage collector is emptied before and off meanwhile, and left as it was found. The median of the same
+    loop around callables that do nothing is measured too.
 
     Args:
         run: one inference; it must return when the result is there, not when the work is queued.
@@ -169,59 +185,106 @@ def measure_latency(
         model: what runs.
         runner: what runs it.
         threads: of the runner; 0 for its own choice.
+        mode: `single-stream`: one call after the other. `multi-stream`: `run` and `others` at a time; a sample ends
+            with the last of them. `offline`: each of them begins anew as soon as it has ended; a sample is one run.
+        others: what the other streams run; the same callable may stand there again where threads can share it.
         duration_s: least time to measure for.
         min_runs: least number of samples, even if they take longer than `duration_s`.
         max_runs: most samples.
-        warmup_s: most time for the warm-up; 0 together with `warmup_runs=0` leaves it out.
+        warmup_s: most time for the warm-up; 0 for it, or for `warmup_runs`, leaves it out.
         warmup_runs: most runs for the warm-up.
+        percents: percentiles to give besides `PERCENTILES`.
+        watch: entered when the warm-up is over, left after the last sample.
         progress: told the share that is done, from 0 to 1, about ten times a second and between two samples.
         clock: nanoseconds that only grow.
+
+    Raises:
+        InvalidSpec: a plan that cannot be. RunError: the clock gave no times.
     """
     _require_plan(batch, duration_s=duration_s, min_runs=min_runs, max_runs=max_runs, warmup=(warmup_s, warmup_runs))
+    runs = (run, *others)
+    require_mode(mode, len(runs))
+    percents = _require_percents(percents)
+    limits = {"duration_ns": round(duration_s * 1e9), "min_runs": min_runs, "max_runs": max_runs}
     was_enabled = gc.isenabled()
     try:
         gc.collect()
         gc.disable()
-        overhead_ns = statistics.median(_time_runs(lambda: None, clock, 0, _OVERHEAD_RUNS, _OVERHEAD_RUNS))
-        warmed, is_steady = _warm_up(run, clock, warmup_s, warmup_runs)
-        gc.collect()
-        samples_ns = _time_runs(run, clock, round(duration_s * 1e9), min_runs, max_runs, progress)
+        overhead_us = _measure_overhead(mode, len(runs), clock)
+        with Team(runs) as team:
+            step = team if others else run
+            warmup_ns, is_steady = _warm_up(step, clock, warmup_s, warmup_runs)
+            gc.collect()
+            with watch or nullcontext():
+                if mode == "offline":
+                    timed = time_always_busy(runs, clock, progress=progress, **limits)
+                else:
+                    timed = time_runs(step, clock, progress=progress, **limits)
     finally:
         if was_enabled:
             gc.enable()
     progress(1.0)
-    samples = [nanoseconds / 1000 for nanoseconds in samples_ns]
+    samples = [nanoseconds / 1000 for nanoseconds in timed.samples_ns]
     mean = statistics.fmean(samples)
     return LatencyProfile(
         model=model,
         runner=runner,
         threads=threads,
         batch=batch,
+        mode=mode,
+        streams=len(runs),
         samples_us=tuple(samples),
         num_samples=len(samples),
-        percentiles=percentiles_of(samples),
+        percentiles=percentiles_of(samples, percents),
         mean_us=mean,
         min_us=min(samples),
         max_us=max(samples),
-        throughput_per_s=batch * 1e6 / max(mean, 1e-3),  # a clock's tick may be longer than a run
-        warmup_runs=warmed,
+        throughput_per_s=_throughput(mode, timed, batch, len(runs)),
+        duration_s=timed.elapsed_ns / 1e9,
+        first_us=(warmup_ns or timed.samples_ns)[0] / 1000,
+        warmup_runs=len(warmup_ns),
         is_steady=is_steady,
-        loop_overhead_us=overhead_ns / 1000,
+        loop_overhead_us=overhead_us,
     )
 
 
-def percentiles_of(samples: Sequence[float]) -> dict[str, Percentile]:
-    """Return p50, p90, p95, p99 and p99.9 of samples, with intervals and marks."""
+def require_mode(mode: str, streams: int) -> None:
+    """Refuse a mode that there is not, and a number of streams that is not one of it."""
+    if mode not in MODES:
+        raise InvalidSpec(f"no mode {mode!r}; there are {', '.join(MODES)}")
+    least, most = {"single-stream": (1, 1), "multi-stream": (2, _MOST_STREAMS), "offline": (1, _MOST_STREAMS)}[mode]
+    if not least <= streams <= most:
+        raise InvalidSpec(
+            f"{streams} streams in mode {mode}, which takes {least if least == most else f'{least} to {most}'}; "
+            "several streams are measured with --mode multi-stream or --mode offline"
+        )
+
+
+def queries_needed(percent: float) -> int:
+    """Return how many samples carry a percentile by MLPerf's rules; 0 of the median, which always stands.
+
+    The rules' own table is taken as it stands (`QUERIES_NEEDED`), others follow from its formula.
+    """
+    if percent <= 50:
+        return 0
+    name = f"p{percent:g}"
+    if name in QUERIES_NEEDED:
+        return QUERIES_NEEDED[name]
+    share = percent / 100
+    return math.ceil((2.5758 / ((1 - share) / 20)) ** 2 * share * (1 - share) / 8192) * 8192
+
+
+def percentiles_of(samples: Sequence[float], percents: Sequence[float] = PERCENTILES) -> dict[str, Percentile]:
+    """Return percentiles of samples by their names, `p50`, ..., with intervals and marks."""
     ordered = sorted(samples)
     found = {}
-    for percent in PERCENTILES:
+    for percent in percents:
         low, high = percentile_ranks(len(ordered), percent)
-        name = f"p{percent:g}"
-        found[name] = Percentile(
+        found[f"p{percent:g}"] = Percentile(
             us=percentile(ordered, percent),
             low_us=None if low is None else ordered[low],
             high_us=None if high is None else ordered[high],
-            is_indicative=len(ordered) < QUERIES_NEEDED.get(name, 0),
+            is_indicative=len(ordered) < queries_needed(percent),
         )
     return found
 
@@ -233,43 +296,52 @@ def percentile(samples: Sequence[float], percent: float) -> float:
     return sorted(samples)[math.ceil(percent * len(samples) / 100) - 1]
 
 
-def _warm_up(run: Callable[[], object], clock: Clock, limit_s: float, limit_runs: int) -> tuple[int, bool]:
-    """Call `run` until its times settle or a limit is reached; return the number of calls, and whether they did."""
+def _measure_overhead(mode: Mode, streams: int, clock: Clock) -> float:
+    """Return the median microseconds of callables that do nothing, in the loop of a mode."""
+    nothing: list[Run] = [lambda: None] * streams
+    if mode == "offline" and streams > 1:
+        # idle callables would only show how threads fight for Python's lock; each sample has one thread's loop in it
+        nothing = nothing[:1]
+    with Team(nothing) as team:
+        step = team if len(nothing) > 1 else nothing[0]
+        timed = time_runs(step, clock, duration_ns=0, min_runs=_OVERHEAD_RUNS, max_runs=_OVERHEAD_RUNS)
+    return statistics.median(timed.samples_ns) / 1000
+
+
+def _throughput(mode: Mode, timed: Timed, batch: int, streams: int) -> float:
+    """Return items a second."""
+    if mode == "offline":
+        return batch * len(timed.samples_ns) * 1e9 / max(timed.elapsed_ns, 1)
+    # a clock's tick may be longer than a run
+    return batch * streams * 1e9 / max(statistics.fmean(timed.samples_ns), 1.0)
+
+
+def _warm_up(run: Run, clock: Clock, limit_s: float, limit_runs: int) -> tuple[list[int], bool]:
+    """Call `run` until its times settle or a limit is reached; return the times, and whether they did."""
     times: list[int] = []
     start = clock()
-    while len(times) < limit_runs and clock() - start < limit_s * 1e9:
+    if not limit_s or not limit_runs:
+        return times, False
+    while len(times) < min(_FEW, limit_runs) or (len(times) < limit_runs and clock() - start < limit_s * 1e9):
         before = clock()
         run()
         times.append(clock() - before)
-        if len(times) >= 2 * _WINDOW:
-            earlier = statistics.median(times[-2 * _WINDOW : -_WINDOW])
-            if abs(statistics.median(times[-_WINDOW:]) - earlier) <= _STEADY * earlier:
-                return len(times), True
-    return len(times), False
+        if len(times) >= 2 * _WINDOW and _has_settled(times, _WINDOW):
+            return times, True
+    few = 2 * _FEW_WINDOW <= len(times) < 2 * _WINDOW
+    return times, few and _has_settled(times, _FEW_WINDOW)
 
 
-def _time_runs(
-    run: Callable[[], object],
-    clock: Clock,
-    duration_ns: int,
-    min_runs: int,
-    max_runs: int,
-    progress: Callable[[float], None] = lambda share: None,
-) -> list[int]:
-    """Return nanoseconds of each run."""
-    samples: list[int] = []
-    start = told = clock()
-    while True:
-        before = clock()
-        run()
-        after = clock()
-        samples.append(after - before)
-        count, spent = len(samples), after - start
-        if count >= max_runs or (count >= min_runs and spent >= duration_ns):
-            return samples
-        if after - told >= _TELL_EVERY_NS:
-            told = after
-            progress(max(count / max_runs, min(count / min_runs, spent / duration_ns if duration_ns else 1.0)))
+def _has_settled(times: Sequence[int], window: int) -> bool:
+    earlier = statistics.median(times[-2 * window : -window])
+    return abs(statistics.median(times[-window:]) - earlier) <= _STEADY * earlier
+
+
+def _require_percents(percents: Sequence[float]) -> tuple[float, ...]:
+    wrong = [percent for percent in percents if not 1 <= percent < 100]
+    if wrong:
+        raise InvalidSpec(f"percentile {wrong[0]:g} is not from 1 to below 100, such as 99 or 99.9")
+    return tuple(sorted({*PERCENTILES, *percents}))
 
 
 def _require_plan(batch: int, *, duration_s: float, min_runs: int, max_runs: int, warmup: tuple[float, int]) -> None:
@@ -278,6 +350,6 @@ def _require_plan(batch: int, *, duration_s: float, min_runs: int, max_runs: int
     if not 0 <= duration_s < math.inf:
         raise InvalidSpec(f"duration {duration_s} s must be a number of seconds from 0 upwards")
     if not 1 <= min_runs <= max_runs:
-        raise InvalidSpec(f"min_runs {min_runs} must be at least 1 and at most max_runs {max_runs}")
+        raise InvalidSpec(f"min_runs {min_runs} must be at least 1 and at most max_runs {max_runs}; no result is empty")
     if not (0 <= warmup[0] < math.inf and warmup[1] >= 0):
         raise InvalidSpec(f"warm-up of {warmup[0]} s and {warmup[1]} runs must not be negative or endless")

@@ -1,61 +1,124 @@
-"""Latency of a bundle: the value, and the text that `edgecomp profile` prints."""
+"""Latency of a bundle or a model: the text that `edgecomp profile` prints."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgecomp.profiles.latency import Percentile
+from edgecomp.profiles.latency import LatencyProfile, Percentile
 from edgecomp.profiles.result import MemoryUse, Result, RoutedTime
 from edgecomp.report.text import table
 
-__all__ = ["describe_profile"]
+__all__ = ["describe_profile", "marks_of"]
+
+_ALWAYS = ("p50", "p90", "p99")
 
 
-def describe_profile(result: Result) -> str:
+def describe_profile(report: Result) -> str:
     """Return the text: percentiles for each graph, and the conditions they were measured under."""
-    rows = []
-    for p in result.profiles:
-        p90, p99 = (p.percentiles[name] for name in ("p90", "p99"))
-        rows.append(
-            [
-                p.model,
-                p.batch,
-                f"{p.p50_us / 1000:.3f}",
-                _percentile(p90),
-                _percentile(p99),
-                f"{p.mean_us / 1000:.3f}",
-                f"{p.throughput_per_s:.1f}",
-                p.num_samples,
-                "" if p.is_steady else "warm-up did not settle",
-            ]
-        )
-    first = result.profiles[0]
-    machine = result.machine
+    first, machine = report.profiles[0], report.machine
     where = f"{machine.cpu}, {machine.cores} cores" + (f", {machine.gpu}" if machine.gpu else "")
     load = f"{machine.load_average[0]:.2f}" if machine.load_average else "unknown"
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    overhead = max(profile.loop_overhead_us for profile in report.profiles)
     return "\n".join(
         [
-            f"{result.subject.name}: {first.runner}, {first.threads or 'its own choice of'} threads",
+            f"{report.subject.name}: {first.runner}, {first.threads or 'its own choice of'} threads, {_mode(first)}",
             f"on {where}; governor {machine.governor}, load {load}, {machine.os}, Python {machine.python}",
             f"with {versions}",
             "",
-            table(["model", "batch", "p50 ms", "p90 ms", "p99 ms", "mean ms", "items/s", "samples", ""], rows),
-            "~ indicative: so few samples do not carry this percentile (24,576 for p90, 270,336 for p99)",
-            f"the timing loop itself costs {first.loop_overhead_us:.2f} us a run",
-            *_describe_routing(result.routing),
-            *_describe_memory(result.memory),
+            *_describe_times(report),
+            "[ ]: 95 % interval; ~ indicative: too few samples for this percentile (24,576 for p90, 270,336 for p99)",
+            f"the timing loop itself costs {overhead:.2f} us a run",
+            "",
+            *_describe_beginnings(report.profiles),
+            *_describe_stages(report.profiles),
+            *_describe_routing(report.routing),
+            *_describe_memory(report.memory),
             *(
-                f"{model}: {result.subject.precision} in the file; ONNX Runtime runs its matrix products in "
+                f"{model}: {report.subject.precision} in the file; ONNX Runtime runs its matrix products in "
                 + ", ".join(f"{dtype} ({count})" for dtype, count in products.items())
-                for model, products in result.types.items()
+                for model, products in report.types.items()
             ),
+            *(f"note: {note}" for note in report.notes),
         ]
     )
 
 
+def marks_of(profile: LatencyProfile) -> str:
+    """Return what stands against a number, for its own line; "" where nothing does."""
+    return "" if profile.is_steady else "warm-up did not settle"
+
+
+def _mode(profile: LatencyProfile) -> str:
+    graph = ", one CUDA graph" if profile.cuda_graph else ""
+    return f"{profile.mode}{f' of {profile.streams}' if profile.mode != 'single-stream' else ''}{graph}"
+
+
+def _describe_times(report: Result) -> list[str]:
+    first = report.profiles[0]
+    asked = {word.partition("=")[2] for word in report.command if word.startswith("--percentile=")}
+    names = sorted({*_ALWAYS, *(f"p{float(one):g}" for one in asked)} & set(first.percentiles), key=_percent)
+    rows = []
+    for p in report.profiles:
+        middle, *tail = (p.percentiles[name] for name in names)
+        low, high = (f"{end / 1000:.3f}" if end is not None else "?" for end in (middle.low_us, middle.high_us))
+        rows.append(
+            [
+                p.model,
+                p.batch,
+                f"{middle.us / 1000:.3f}",
+                f"[{low}, {high}]",
+                *(_percentile(one) for one in tail),
+                f"{p.throughput_per_s:.1f}",
+                p.num_samples,
+                marks_of(p),
+            ]
+        )
+    header = ["model", "batch", "p50 ms", "", *(f"{name} ms" for name in names[1:]), "items/s", "samples", ""]
+    return [table(header, rows)]
+
+
+def _percent(name: str) -> float:
+    return float(name[1:])
+
+
 def _percentile(one: Percentile) -> str:
     return f"{one.us / 1000:.3f}{'~' if one.is_indicative else ''}"
+
+
+def _describe_beginnings(profiles: Sequence[LatencyProfile]) -> list[str]:
+    """Return what was before the first sample: loading, the first inference, warming up; and the memory of it."""
+    rows = [
+        [
+            p.model,
+            _ms(p.load_us),
+            _ms(p.first_us),
+            p.warmup_runs,
+            *(f"{mib:.0f}" if mib is not None else "unknown" for mib in (p.host_peak_mib, p.device_peak_mib)),
+        ]
+        for p in profiles
+    ]
+    header = ["model", "load ms", "first run ms", "warm-up runs", "peak host MiB", "peak GPU MiB"]
+    if all(p.device_peak_mib is None for p in profiles):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return [table(header, rows)]
+
+
+def _ms(us: float | None) -> str:
+    return "unknown" if us is None else f"{us / 1000:.3f}"
+
+
+def _describe_stages(profiles: Sequence[LatencyProfile]) -> list[str]:
+    """Return the table of stages; one that several graphs share stands there once."""
+    seen: dict[tuple[str, float], list[object]] = {}
+    for profile in profiles:
+        for stage in profile.stages:
+            row = seen.setdefault(
+                (stage.name, stage.p50_us), [stage.name, profile.model, f"{stage.p50_us / 1000:.3f}", stage.how]
+            )
+            if row[1] != profile.model:
+                row[1] = "each"
+    return ["", table(["stage", "of", "p50 ms", "how"], list(seen.values()))] if seen else []
 
 
 def _describe_routing(routing: Sequence[RoutedTime]) -> list[str]:

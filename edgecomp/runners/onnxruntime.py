@@ -80,6 +80,7 @@ class OnnxRuntimeRunner:
         self.version = f"onnxruntime {onnxruntime.__version__}"
         self.input_names = tuple(item.name for item in self._session.get_inputs())
         self.output_names = tuple(item.name for item in self._session.get_outputs())
+        self.inputs = tuple((item.name, tuple(item.shape), str(item.type)) for item in self._session.get_inputs())
 
     def __enter__(self) -> OnnxRuntimeRunner:
         """Return itself."""

@@ -6,6 +6,8 @@ The calls are the same on TensorRT 10.3 to 11 and RTX, and are type-checked agai
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import statistics
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +19,7 @@ from edgecomp.engines import Flavour, Gpu, build_form, find_engine, libraries_of
 from edgecomp.engines.network import collecting_logger, dtype_name
 from edgecomp.engines.record import EngineRecord, EngineTensor
 from edgecomp.errors import RunError
-from edgecomp.runners import Array
+from edgecomp.runners import Array, Part
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -32,19 +34,22 @@ class TensorRTRunner:
         model: the graph, in its bundle, whose engines lie in `engines/<target>/`.
         name: "tensorrt" or "rtx".
         weights: the bundle, where the graph is another form of one of its graphs; its engine is built here.
+        cuda_graph: record the first execution as a CUDA graph, and launch that from then on.
 
     Raises:
         RunError: there is no GPU, or TensorRT does not take the engine. TargetMismatch: no engine runs here.
         MissingDependency: that TensorRT is not installed.
     """
 
-    def __init__(self, model: Path, *, name: str, weights: Path | None = None) -> None:
+    def __init__(self, model: Path, *, name: str, weights: Path | None = None, cuda_graph: bool = False) -> None:
         flavour = load_flavour(name)
         self.name, self.version = name, flavour.title
         self._runtime: trt.Runtime | None = None
         self._engine: trt.ICudaEngine | None = None
         self._context: trt.IExecutionContext | None = None
         self._addresses: dict[str, int] = {}
+        self._records = cuda_graph
+        self._graph: ctypes.c_void_p | None = None
         self._turn = threading.Lock()  # one context and one set of buffers: calls of several threads take turns
         self._gpu = Gpu()
         with contextlib.ExitStack() as stack:
@@ -146,6 +151,39 @@ class TensorRTRunner:
         Raises:
             RunError: an input has another name, shape or type than the engine's, or the run failed.
         """
+        given = self._checked(inputs)
+        with self._turn, self._gpu.current():
+            self._upload(given)
+            self._execute()
+            outputs = self._download()
+            self._gpu.wait()
+        return outputs
+
+    def time_parts(self, inputs: dict[str, Array], *, runs: int = 50) -> tuple[Part, ...]:
+        """Return medians in microseconds of copying in, running, and copying out, by the GPU's own events."""
+        given = self._checked(inputs)
+        times: list[tuple[float, float, float]] = []
+        with self._turn, self._gpu.current():
+            marks = [self._gpu.mark() for _ in range(4)]
+            for _ in range(runs):
+                self._gpu.mark_again(marks[0])
+                self._upload(given)
+                self._gpu.mark_again(marks[1])
+                self._execute()
+                self._gpu.mark_again(marks[2])
+                kept = self._download()
+                self._gpu.mark_again(marks[3])
+                self._gpu.wait()
+                kept.clear()
+                first, second, third = (self._gpu.us_between(marks[n], marks[n + 1]) for n in range(3))
+                times.append((first, second, third))
+        columns = zip(*times, strict=True)
+        names = ("host to device", "engine", "device to host")
+        how = f"by the GPU's events, {runs} runs"
+        return tuple((name, statistics.median(column), how) for name, column in zip(names, columns, strict=True))
+
+    def _checked(self, inputs: dict[str, Array]) -> list[Array]:
+        """Return the inputs in order, in one piece each; keep them until the stream is done."""
         if set(inputs) != set(self.input_names):
             raise RunError(f"{self._plan.name} takes {', '.join(self.input_names)}, and was given {', '.join(inputs)}")
         given = []
@@ -156,21 +194,44 @@ class TensorRTRunner:
                     f"{self._plan.name} takes {tensor.name!r} as {tensor.dtype} {list(tensor.shape)}, and was given "
                     f"{array.dtype} {list(array.shape)}"
                 )
-            given.append(array)  # kept until the stream is done
+            given.append(array)
         if self._context is None:
             raise RunError(f"the runner of {self._plan.name} is closed; open it again")
-        with self._turn, self._gpu.current():
-            for tensor, array in zip(self._inputs, given, strict=True):
-                self._gpu.upload(self._addresses[tensor.name], array)
-            if not self._context.execute_async_v3(self._gpu.stream):
-                raise RunError(f"{self.version} did not run {self._plan.name}; its log says why, build it again here")
-            outputs: dict[str, Array] = {
-                tensor.name: np.empty(tensor.shape, self._dtype(tensor)) for tensor in self._outputs
-            }
-            for name, array in outputs.items():
-                self._gpu.download(self._addresses[name], array)
-            self._gpu.wait()
+        return given
+
+    def _upload(self, given: list[Array]) -> None:
+        for tensor, array in zip(self._inputs, given, strict=True):
+            self._gpu.upload(self._addresses[tensor.name], array)
+
+    def _download(self) -> dict[str, Array]:
+        outputs: dict[str, Array] = {
+            tensor.name: np.empty(tensor.shape, self._dtype(tensor)) for tensor in self._outputs
+        }
+        for name, array in outputs.items():
+            self._gpu.download(self._addresses[name], array)
         return outputs
+
+    def _execute(self) -> None:
+        """Put one execution into the stream; the first one, and a record of it, where a CUDA graph is wanted."""
+        if self._graph is not None:
+            self._gpu.launch(self._graph)
+            return
+        self._enqueue()
+        if self._records:  # what TensorRT does in a first execution alone must not be recorded
+            self._gpu.wait()
+            self._gpu.begin_recording()
+            try:
+                self._enqueue()
+            except RunError:
+                with contextlib.suppress(RunError):
+                    self._gpu.end_recording()  # a stream that still records would fail all that follows
+                raise
+            self._graph = self._gpu.end_recording()
+
+    def _enqueue(self) -> None:
+        assert self._context is not None
+        if not self._context.execute_async_v3(self._gpu.stream):
+            raise RunError(f"{self.version} did not run {self._plan.name}; its log says why, build it again here")
 
 
 def _words(tensors: list[EngineTensor] | tuple[EngineTensor, ...]) -> str:

@@ -1,0 +1,186 @@
+"""How `profile` measures one model: the plan, and a runner that is opened, warmed up and timed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgecomp.api._torch import TORCH
+from edgecomp.errors import InvalidSpec, UnknownName
+from edgecomp.images import PixelType, read_image, to_pixels
+from edgecomp.profiles.latency import LatencyProfile, Mode, Stage, measure_latency, queries_needed, require_mode
+from edgecomp.profiles.peak import begin_peak, read_peak_mib
+from edgecomp.resources import photograph_path
+from edgecomp.runners import Array, Runner, require_threads, runner_names
+from edgecomp.specs.preprocess import Preprocess
+
+__all__ = ["Plan", "command_of", "measure_opened", "short_of", "time_preprocessing", "utc_now"]
+
+_LONGEST_S = 3600
+_MOST_RUNS = 100_000
+_ENGINES = ("tensorrt", "rtx")
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked of `profile`; see there.
+
+    Attributes:
+        percentile: the one that is asked for; 0: none in particular.
+        runs: least samples.
+        cuda_graph: launch engines as one CUDA graph.
+        original: time the PyTorch original, too.
+        weights, backbone_weights: what torch's models are made of again.
+        stages: time preprocessing and copies by themselves.
+    """
+
+    runner: str = "onnxruntime"
+    threads: int = 0
+    duration_s: float = 3.0
+    runs: int = 20
+    warmup_s: float = 2.0
+    mode: Mode = "single-stream"
+    streams: int = 1
+    percentile: float = 0.0
+    cuda_graph: bool = False
+    stages: bool = True
+    original: bool = False
+    weights: str = "random"
+    backbone_weights: str = "random"
+
+    def require(self) -> None:
+        """Refuse what cannot be measured, before anything is loaded."""
+        if not 0 < self.duration_s <= _LONGEST_S:
+            raise InvalidSpec(f"duration {self.duration_s} s is not above 0 and at most {_LONGEST_S} s")
+        if not 0 <= self.warmup_s <= _LONGEST_S:
+            raise InvalidSpec(f"warm-up {self.warmup_s} s is not from 0 (none) to {_LONGEST_S} s")
+        if not 1 <= self.runs <= 10_000_000:
+            raise InvalidSpec(f"{self.runs} runs are not from 1 to 10,000,000; a result holds a sample at least")
+        if self.percentile and not 1 <= self.percentile < 100:
+            raise InvalidSpec(f"percentile {self.percentile:g} is not from 1 to below 100, such as 99 or 99.9")
+        require_threads(self.threads)
+        require_mode(self.mode, self.streams)
+        if self.runner not in (*runner_names(), TORCH):
+            raise UnknownName("runner", self.runner, (*runner_names(), TORCH))
+        if self.cuda_graph and self.runner not in _ENGINES:
+            raise InvalidSpec(
+                f"--cuda-graph with runner {self.runner}: a CUDA graph records what TensorRT launches on the GPU, and "
+                f"{'nothing is launched on one there' if self.runner in ('onnxruntime', TORCH) else 'it has its own'}; "
+                "leave it out, or use --runner tensorrt or rtx"
+            )
+
+    @property
+    def on_gpu(self) -> bool:
+        """The runner uses a GPU."""
+        return self.runner in (*_ENGINES, "onnxruntime-cuda")
+
+
+def measure_opened(
+    plan: Plan,
+    opened: Callable[[], Runner],
+    inputs: Mapping[str, Array],
+    *,
+    model: str,
+    batch: int,
+    **described: Any,
+) -> LatencyProfile:
+    """Open a model and time it.
+
+    Streams share the session of ONNX Runtime, and the model of torch: one copy of the weights, and one pool of
+    `threads` threads, as a server would have it. Each stream has an engine of TensorRT of its own, since its context
+    and its buffers serve one run at a time.
+
+    Args:
+        opened: loads the model; called once for each stream that cannot share.
+        inputs: by name; those that the model does not take are left out.
+        described: further fields of the profile.
+    """
+    marks_peak = begin_peak()
+    with ExitStack() as stack:
+        begin = time.perf_counter_ns()
+        first = stack.enter_context(opened())
+        load_us = (time.perf_counter_ns() - begin) / 1000
+        others = [stack.enter_context(opened()) if plan.runner in _ENGINES else first for _ in range(plan.streams - 1)]
+        given = {name: inputs[name] for name in first.input_names}
+        runs = [lambda one=one: one.infer(given) for one in (first, *others)]
+        profile = measure_latency(
+            runs[0],
+            others=runs[1:],
+            mode=plan.mode,
+            batch=batch,
+            model=model,
+            runner=first.version,
+            threads=plan.threads,
+            duration_s=plan.duration_s,
+            min_runs=plan.runs,
+            max_runs=max(plan.runs, _MOST_RUNS),
+            warmup_s=plan.warmup_s,
+            percents=(plan.percentile,) if plan.percentile else (),
+        )
+        peak = read_peak_mib() if marks_peak else None
+        parts = _parts(first, given) if plan.stages else ()
+    return msgspec.structs.replace(
+        profile,
+        load_us=load_us,
+        host_peak_mib=peak,
+        cuda_graph=plan.cuda_graph if plan.on_gpu else None,
+        stages=parts,
+        **described,
+    )
+
+
+def short_of(plan: Plan, profile: LatencyProfile) -> str:
+    """Return what is missing for the percentile that was asked for; "" where nothing is, or none was."""
+    needed, name = queries_needed(plan.percentile), f"p{plan.percentile:g}"
+    if not plan.percentile or profile.num_samples >= needed:
+        return ""
+    minutes = needed * profile.duration_s / profile.num_samples / 60
+    return (
+        f"{name} of {profile.model} is indicative: it was asked for, and {profile.num_samples:,} samples do not carry "
+        f"it; MLPerf's rules ask for {needed:,}, about {minutes:.1f} min here: --runs {needed}"
+    )
+
+
+def command_of(subject: Path, plan: Plan, **words: Any) -> tuple[str, ...]:
+    """Return the words that repeat the run, without those that say what is so anyway."""
+    usual = msgspec.structs.asdict(Plan())
+    given = {name: value for name, value in msgspec.structs.asdict(plan).items() if value != usual[name]}
+    given |= {name: value for name, value in words.items() if value is not None}
+    options = []
+    for name, value in given.items():
+        option = name.removesuffix("_s").replace("_", "-")
+        if isinstance(value, bool):
+            options.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            # weights are a file of this machine, whose place is nobody's business
+            options.append(f"--{option}={Path(value).name if name.endswith('weights') else value}")
+    return ("edgecomp", "profile", subject.resolve().name, *options)
+
+
+def utc_now() -> str:
+    """Return the time as results state it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _parts(runner: Runner, given: dict[str, Array]) -> tuple[Stage, ...]:
+    """Return what the parts of a run take, where the runner can tell."""
+    time_parts = getattr(runner, "time_parts", None)
+    if time_parts is None:
+        return ()
+    return tuple(Stage(name, us, how) for name, us, how in time_parts(given))
+
+
+def time_preprocessing(preprocess: Preprocess, dtype: PixelType, *, runs: int = 21) -> Stage:
+    """Return what one image takes from its file on: decoding, resizing, and the numbers that the model reads."""
+    times = []
+    for _ in range(runs):
+        begin = time.perf_counter_ns()
+        to_pixels(read_image(photograph_path()), preprocess, dtype)
+        times.append(time.perf_counter_ns() - begin)
+    return Stage("preprocessing", statistics.median(times) / 1000, "one photograph, decoded and resized on the CPU")
