@@ -16,12 +16,16 @@ from edgecomp.api._torch import TORCH
 from edgecomp.errors import InvalidSpec, UnknownName
 from edgecomp.images import PixelType, read_image, to_pixels
 from edgecomp.profiles.latency import LatencyProfile, Mode, Stage, measure_latency, queries_needed, require_mode
+from edgecomp.profiles.monitor import Monitor
 from edgecomp.profiles.peak import begin_peak, read_peak_mib
+from edgecomp.profiles.recognise import target_of
+from edgecomp.profiles.stability import judge_state
+from edgecomp.profiles.state import energy_per_run_mj
 from edgecomp.resources import photograph_path
 from edgecomp.runners import Array, Runner, require_threads, runner_names
 from edgecomp.specs.preprocess import Preprocess
 
-__all__ = ["Plan", "command_of", "measure_opened", "short_of", "time_preprocessing", "utc_now"]
+__all__ = ["Plan", "command_of", "measure_opened", "short_of", "target_named", "time_preprocessing", "utc_now"]
 
 _LONGEST_S = 3600
 _MOST_RUNS = 100_000
@@ -101,7 +105,7 @@ def measure_opened(
         inputs: by name; those that the model does not take are left out.
         described: further fields of the profile.
     """
-    marks_peak = begin_peak()
+    marks_peak, monitor = begin_peak(), Monitor()
     with ExitStack() as stack:
         begin = time.perf_counter_ns()
         first = stack.enter_context(opened())
@@ -122,13 +126,21 @@ def measure_opened(
             max_runs=max(plan.runs, _MOST_RUNS),
             warmup_s=plan.warmup_s,
             percents=(plan.percentile,) if plan.percentile else (),
+            watch=monitor,
         )
         peak = read_peak_mib() if marks_peak else None
         parts = _parts(first, given) if plan.stages else ()
+    watch = monitor.watch
+    in_use = [state.gpu.memory_used_mib for state in (watch.before, watch.after) if state.gpu is not None]
+    inferences = profile.num_samples * (plan.streams if plan.mode == "multi-stream" else 1)
     return msgspec.structs.replace(
         profile,
         load_us=load_us,
+        watch=watch,
+        stability=judge_state(watch.before, watch.after, watch, device="gpu" if plan.on_gpu else "cpu"),
+        energy_mj=energy_per_run_mj(watch, runs=inferences),
         host_peak_mib=peak,
+        device_peak_mib=max((mib for mib in in_use if mib is not None), default=None) if plan.on_gpu else None,
         cuda_graph=plan.cuda_graph if plan.on_gpu else None,
         stages=parts,
         **described,
@@ -161,6 +173,20 @@ def command_of(subject: Path, plan: Plan, **words: Any) -> tuple[str, ...]:
             # weights are a file of this machine, whose place is nobody's business
             options.append(f"--{option}={Path(value).name if name.endswith('weights') else value}")
     return ("edgecomp", "profile", subject.resolve().name, *options)
+
+
+def target_named(plan: Plan, profile: LatencyProfile) -> str:
+    """Return the target that was measured, or what stands for it in a folder of results."""
+    state = profile.watch.before if profile.watch is not None else None
+    gpu, jetson = (state.gpu, state.jetson) if state is not None else (None, None)
+    name = gpu.name if gpu is not None else ""
+    return target_of(
+        gpu=f"{name} MIG" if gpu is not None and gpu.mig_instance else name,
+        board=jetson.model if jetson is not None else "",
+        memory_gib=(jetson.ram_total_mib or 0) / 1024 if jetson is not None else 0.0,
+        power_mode=jetson.power_mode if jetson is not None else "",
+        on_gpu=plan.on_gpu,
+    )
 
 
 def utc_now() -> str:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from edgecomp import __version__
-from edgecomp.api._measure import Plan, command_of, measure_opened, short_of, time_preprocessing, utc_now
+from edgecomp.api._measure import Plan, command_of, measure_opened, short_of, target_named, time_preprocessing, utc_now
 from edgecomp.api._profile_file import profile_file
 from edgecomp.api._progress import Progress, silent
 from edgecomp.api._torch import TORCH, open_torch
@@ -21,7 +21,6 @@ from edgecomp.images import PixelType
 from edgecomp.parity import read_goldens
 from edgecomp.profiles.latency import LatencyProfile, Stage
 from edgecomp.profiles.machine import read_machine
-from edgecomp.profiles.recognise import target_of
 from edgecomp.profiles.result import MemoryUse, Result, RoutedTime, Subject, write_result
 from edgecomp.runners import Array, Runner
 from edgecomp.runners.chain import open_graph, require_kernels
@@ -156,7 +155,7 @@ def _profile_bundle(
         created=utc_now(),
         edgecomp=__version__,
         command=command_of(folder, plan, budget=budget, batch=batch),
-        target=target_of(gpu=machine.gpu, on_gpu=plan.on_gpu),
+        target=target_named(plan, profiles[0]),
         subject=_subject(opened),
         machine=machine,
         profiles=_with_stages(opened, profiles, plan),

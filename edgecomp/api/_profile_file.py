@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from edgecomp import __version__
-from edgecomp.api._measure import Plan, command_of, measure_opened, short_of, utc_now
+from edgecomp.api._measure import Plan, command_of, measure_opened, short_of, target_named, utc_now
 from edgecomp.api._progress import Progress
 from edgecomp.errors import InvalidSpec, RunError
 from edgecomp.profiles.machine import read_machine
-from edgecomp.profiles.recognise import target_of
 from edgecomp.profiles.result import Result, Subject
 from edgecomp.runners import Array, Runner, open_runner
 from edgecomp.specs.origin import file_sha256
@@ -57,7 +56,7 @@ def profile_file(model: Path, plan: Plan, *, budget: str | int | None, batch: in
         created=utc_now(),
         edgecomp=__version__,
         command=command_of(model, plan),
-        target=target_of(gpu=machine.gpu, on_gpu=plan.on_gpu),
+        target=target_named(plan, profile),
         subject=Subject(name=model.stem, digest=file_sha256(model)),
         machine=machine,
         profiles=(profile,),

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import msgspec
 
 from edgecomp.errors import InvalidSpec
+from edgecomp.profiles.state import Stability, Watch
 from edgecomp.profiles.statistics import percentile_ranks
 from edgecomp.profiles.streams import Clock, Run, Team, Timed, time_always_busy, time_runs
 
@@ -109,6 +110,9 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         loop_overhead_us: median time of a callable that does nothing, in the same loop. It is contained in every
             sample and not subtracted.
         stages: empty where they were not told apart.
+        watch: the device before, while and after the samples were taken; none where nobody looked.
+        stability: whether its clocks, heat and power stood still; likewise.
+        energy_mj: of one run, by the power that was drawn while it ran, idle power with it; none where that is unknown.
         host_peak_mib: the most resident memory of this process while it loaded and ran; none where unknown.
         device_peak_mib: the most memory of the GPU in use, likewise.
     """
@@ -139,6 +143,9 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     is_steady: bool
     loop_overhead_us: float
     stages: tuple[Stage, ...] = ()
+    watch: Watch | None = None
+    stability: Stability | None = None
+    energy_mj: float | None = None
     host_peak_mib: float | None = None
     device_peak_mib: float | None = None
 
@@ -146,6 +153,12 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     def p50_us(self) -> float:
         """The median."""
         return self.percentiles["p50"].us
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What stands against its numbers, each in a few words; empty where nothing does."""
+        moved = self.stability.reasons if self.stability is not None and self.stability.verdict == "unstable" else ()
+        return (*(f"unstable: {reason}" for reason in moved), *(() if self.is_steady else ("warm-up did not settle",)))
 
 
 def measure_latency(

@@ -175,7 +175,7 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     @property
     def is_stable(self) -> bool:
         """No graph's number carries a mark against it."""
-        return all(profile.is_steady for profile in self.profiles)
+        return not any(profile.marks for profile in self.profiles)
 
 
 class _Head(msgspec.Struct, frozen=True):
@@ -216,6 +216,8 @@ def read_result(path: Path) -> Result:
     except msgspec.ValidationError as error:
         raise RunError(f"result {path} is damaged or was edited: {error}; measure again") from None
     for profile in result.profiles:
+        if "p50" not in profile.percentiles:
+            raise RunError(f"result {path}: {profile.model} has no p50; it was edited: measure again")
         if not profile.samples_us or profile.num_samples != len(profile.samples_us):
             raise RunError(
                 f"result {path}: {profile.model} says {profile.num_samples} samples and holds "

@@ -8,7 +8,7 @@ from edgecomp.profiles.latency import LatencyProfile, Percentile
 from edgecomp.profiles.result import MemoryUse, Result, RoutedTime
 from edgecomp.report.text import table
 
-__all__ = ["describe_profile", "marks_of"]
+__all__ = ["describe_profile"]
 
 _ALWAYS = ("p50", "p90", "p99")
 
@@ -29,6 +29,7 @@ def describe_profile(report: Result) -> str:
             *_describe_times(report),
             "[ ]: 95 % interval; ~ indicative: too few samples for this percentile (24,576 for p90, 270,336 for p99)",
             f"the timing loop itself costs {overhead:.2f} us a run",
+            *_describe_state(report.profiles),
             "",
             *_describe_beginnings(report.profiles),
             *_describe_stages(report.profiles),
@@ -42,11 +43,6 @@ def describe_profile(report: Result) -> str:
             *(f"note: {note}" for note in report.notes),
         ]
     )
-
-
-def marks_of(profile: LatencyProfile) -> str:
-    """Return what stands against a number, for its own line; "" where nothing does."""
-    return "" if profile.is_steady else "warm-up did not settle"
 
 
 def _mode(profile: LatencyProfile) -> str:
@@ -71,7 +67,7 @@ def _describe_times(report: Result) -> list[str]:
                 *(_percentile(one) for one in tail),
                 f"{p.throughput_per_s:.1f}",
                 p.num_samples,
-                marks_of(p),
+                "; ".join(p.marks),
             ]
         )
     header = ["model", "batch", "p50 ms", "", *(f"{name} ms" for name in names[1:]), "items/s", "samples", ""]
@@ -102,6 +98,19 @@ def _describe_beginnings(profiles: Sequence[LatencyProfile]) -> list[str]:
     if all(p.device_peak_mib is None for p in profiles):
         header, rows = header[:-1], [row[:-1] for row in rows]
     return [table(header, rows)]
+
+
+def _describe_state(profiles: Sequence[LatencyProfile]) -> list[str]:
+    """Return the line on clocks, heat and power, and what one run drew where that is known."""
+    lines = []
+    verdicts = {one.stability.verdict: one.stability for one in profiles if one.stability is not None}
+    for verdict in ("unstable", "unknown", "stable"):
+        if (found := verdicts.get(verdict)) is not None:
+            said = "; ".join((*found.reasons, *found.notes))
+            lines.append(f"device state {verdict}" + (f": {said}" if said else ": clocks, heat and power stood still"))
+            break
+    lines += [f"{one.model}: {one.energy_mj:.3g} mJ a run" for one in profiles if one.energy_mj is not None]
+    return lines
 
 
 def _ms(us: float | None) -> str:

@@ -187,6 +187,74 @@ def test_a_wrong_engine_fails_parity(here: StandIn, bundle: Path) -> None:
     assert [row.output for row in report.outputs if not row] == ["merged", "merged"]
 
 
+def launched_on_the_stream(here: StandIn, driver: Any) -> list[str]:
+    """Let executions go through the driver's stream, which records them where a graph is made; return their log."""
+    load, log = here.behave["Runtime.deserialize_cuda_engine"], []
+    kept: list[Any] = []
+    work_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+    def deserialize(owner: object, plan: bytes) -> Any:
+        made = load(owner, plan)
+        execute = here.behave["IExecutionContext.execute_async_v3"]
+
+        def enqueue(me: object, stream_handle: int) -> bool:
+            log.append("enqueued")
+
+            def work(_: Any) -> None:
+                log.append("ran")
+                execute(me, stream_handle)
+
+            kept.append(work_type(work))
+            driver.fakeLaunch(ctypes.c_void_p(stream_handle), kept[-1], None)
+            return True
+
+        here.behave["IExecutionContext.execute_async_v3"] = enqueue
+        return made
+
+    here.behave["Runtime.deserialize_cuda_engine"] = deserialize
+    return log
+
+
+def test_cuda_graph_is_recorded_once_and_launched_from_then_on(here: StandIn, driver: Any, bundle: Path) -> None:
+    log = launched_on_the_stream(here, driver)
+    (graph, *_) = open_bundle(bundle).manifest.buckets
+    random = np.random.default_rng(0)
+    tensors = {spec.name: random.standard_normal(spec.shape).astype(spec.dtype) for spec in graph.inputs}
+    with open_runner("tensorrt", bundle / graph.model, threads=0, cuda_graph=True) as runner:
+        first = runner.infer(tensors)
+        assert log == ["enqueued", "ran", "enqueued"]  # once as it is, once into the record
+        second, third = runner.infer(tensors), runner.infer({name: 2 * one for name, one in tensors.items()})
+        assert log[3:] == ["ran", "ran"]
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert not np.array_equal(third["merged"], first["merged"])
+
+
+def test_execution_that_cannot_be_recorded(here: StandIn, driver: Any, bundle: Path) -> None:
+    log = launched_on_the_stream(here, driver)
+    (graph, *_) = open_bundle(bundle).manifest.buckets
+    tensors = {spec.name: np.ones(spec.shape, spec.dtype) for spec in graph.inputs}
+    with open_runner("tensorrt", bundle / graph.model, threads=0, cuda_graph=True) as runner:
+        enqueue = here.behave["IExecutionContext.execute_async_v3"]
+        here.behave["IExecutionContext.execute_async_v3"] = lambda me, handle: not log and enqueue(me, handle)
+        with pytest.raises(RunError, match=r"TensorRT 10\.3\.0 did not run model\.m12\.b2\.tensorrt\.engine"):
+            runner.infer(tensors)
+        here.behave["IExecutionContext.execute_async_v3"] = enqueue
+        assert runner.infer(tensors)  # the stream records no longer
+
+
+def test_profile_of_engines_in_streams_by_graph_and_by_parts(here: StandIn, bundle: Path) -> None:
+    (one,) = api.profile(
+        bundle, runner="tensorrt", duration_s=0.01, cuda_graph=True, streams=2, mode="multi-stream"
+    ).profiles
+    assert (one.mode, one.streams, one.cuda_graph) == ("multi-stream", 2, True)
+    loads = [name for name, _ in here.calls if name == "Runtime.deserialize_cuda_engine"]
+    assert len(loads) == 2  # a context, buffers and a stream of its own for each
+    assert {stage.name: stage.p50_us for stage in one.stages} == {
+        "host to device": 250.0, "engine": 250.0, "device to host": 250.0,
+    }  # fmt: skip
+    assert all(stage.how == "by the GPU's events, 50 runs" for stage in one.stages)
+
+
 def test_profile_and_run_of_engines(here: StandIn, bundle: Path, tmp_path: Path) -> None:
     (one,) = api.profile(bundle, runner="tensorrt", duration_s=0.05).profiles
     assert one.runner == "TensorRT 10.3.0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,13 @@ import pytest
 from edgecomp.errors import InvalidSpec, RunError
 from edgecomp.profiles.latency import LatencyProfile, measure_latency, queries_needed
 from edgecomp.profiles.streams import Team, time_always_busy, time_runs
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
 
 
 def meet(parties: int) -> Any:
@@ -36,7 +44,6 @@ def test_multi_stream_runs_all_at_a_time_and_a_sample_ends_with_the_last() -> No
     assert (one.mode, one.streams, one.num_samples) == ("multi-stream", 3, 12)
     assert one.min_us >= 10_000
     assert one.throughput_per_s == pytest.approx(2 * 3 * 1e6 / one.mean_us)
-    assert threading.active_count() == 1
 
 
 def test_offline_keeps_all_streams_busy() -> None:
@@ -71,7 +78,6 @@ def test_error_of_any_stream_ends_all(mode: str, place: int) -> None:
     runs[place] = fail
     with pytest.raises(KeyError, match="stream 7 broke"):
         measured(*runs, mode=mode)
-    assert threading.active_count() == 1
 
 
 def test_team_that_is_interrupted_waits_for_its_threads() -> None:
@@ -87,7 +93,6 @@ def test_team_that_is_interrupted_waits_for_its_threads() -> None:
     with pytest.raises(KeyboardInterrupt), Team([interrupted, slow]) as team:
         team()
     assert ended.is_set()
-    assert threading.active_count() == 1
 
 
 @pytest.mark.parametrize("broken", [float("nan"), -5.0, float("inf")])

@@ -1,6 +1,7 @@
 // A driver of CUDA whose GPU is the host's memory: enough of libcuda.so.1 for engines/runtime, strict about pointers.
 //
 // FAKE_GPUS: how many (1). FAKE_SM: their compute capability (86). FAKE_CUDA_FAIL: "name code", a call that fails.
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -20,7 +21,8 @@ struct Stream {
 using Graph = std::vector<std::function<void()>>;
 
 std::map<unsigned long long, size_t> gBlocks;
-int gContexts = 0;
+std::atomic<int> gContexts{0};
+std::atomic<int> gRetained{0};
 
 char const* setting(char const* name, char const* usual) {
     char const* const value = std::getenv(name);
@@ -80,8 +82,11 @@ CALL(cuDeviceGetAttribute, int* value, int attribute, int)
     if (attribute != 75 && attribute != 76) return 1;
     *value = attribute == 75 ? sm / 10 : sm % 10;
 END
-CALL(cuDevicePrimaryCtxRetain, void** context, int) *context = &gContexts; END
-CALL(cuDevicePrimaryCtxRelease_v2, int) if (gContexts != 0 || !gBlocks.empty()) std::abort(); note("released"); END
+CALL(cuDevicePrimaryCtxRetain, void** context, int) *context = &gContexts; ++gRetained; END
+CALL(cuDevicePrimaryCtxRelease_v2, int)
+    if (gContexts != 0 || --gRetained < 0 || (gRetained == 0 && !gBlocks.empty())) std::abort();
+    note("released");
+END
 CALL(cuCtxPushCurrent_v2, void*) ++gContexts; END
 CALL(cuCtxPopCurrent_v2, void** context) *context = &gContexts; if (--gContexts < 0) std::abort(); END
 CALL(cuMemAlloc_v2, unsigned long long* pointer, size_t size)
