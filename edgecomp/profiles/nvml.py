@@ -35,6 +35,8 @@ _REASONS = (
     (0x040, "hardware thermal slowdown"),
     (0x080, "hardware power brake"),
     (0x100, "display clock setting"),
+    (0x200, "board limit"),
+    (0x400, "reliability"),
 )  # nvmlClocksEventReason* of nvml.h
 HARMLESS_REASONS = frozenset({"idle", "application clocks setting", "display clock setting"})
 """Reasons that do not move: nothing runs, or a user or a display has set the clocks."""
@@ -52,6 +54,10 @@ class _Memory(ctypes.Structure):
 
 class _Margin(ctypes.Structure):
     _fields_ = (("version", ctypes.c_uint), ("celsius", ctypes.c_int))
+
+
+class _Heat(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint), ("sensor", ctypes.c_int), ("celsius", ctypes.c_int))
 
 
 class _Value(ctypes.Union):
@@ -143,7 +149,10 @@ class Nvml:
 
         reasons = number("throttle_reasons", self._reasons_function(), kind=ctypes.c_ulonglong)
         limit = number("power_limit_mw", "nvmlDeviceGetEnforcedPowerLimit")
-        celsius = number("temperature_c", "nvmlDeviceGetTemperature", 0)
+        code, heat = _Thermometer(self._library, self._handle).read()
+        celsius = None if heat is None else float(heat)
+        if celsius is None:
+            refused["temperature_c"] = self._word(code)
         persistent = number("is_persistent", "nvmlDeviceGetPersistenceMode")
         used, total, busy = self._memory_and_load(refused)
         mig = self._mig()
@@ -324,6 +333,28 @@ class Nvml:
         return f"{text.decode(errors='replace')} ({code})" if text else f"error {code}"
 
 
+class _Thermometer:
+    """Reads the temperature by the call that the library has: CUDA 13 gave it a new one, and CUDA 14 drops the old."""
+
+    def __init__(self, library: Any, handle: ctypes.c_void_p) -> None:
+        self._handle = handle
+        self._old = getattr(library, "nvmlDeviceGetTemperature", None)
+        self._new = getattr(library, "nvmlDeviceGetTemperatureV", None)
+        self._number = ctypes.c_uint()
+        self._heat = _Heat(version=ctypes.sizeof(_Heat) | 1 << 24)
+        self._to_number, self._to_heat = ctypes.byref(self._number), ctypes.byref(self._heat)
+
+    def read(self) -> tuple[int, int | None]:
+        """Return NVML's code, and degrees where it is 0."""
+        if self._old is not None:
+            code = self._old(self._handle, 0, self._to_number)
+            return code, None if code else self._number.value
+        if self._new is None:
+            return _ABSENT, None
+        code = self._new(self._handle, self._to_heat)
+        return code, None if code else self._heat.celsius
+
+
 class NvmlSampler:
     """Reads what changes, with nothing allocated but the numbers: about ten microseconds of Python a call.
 
@@ -342,7 +373,7 @@ class NvmlSampler:
         def function(name: str) -> Any:
             return getattr(library, name, None)
 
-        self._clock, self._heat = function("nvmlDeviceGetClockInfo"), function("nvmlDeviceGetTemperature")
+        self._clock, self._thermometer = function("nvmlDeviceGetClockInfo"), _Thermometer(library, handle)
         self._power, self._reasons = function("nvmlDeviceGetPowerUsage"), function(reasons)
         self._fields = function("nvmlDeviceGetFieldValues")
         self.power_is_averaged = self._instant_power() is None
@@ -355,7 +386,7 @@ class NvmlSampler:
         return (
             self._number(self._clock, _SM),
             self._number(self._clock, _MEMORY),
-            self._number(self._heat, 0),
+            self._thermometer.read()[1],
             self._number(self._power) if power is None else power,
             self._mask(),
         )

@@ -60,6 +60,17 @@ def test_older_driver_has_the_older_calls(old_library: str, monkeypatch: pytest.
     assert refused == {"temperature_limit_c": "this driver has no such call"}
 
 
+def test_newer_driver_has_the_newer_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = NATIVE / "nvml_on_host" / "nvml.cpp"
+    library = str(compile_cpp(tmp_path / "libnvidia-ml.so.1", "-shared", "-fPIC", "-DNEXT", source))
+    with Nvml(library=library) as nvml:
+        assert (nvml.read()[0].temperature_c, nvml.sampler().sample()[2]) == (61, 61)
+        monkeypatch.setenv("FAKE_NVML_FAIL", "nvmlDeviceGetTemperatureV=3")
+        state, refused = nvml.read()
+        assert (state.temperature_c, nvml.sampler().sample()[2]) == (None, None)
+        assert refused["temperature_c"] == "Not Supported (3)"
+
+
 def test_distance_to_the_limit_where_the_limit_is_not_told(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_NVML_FAIL", "nvmlDeviceGetTemperatureThreshold=3")
     with Nvml(library=library) as nvml:
@@ -143,7 +154,9 @@ def test_jetsons_kernel_fills_what_nvml_does_not_support(
         (0x080, ("hardware power brake",)),
         (0x100, ("display clock setting",)),
         (0x048, ("hardware slowdown", "hardware thermal slowdown")),
-        (0x401, ("idle", "reason 0x400")),
+        (0x200, ("board limit",)),
+        (0x400, ("reliability",)),
+        (0x801, ("idle", "reason 0x800")),
         (1 << 63, ("reason 0x8000000000000000",)),
     ],
 )

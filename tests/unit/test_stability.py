@@ -100,7 +100,7 @@ def test_clocks_that_cannot_be_read_are_unknown(word: str) -> None:
     assert judge(None, word, before=blind).verdict == "unknown"  # one of two tells nothing
 
 
-@pytest.mark.parametrize("bit", range(10))
+@pytest.mark.parametrize("bit", range(12))
 def test_which_throttle_reasons_count(bit: int) -> None:
     words = throttle_words(1 << bit)
     said = judge(watched([1740] * 10), after=gpu(device(), throttle_reasons=words))

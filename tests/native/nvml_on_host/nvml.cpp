@@ -3,7 +3,8 @@
 // FAKE_NVML_GPUS: names of the GPUs, with ";" between ("NVIDIA Host A"). FAKE_NVML_FAIL: "name=code;name=code", calls
 // that fail; "all=code" is every call of a device but its handle. FAKE_NVML_REASONS: the mask of throttle reasons (0).
 // FAKE_NVML_MIG: 1 where MIG is on. FAKE_NVML_LOG: a file that gets a line for each start and end.
-// Compiled with -DOLD it is a driver of before CUDA 12.2, which lacks the newer calls.
+// Compiled with -DOLD it is a driver of before CUDA 12.2, which lacks the newer calls; with -DNEXT one of CUDA 14, which
+// is to lack the older.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -109,7 +110,16 @@ extern "C" int nvmlDeviceGetName(void* device, char* out, unsigned size) {
 DEVICE(nvmlDeviceGetCudaComputeCapability, int* major, int* minor) *major = 9; *minor = 0; return 0; }
 DEVICE(nvmlDeviceGetClockInfo, int type, unsigned* mhz) *mhz = type == 0 ? 1755 : type == 1 ? 1740 : 2619; return 0; }
 DEVICE(nvmlDeviceGetMaxClockInfo, int type, unsigned* mhz) *mhz = type == 2 ? 2619 : 1980; return 0; }
+#ifdef NEXT
+struct Heat { unsigned version; int sensor, celsius; };
+DEVICE(nvmlDeviceGetTemperatureV, Heat* heat)
+    if (heat->version != 0x100000C || heat->sensor != 0) return 25;
+    heat->celsius = 61;
+    return 0;
+}
+#else
 DEVICE(nvmlDeviceGetTemperature, int, unsigned* celsius) *celsius = 61; return 0; }
+#endif
 DEVICE(nvmlDeviceGetTemperatureThreshold, int type, unsigned* celsius) *celsius = type == 1 ? 89 : 87; return 0; }
 DEVICE(nvmlDeviceGetPowerUsage, unsigned* milliwatts) *milliwatts = 312345; return 0; }
 DEVICE(nvmlDeviceGetEnforcedPowerLimit, unsigned* milliwatts) *milliwatts = 700000; return 0; }
