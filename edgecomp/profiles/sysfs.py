@@ -222,8 +222,9 @@ def find_rails(root: Path) -> tuple[Rail, ...]:
 def total_rails(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the rails whose sum is what the module takes; empty where these names do not tell.
 
-    A rail at the input has everything behind it. AGX Orin and AGX Xavier have none, and NVIDIA's documents name the
-    rails to add up.
+    A rail at the input has everything behind it: so NVIDIA's forum says of VDD_IN (topic 200883), POM_5V_IN (73608) and
+    VIN (366461, with the carrier board in it). AGX Xavier has none, and all of its rails are to be added up (81016); on
+    AGX Orin those that are measured at the module's inputs.
     """
     for name in _INPUTS:
         if name in names:
