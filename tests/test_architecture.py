@@ -45,7 +45,7 @@ ROOMS = {
 }
 
 #: Packages of extras that nothing uses so far, and what they are for.
-FOR_LATER = {"jinja2": "reports as HTML", "matplotlib": "plots", "onnx-graphsurgeon": "surgery by users"}
+FOR_LATER = {"onnx-graphsurgeon": "surgery by users"}
 
 BLOCK_AND_IMPORT = """
 import importlib, sys

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from edgecomp.api._plugin import plugin_build, plugin_check, plugin_list
     from edgecomp.api._profile import profile
     from edgecomp.api._remote import remote
+    from edgecomp.api._report import report
     from edgecomp.api._results import results_check, results_diff, results_list, results_show
     from edgecomp.api._run import run
     from edgecomp.api._verify import verify
@@ -53,6 +54,7 @@ __all__ = [
     "plugin_list",
     "profile",
     "remote",
+    "report",
     "results_check",
     "results_diff",
     "results_list",

@@ -25,6 +25,7 @@ from edgecomp.cli import (
     parity,
     plugin,
     profile,
+    report,
     results,
     run,
     verify,
@@ -54,6 +55,7 @@ for _module in (
     inspect,
     doctor,
     verify,
+    report,
 ):
     app.command(name=_module.__name__.rpartition(".")[2])(_module.command)
 app.add_typer(bundle.app, name="bundle", help="Pack a bundle into one file, or unpack one.")

@@ -1,0 +1,151 @@
+"""The files that a report is made of: each read whole and known for what it is, or refused by its name.
+
+A folder stands for the results in it and below. Other JSON that lies there, an engine's record for example, is left
+out and said; a file that was named, or that is broken, stops the report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from edgecomp.errors import RunError
+from edgecomp.profiles.result import Result, read_result
+from edgecomp.report.calibrate import CalibrationReport
+from edgecomp.report.evaluate import EvaluationReport
+from edgecomp.report.page.words import file_label
+from edgecomp.search.result import SearchResult, read_search
+
+__all__ = ["Document", "Source", "Sources", "read_sources"]
+
+_LARGEST = 256 << 20
+_MOST_FILES = 2_000
+_LONGEST_US = 1e12  # eleven days
+
+
+Document = Result | SearchResult | EvaluationReport | CalibrationReport
+
+
+class Source(msgspec.Struct, frozen=True):
+    """One file: its name as a page says it, and what it holds."""
+
+    name: str
+    value: Document
+
+
+class Sources(msgspec.Struct, frozen=True):
+    """All files, and those of folders that were left out."""
+
+    files: tuple[Source, ...]
+    left_out: tuple[str, ...] = ()
+
+
+class _Head(msgspec.Struct, frozen=True):
+    """The fields by which documents are told apart; what is absent, or of another type, is not said."""
+
+    kind: msgspec.Raw = msgspec.Raw()
+    evaluation: msgspec.Raw = msgspec.Raw()
+    router_ms: msgspec.Raw = msgspec.Raw()
+
+
+def read_sources(paths: Sequence[Path]) -> Sources:
+    """Read files, and those of folders; a file that is named twice counts once.
+
+    Raises:
+        RunError: one cannot be read, is truncated, of a newer schema or no result; a folder holds none.
+    """
+    if not paths:
+        raise RunError("no result was named; give files that `edgecomp profile --out` wrote, or their folder")
+    files: dict[Path, Source] = {}
+    left_out: list[str] = []
+    for path in paths:
+        found = _below(path) if path.is_dir() else [path]
+        before = len(files)
+        seen = {file.resolve() for file in found} & set(files)
+        for file in found:
+            if file.resolve() in files:
+                continue
+            name = file_label(file, path if path.is_dir() else None)
+            value = _read(file, is_named=not path.is_dir())
+            if value is None:
+                left_out.append(name)
+            else:
+                files[file.resolve()] = Source(name, value)
+        if path.is_dir() and len(files) == before and not seen:
+            raise RunError(f"{path} holds {len(found)} JSON files and no result; `edgecomp profile --out` writes one")
+    if len(files) > _MOST_FILES:
+        raise RunError(f"{len(files)} results are more than a page can show ({_MOST_FILES}); give fewer")
+    return Sources(tuple(sorted(files.values(), key=lambda source: source.name)), tuple(sorted(left_out)))
+
+
+def _below(folder: Path) -> list[Path]:
+    """Return the JSON files of a folder and of those below it, without hidden ones."""
+    files = (file for file in folder.rglob("*.json") if file.is_file())
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+
+
+def _read(path: Path, *, is_named: bool) -> Document | None:
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST:
+            raise RunError(f"{path} has {size} bytes, more than any result; is it the right file?")
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"result {path} cannot be read: {error.strerror}; check the path") from None
+    try:
+        head = msgspec.json.decode(content, type=_Head)
+    except msgspec.ValidationError:  # a list or a number
+        head = _Head()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RunError(f"result {path} is truncated or no JSON ({error}); measure again or copy it again") from None
+    if bytes(head.kind) == b'"edgecomp search"':
+        return _require_rows(path, read_search(path))
+    if bytes(head.kind).startswith(b'"edgecomp '):
+        return _require_times(path, read_result(path))
+    if bytes(head.evaluation):
+        return _decode(path, content, EvaluationReport)
+    if bytes(head.router_ms):
+        return _decode(path, content, CalibrationReport)
+    if is_named:
+        raise RunError(
+            f"{path} is JSON, and nothing that a report is made of; give what `edgecomp profile --out`, or "
+            "`evaluate --json` or `calibrate --json`, wrote"
+        )
+    return None
+
+
+def _require_times(path: Path, result: Result) -> Result:
+    """Refuse times that no clock gives, and a profile without the median that all is held to."""
+    for profile in result.profiles:
+        if "p50" not in profile.percentiles:
+            raise RunError(f"result {path}: {profile.model} has no p50; it is damaged or was edited; measure again")
+        worst = max(profile.samples_us, key=lambda us: us if us >= 0 else math.inf)
+        if not 0 <= worst <= _LONGEST_US:
+            raise RunError(f"result {path}: {profile.model} holds a sample of {worst:g} us; measure again")
+    return result
+
+
+def _require_rows(path: Path, found: SearchResult) -> SearchResult:
+    if not found.rows:
+        raise RunError(f"search {path} holds no candidate and so no figure; run the search again")
+    return found
+
+
+Kind = TypeVar("Kind", EvaluationReport, CalibrationReport)
+
+
+def _decode(path: Path, content: bytes, kind: type[Kind]) -> Kind:
+    try:
+        value = msgspec.json.decode(content, type=kind)
+    except msgspec.ValidationError as error:
+        raise RunError(
+            f"{path} is damaged or of another edgecomp ({error}); run the command that wrote it again"
+        ) from None
+    holds = value.evaluation.scores if isinstance(value, EvaluationReport) else value.buckets
+    if not holds:
+        raise RunError(f"{path} holds no graph and so no figure; run the command that wrote it again")
+    return value

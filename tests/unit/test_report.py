@@ -1,0 +1,569 @@
+"""Reports: the files they take, what their tables say, hostile names that stay text, and files that are kept."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from made_result import MACHINE, made_profile, made_result
+from report_cases import calibration, evaluation, inside_result, many_kinds, samples, search
+
+from edgecomp import api
+from edgecomp.errors import EdgecompError, InvalidSpec, MissingDependency, RunError
+from edgecomp.profiles.result import Result, Subject, write_result
+from edgecomp.report.page.accuracy import mark_front
+from edgecomp.report.page.colours import DARK, LIGHT, contrast
+from edgecomp.report.page.groups import group_results
+from edgecomp.report.page.numbers import figure
+from edgecomp.report.page.sources import Source
+from edgecomp.report.page.values import Cell, Page, Point, Section, Table
+from edgecomp.report.page.words import csv_cell, markdown, shown
+
+Cli = Callable[..., Any]
+HOSTILE = "<script>alert(1)</script>\"'|`=1+1\n\u202egnp.exe](http://x.example)"
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every kind of document; not to be written to."""
+    return many_kinds(tmp_path_factory.mktemp("kinds") / "r")
+
+
+def written(folder: Path, *results: Result) -> Path:
+    folder.mkdir(exist_ok=True)
+    for place, result in enumerate(results):
+        write_result(result, folder / f"r{place}.json")
+    return folder
+
+
+def section(page: Page, title: str) -> Section:
+    parts = [*page.sections, *(part for one in page.sections for part in one.parts)]
+    (found,) = (one for one in parts if one.title.startswith(title))
+    return found
+
+
+def rows(table: Table) -> dict[str, dict[str, Cell]]:
+    names = [column.name for column in table.columns]
+    return {row[0].text: dict(zip(names, row, strict=True)) for row in table.rows}
+
+
+# -- what is read ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_stands_for_the_results_below_it_and_says_what_it_leaves_out(tmp_path: Path, cli: Cli) -> None:
+    folder = many_kinds(tmp_path / "r")
+    (folder / "sub").mkdir()
+    write_result(made_result(), folder / "sub" / "deep.json")
+    (folder / "record.json").write_text('{"sha256": "0"}')
+    (folder / ".hidden.json").write_text("{")
+    outcome = api.report([folder, folder / "tome.json"])
+    assert outcome.files.count("tome.json") == 1
+    assert "sub/deep.json" in outcome.files
+    assert outcome.left_out == ("record.json",)
+    assert "Left out, being no results: record.json." in outcome.page.lead
+    said = cli("report", folder)
+    assert said.code == 0
+    assert said.err == "note: record.json is no result and was left out\n"
+    assert "tome.json" in said.out
+
+
+BAD = {
+    "truncated": ('{"kind": "edgecomp result", "sch', "is truncated or no JSON"),
+    "empty": ("", "is truncated or no JSON"),
+    "newer": ('{"kind": "edgecomp result", "schema": 99}', "is of schema 99"),
+    "newer search": ('{"kind": "edgecomp search", "schema": 77}', "is of schema 77"),
+    "another kind": ('{"kind": "edgecomp riddle", "schema": 1}', "edgecomp riddle"),
+    "not ours": ('{"title": "x"}', "nothing that a report is made of"),
+    "a list": ("[1, 2]", "nothing that a report is made of"),
+    "NaN": ('{"kind": NaN}', "is truncated or no JSON"),
+    "no candidate": (msgspec.json.encode(search(rows=(), winner="")).decode(), "holds no candidate"),
+    "evaluation cut": ('{"evaluation": {}, "bundle": "b"}', "is damaged or of another edgecomp"),
+    "deep": ("[" * 100_000, "nothing that a report is made of"),
+    "deeper": ('{"x": ' * 100_000, "is truncated or no JSON"),
+    "no text": (b"\xff\xfe\x00\x01", "is truncated or no JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_one_bad_file_among_many_stops_the_report_and_is_named(name: str, tmp_path: Path, cli: Cli) -> None:
+    good = written(tmp_path / "good", made_result()) / "r0.json"
+    content, reason = BAD[name]
+    bad = tmp_path / "bad file.json"
+    bad.write_bytes(content if isinstance(content, bytes) else content.encode())
+    said = cli("report", good, bad, "--csv", tmp_path / "out.csv")
+    assert said.code == 2
+    assert str(bad) in said.err
+    assert reason in said.err
+    assert not (tmp_path / "out.csv").exists()
+
+
+def edited(tmp_path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    file = written(tmp_path / "e", made_result()) / "r0.json"
+    raw = json.loads(file.read_text())
+    edit(raw)
+    file.write_text(json.dumps(raw))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda raw: raw["profiles"][0].update(samples_us=[], num_samples=0), "says 0 samples and holds 0"),
+        (lambda raw: raw["profiles"][0]["samples_us"].pop(), "says 20 samples and holds 19"),
+        (lambda raw: raw["profiles"][0]["percentiles"].pop("p50"), "model.m4.b1.onnx has no p50"),
+        (lambda raw: raw["profiles"][0]["samples_us"].__setitem__(3, -1.5), "holds a sample of -1.5 us"),
+        (lambda raw: raw["profiles"][0]["samples_us"].__setitem__(3, 1e300), "holds a sample of 1e+300 us"),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(
+    edit: Callable[[dict[str, Any]], object], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match=re.escape(reason)):
+        api.report([edited(tmp_path, edit)])
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no result was named"):
+        api.report([])
+    with pytest.raises(RunError, match=r"holds 0 JSON files and no result"):
+        api.report([tmp_path])
+    with pytest.raises(RunError, match=r"absent\.json cannot be read: No such file"):
+        api.report([tmp_path / "absent.json"])
+
+
+# -- groups and ratios ----------------------------------------------------------------------------------------
+
+
+def test_what_differs_in_machine_model_or_mode_stands_in_groups_of_its_own() -> None:
+    other = msgspec.structs.replace(MACHINE, cpu="other")
+    streams = made_profile(mode="multi-stream", streams=4)
+    subject = Subject("b", "d" * 64, "tome", "inside", "vit_base", "fp32", "", 224)
+    results = [
+        made_result(),
+        made_result(made_profile(), streams),
+        made_result(machine=other),
+        made_result(subject=subject),
+    ]
+    groups = group_results(Source(f"{place}.json", one) for place, one in enumerate(results))
+    assert sorted(len(group.entries) for group in groups) == [1, 1, 1, 2]
+    assert [group.title for group in groups] == sorted(group.title for group in groups)
+    assert any("multi-stream with 4 streams" in group.title for group in groups)
+
+
+@pytest.mark.parametrize("change", ["threads", "runner", "governor", "cuda_graph"])
+def test_each_of_these_parts_groups(change: str) -> None:
+    one = made_result()
+    other = made_result(machine=msgspec.structs.replace(MACHINE, governor="powersave"))
+    if change != "governor":
+        value = {"threads": 2, "runner": "tensorrt 10.9", "cuda_graph": True}[change]
+        other = made_result(msgspec.structs.replace(made_profile(), **{change: value}))
+    assert len(group_results([Source("a", one), Source("b", other)])) == 2
+
+
+def test_ratio_is_of_one_run_and_batch_alone(tmp_path: Path) -> None:
+    plain = made_profile([1000.0] * 20, model="plain.b1.onnx", role="plain", is_steady=True)
+    half = made_profile([500.0] * 20, model="model.m4.b1.onnx", is_steady=True)
+    batch = made_profile([500.0] * 20, model="model.m4.b8.onnx", is_steady=True)
+    batch = msgspec.structs.replace(batch, batch=8)
+    alone = made_profile([100.0] * 20, is_steady=True)
+    folder = written(tmp_path / "r", made_result(plain, half, batch), made_result(alone))
+    page = api.report([folder]).page
+    table = section(page, "Latency").tables[0]
+    over = [(row[0].text, row[1].text, row[-1].text) for row in table.rows]
+    assert over == [
+        ("plain, batch 1", "r0.json", "1"),
+        ("4 of 16 kept, batch 1 (r0.json)", "r0.json", "0.500"),
+        ("4 of 16 kept, batch 1 (r1.json)", "r1.json", "\u2013"),
+        ("4 of 16 kept, batch 8", "r0.json", "\u2013"),
+    ]
+    assert any("takes 0.500 of the plain model's time" in line for line in page.lead)
+
+
+def test_no_difference_and_a_plain_model_that_wins_are_said(tmp_path: Path) -> None:
+    plain = made_profile(samples(1000, seed=1), role="plain", model="plain.onnx", is_steady=True)
+    same = made_profile(samples(1000, seed=2), is_steady=True)
+    slow = made_profile(samples(1500, seed=3), is_steady=True)
+    for bucket, words in (
+        (same, "no difference from the plain model can be told"),
+        (slow, "the plain model is the fastest"),
+    ):
+        page = api.report([written(tmp_path / words[:2], made_result(plain, bucket))]).page
+        assert any(words in line for line in page.lead), page.lead
+
+
+def test_marks_stand_in_the_cell(tmp_path: Path) -> None:
+    result = inside_result(shaky="model.m98.b1.onnx")
+    table = rows(section(api.report([written(tmp_path / "r", result)]).page, "Latency").tables[0])
+    shaky, steady = table["98 of 196 kept"], table["49 of 196 kept"]
+    assert shaky["p99, ms"].marks == ("indicative", "unstable")
+    assert steady["p99, ms"].marks == ("indicative",)
+    assert steady["p50, ms"].marks == ()
+    for name in ("p50, ms", "Mean, ms", "Items/s", "Time over plain"):
+        assert shaky[name].marks == ("unstable",), name
+    unstable_plain = inside_result(shaky="plain.b1.onnx")
+    table = rows(section(api.report([written(tmp_path / "s", unstable_plain)]).page, "Latency").tables[0])
+    assert table["49 of 196 kept"]["Time over plain"].marks == ("plain unstable",)
+
+
+def test_labels_tell_all_graphs_apart() -> None:
+    twin = made_result()
+    (group,) = group_results([Source("a.json", twin), Source("b.json", twin), Source("b.json", twin)])
+    labels = [entry.label for entry in group.entries]
+    assert len(set(labels)) == 3
+
+
+# -- sections -------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_data_has_its_section(kinds: Path) -> None:
+    page = api.report([kinds]).page
+    assert page.absent == ()
+    kinds = {type(plot).__name__ for plot in page.plots}
+    assert kinds == {"EcdfPlot", "HistogramPlot", "BarsPlot", "PointsPlot"}
+    assert len({plot.slug for plot in page.plots}) == len(page.plots)
+    assert all(plot.alt and plot.title for plot in page.plots)
+    first = page.sections[0]
+    assert [part.title for part in first.parts] == [
+        "Latency",
+        "Stages",
+        "Encoder blocks",
+        "Layers",
+        "Routing",
+        "Memory",
+    ]
+    titles = [one.title.partition(":")[0] for one in page.sections[2:]]
+    assert titles == ["Search", "Accuracy and agreement", "Buckets that the router picks", "Conditions"]
+
+
+def test_what_is_absent_is_said_with_the_way_to_get_it(tmp_path: Path) -> None:
+    page = api.report([written(tmp_path / "r", made_result())]).page
+    assert [part.title for part in page.sections[0].parts] == ["Latency"]
+    said = "\n".join(page.absent)
+    for words in ("No stages", "No time by encoder block", "No memory", "No Pareto front", "No histogram of buckets"):
+        assert words in said
+    assert "edgecomp evaluate BUNDLE" in said
+    only = tmp_path / "only.json"
+    only.write_bytes(msgspec.json.encode(evaluation()))
+    assert any(line.startswith("No latency") for line in api.report([only]).page.absent)
+
+
+def test_blocks_stand_beside_the_plain_models(tmp_path: Path) -> None:
+    page = api.report([written(tmp_path / "r", inside_result())]).page
+    blocks = section(page, "Encoder blocks")
+    assert blocks.lines == ()
+    assert [column.name for column in blocks.tables[0].columns] == [
+        "Block",
+        "plain, ms",
+        "98 of 196 kept, ms",
+        "49 of 196 kept, ms",
+    ]
+    assert [row[0].text for row in blocks.tables[0].rows] == [f"blocks.{place}" for place in range(12)]
+    without = [layer for layer in inside_result().layers if not layer.model.startswith("plain")]
+    page = api.report([written(tmp_path / "s", inside_result(layers=tuple(without)))]).page
+    assert "export with --with-plain" in section(page, "Encoder blocks").lines[0]
+
+
+def test_front_holds_what_nothing_beats() -> None:
+    given = [(1.0, 0.9), (2.0, 0.95), (2.0, 0.9), (3.0, 0.94), (3.0, 0.99), (1.0, 0.9)]
+    marked = mark_front([Point(str(place), "method", x, y) for place, (x, y) in enumerate(given)])
+    assert [point.is_front for point in marked] == [True, True, False, False, True, True]
+
+
+def test_evaluations_of_several_bundles_are_held_to_their_own_plain_model(tmp_path: Path) -> None:
+    for place, name in enumerate(("tome-vit", "evit-vit")):
+        (tmp_path / f"{place}.json").write_bytes(msgspec.json.encode(evaluation(name)))
+    (one,) = (s for s in api.report([tmp_path]).page.sections if s.title.startswith("Accuracy"))
+    (plot,) = one.plots
+    assert plot.x_axis == "time over the plain model's"
+    assert sorted((p.label, p.x) for p in plot.points) == [
+        ("evit-vit: 25 kept", 1.0),
+        ("evit-vit: 9 kept", 0.6),
+        ("plain", 1.0),
+        ("tome-vit: 25 kept", 1.0),
+        ("tome-vit: 9 kept", 0.6),
+    ]
+    cells = rows(one.tables[0])["tome-vit: 25 kept"]
+    assert cells["Time over plain"].marks == ("no difference",)
+    assert cells["Agreement, %"].text == "99.00"
+
+
+def test_evaluations_on_other_images_are_not_mixed(tmp_path: Path) -> None:
+    for place, data in enumerate(("one", "another")):
+        (tmp_path / f"{place}.json").write_bytes(msgspec.json.encode(evaluation(data=data)))
+    titles = [s.title for s in api.report([tmp_path]).page.sections]
+    assert titles[:2] == ["Accuracy and agreement: one", "Accuracy and agreement: another"]
+
+
+def test_search_shows_winner_limit_and_why(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_bytes(msgspec.json.encode(search()))
+    one = section(api.report([tmp_path]).page, "Search")
+    assert "Asked for: p50 at most 35 ms." in one.lines
+    table = rows(one.tables[0])
+    assert table["tome m49 fp32"]["Candidate"].marks == ("winner",)
+    assert table["tome m24 fp32"]["Why"].text == "fewer tokens than m49, which misses"
+    assert table["random m98 fp32"]["Why"].text == "beaten by tome m98 fp32"
+    (plot,) = one.plots
+    assert plot.limit == 35.0
+    assert [p.label for p in plot.points if p.is_front] == ["plain fp32", "tome m98 fp32", "tome m49 fp32"]
+
+
+def test_bucket_histogram(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_bytes(msgspec.json.encode(calibration()))
+    one = section(api.report([tmp_path]).page, "Buckets")
+    (plot,) = one.plots
+    assert plot.categories == ("49", "98")
+    assert [bar.value for bar in plot.series[1][2] if bar] == [160.0, 96.0]
+
+
+# -- forms ----------------------------------------------------------------------------------------------------
+
+
+def test_text_markdown_and_csv_need_no_package(tmp_path: Path, kinds: Path) -> None:
+    folder = kinds
+    script = (
+        "import sys\n"
+        "for name in ('matplotlib', 'jinja2', 'torch', 'onnx'): sys.modules[name] = None\n"
+        "from edgecomp.cli import main\nmain()"
+    )
+    run = [sys.executable, "-c", script, "report", str(folder)]
+    plain = [*run, "--markdown", str(tmp_path / "o.md"), "--csv", str(tmp_path / "o.csv")]
+    done = subprocess.run(plain, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "o.md").stat().st_size > 1000
+    for option, package in (("--html", "matplotlib"), ("--plot", "matplotlib")):
+        done = subprocess.run([*run, option, str(tmp_path / "x")], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert f"the package '{package}'" in done.stderr
+        assert "pip install 'edgecomp[report]'" in done.stderr
+        assert not (tmp_path / "x").exists()
+
+
+def test_jinja2_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; pip install -e '.[dev]' brings it")
+    folder = written(tmp_path / "r", made_result())
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingDependency, match=r"an HTML report needs the package 'jinja2'.*edgecomp\[report\]"):
+        api.report([folder], html=tmp_path / "x.html")
+
+
+def test_text_says_everything_the_tables_hold(tmp_path: Path, cli: Cli) -> None:
+    said = cli("report", written(tmp_path / "r", inside_result(shaky="model.m98.b1.onnx")))
+    assert said.code == 0
+    assert re.search(
+        r"98 of 196 kept \(model\.m98\.b1\.onnx\) +1 +fp32 +42\.\d+ unstable \(4\d\.\d+ to 4\d\.\d+\)", said.out
+    )
+    assert re.search(r"~ unstable \(from ", said.out)
+    assert "warm-up did not settle within 40 runs" in said.out
+    assert "governor performance" in said.out
+
+
+def test_csv_has_a_row_for_each_graph(tmp_path: Path, kinds: Path) -> None:
+    api.report([kinds], csv=tmp_path / "o.csv")
+    read = list(csv.DictReader(io.StringIO((tmp_path / "o.csv").read_text())))
+    assert [row["edgecomp_row"] for row in read] == ["profile"] * 12 + ["evaluate"] * 3
+    shaky = next(row for row in read if row["file"] == "evit.json" and row["tokens_kept"] == "98")
+    assert shaky["stability"] == "unstable: warm-up did not settle within 40 runs"
+    assert shaky["p99_mark"] == "indicative; unstable"
+    assert float(shaky["p50_low_ms"]) < float(shaky["p50_ms"]) < float(shaky["p50_high_ms"])
+    assert 0.6 < float(shaky["time_over_plain"]) < 0.8
+    assert read[-1]["agreement_percent"] == "93"
+    assert {row["group"] for row in read[:12]} == {"1", "2"}
+
+
+def test_markdown_is_tables_that_every_reader_takes(tmp_path: Path, kinds: Path) -> None:
+    api.report([kinds], markdown=tmp_path / "o.md")
+    lines = (tmp_path / "o.md").read_text().splitlines()
+    assert lines[:2] == ["<!-- edgecomp report -->", "# edgecomp report"]
+    for place, line in enumerate(lines):
+        if re.fullmatch(r"\|(-+:?\|)+", line):
+            width = len(re.findall(r"(?<!\\)\|", line))
+            after = place + 1
+            while after < len(lines) and lines[after].startswith("|"):
+                assert len(re.findall(r"(?<!\\)\|", lines[after])) == width, lines[after]
+                after += 1
+            assert after > place + 1
+
+
+def test_same_results_give_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; pip install -e '.[dev]' brings it")
+    folder = written(tmp_path / "r", made_result(), made_result(made_profile(samples(900))))
+    (folder / "s.json").write_bytes(msgspec.json.encode(search()))
+    pages = []
+    for place in range(2):
+        here = tmp_path / str(place)
+        api.report([folder], html=here / "p.html", markdown=here / "p.md", csv=here / "p.csv")
+        pages.append([(here / name).read_bytes() for name in ("p.html", "p.md", "p.csv")])
+    assert pages[0] == pages[1]
+
+
+# -- hostile names --------------------------------------------------------------------------------------------
+
+
+def test_words_made_safe() -> None:
+    assert shown("a\nb\t c") == "a b c"
+    assert shown("x\u202ey\u0000\u200b") == "x\\u202ey\\u0000\\u200b"
+    assert shown("\ud800") == "\\ud800"
+    assert shown("a" * 500) == "a" * 159 + "\u2026"
+    assert markdown("a|b<i>`*_[x](y)") == r"a\|b\<i\>\`\*\_\[x\](y)"
+    assert markdown("# x") == r"\# x"
+    assert markdown("1. x") == r"1\. x"
+    assert markdown("see https://x.example www.x.example") == r"see https\://x.example www\.x.example"
+    for start in "=+-@\uff1d":
+        assert csv_cell(f"{start}cmd()") == f"'{start}cmd()"
+    assert csv_cell("\t=cmd()") == "'=cmd()"
+    assert csv_cell("plain") == "plain"
+
+
+def hostile_folder(folder: Path) -> Path:
+    profile = made_profile(model=f"{HOSTILE}.onnx", runner=HOSTILE, precision=HOSTILE, is_steady=False)
+    machine = msgspec.structs.replace(MACHINE, cpu=HOSTILE, governor=HOSTILE, os=HOSTILE, versions={HOSTILE: HOSTILE})
+    subject = Subject(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, 1, HOSTILE)
+    hostile = inside_result(machine=machine, subject=subject, notes=(HOSTILE,), created=HOSTILE, command=(HOSTILE,))
+    layers = tuple(msgspec.structs.replace(one, name=HOSTILE, op=HOSTILE, block=HOSTILE) for one in hostile.layers)
+    results = (made_result(profile, machine=machine, subject=subject), msgspec.structs.replace(hostile, layers=layers))
+    written(folder, *results)
+    (folder / "e.json").write_bytes(msgspec.json.encode(evaluation(HOSTILE, data=HOSTILE, notes=(HOSTILE,))))
+    raw = search(method=HOSTILE, verdict=HOSTILE, target=HOSTILE, notes=(HOSTILE,), agreement_of=HOSTILE)
+    (folder / "s.json").write_bytes(msgspec.json.encode(raw))
+    return folder
+
+
+class Seen(HTMLParser):
+    """What a page holds: elements, their attributes, and the text outside of scripts and styles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[str] = []
+        self.inside = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside not in ("script", "style"):
+            self.text.append(data)
+
+
+def test_hostile_names_stay_text_in_every_form(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; pip install -e '.[dev]' brings it")
+    out = {form: tmp_path / f"o.{form}" for form in ("html", "md", "csv")}
+    api.report([hostile_folder(tmp_path / "r")], html=out["html"], markdown=out["md"], csv=out["csv"])
+    read = {form: path.read_text(encoding="utf-8") for form, path in out.items()}
+    for form, text in read.items():
+        assert "\u202e" not in text, form
+        assert "u202e" in text, form
+    page = Seen()
+    page.feed(read["html"])
+    assert page.tags.count("script") == 1
+    assert "alert(1)" in "".join(page.text)
+    assert not [value for _, _, value in page.attributes if value.startswith("javascript:")]
+    assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"]
+    linked = {value for tag, name, value in page.attributes if name in ("href", "src", "action", "xlink:href")}
+    assert all(value.startswith("#") or value == "data:," for value in linked), linked
+    assert "<script>" not in read["md"]
+    assert not re.search(r"(?<!\\)\]\(http", read["md"])
+    for row in csv.reader(io.StringIO(read["csv"])):
+        assert not [cell for cell in row if cell.startswith(("=", "+", "@", "\t"))]
+        assert len(row) == len(next(csv.reader(io.StringIO(read["csv"]))))
+
+
+def test_page_asks_for_nothing_and_its_policy_names_what_it_runs(tmp_path: Path, kinds: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; pip install -e '.[dev]' brings it")
+    import base64
+    import hashlib
+
+    api.report([kinds], html=tmp_path / "p.html")
+    text = (tmp_path / "p.html").read_text(encoding="utf-8")
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', text)
+    policy = policy.replace("&#39;", "'")
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
+    for tag, rule in (("style", "style-src"), ("script", "script-src")):
+        contents = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        assert len(contents) == 1
+        digest = base64.b64encode(hashlib.sha256(contents[0].encode()).digest()).decode()
+        assert f"{rule} 'sha256-{digest}'" in policy
+    assert not re.search(r"""(?:src|href)=["']?(?!["']|#|data:,)""", text)
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert '<html lang="en">' in text
+    assert text.count('role="img"') == len(re.findall(r"<figure", text)) == text.count("<desc ")
+    assert re.search(r"<desc [^>]*>[^<]{20,}", text)
+
+
+@pytest.mark.parametrize("scheme", [LIGHT, DARK], ids=["light", "dark"])
+def test_colours_have_contrast(scheme: dict[str, str]) -> None:
+    assert contrast("#ffffff", "#000000") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+    texts = ("ink", "quiet", "link", "warn")
+    assert {name: contrast(scheme[name], scheme[on]) for name in texts for on in ("paper", "panel")} == {
+        name: pytest.approx(13, abs=8.5) for name in texts
+    }
+    series = set(scheme) - {"paper", "panel", "line", "grid", *texts}
+    assert all(contrast(scheme[name], scheme["paper"]) >= 4.5 for name in series)
+    assert len(set(scheme.values())) == len(scheme)
+    assert set(LIGHT) == set(DARK)
+
+
+# -- what is written ------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_no_report_is_kept(tmp_path: Path, cli: Cli) -> None:
+    folder = written(tmp_path / "r", made_result())
+    for option, name in (("--markdown", "README.md"), ("--csv", "figures.csv"), ("--html", "index.html")):
+        mine = tmp_path / name
+        mine.write_text("mine")
+        said = cli("report", folder, option, mine)
+        assert said.code == 2
+        assert f"{mine} is there and no report of edgecomp" in said.err
+        assert mine.read_text() == "mine"
+    mine = tmp_path / "README.md"
+    assert cli("report", folder, "--markdown", mine, "--force").code == 0
+    assert cli("report", folder, "--markdown", mine).code == 0, "a report of ours is written again"
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_places_that_cannot_be(tmp_path: Path) -> None:
+    folder = written(tmp_path / "r", made_result())
+    with pytest.raises(InvalidSpec, match="is a folder; name a file"):
+        api.report([folder], csv=tmp_path)
+    with pytest.raises(InvalidSpec, match="--markdown and --csv both name"):
+        api.report([folder], csv=tmp_path / "same", markdown=tmp_path / "same")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EdgecompError, match=r"cannot be written: (Not a directory|File exists)"):
+        api.report([folder], csv=tmp_path / "file" / "o.csv")
+    with pytest.raises(InvalidSpec, match="is a file; name a folder"):
+        api.report([folder], plot=tmp_path / "file")
+
+
+def test_json_is_the_whole_page(tmp_path: Path, cli: Cli) -> None:
+    said = cli("report", written(tmp_path / "r", inside_result()), "--json")
+    document = json.loads(said.out)
+    assert document["files"] == ["r0.json"]
+    assert document["page"]["sections"][0]["parts"][0]["title"] == "Latency"
+
+
+def test_numbers_as_people_write_them() -> None:
+    assert [figure(value) for value in (0.1234, 12.345, 123.45, 1234.5, 0.0)] == [
+        "0.123",
+        "12.35",
+        "123.5",
+        "1,234",
+        "0.000",
+    ]
