@@ -120,7 +120,7 @@ def edited(tmp_path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
     [
         (lambda raw: raw["profiles"][0].update(samples_us=[], num_samples=0), "says 0 samples and holds 0"),
         (lambda raw: raw["profiles"][0]["samples_us"].pop(), "says 20 samples and holds 19"),
-        (lambda raw: raw["profiles"][0]["percentiles"].pop("p50"), "model.m4.b1.onnx has no p50"),
+        (lambda raw: raw["profiles"][0]["percentiles"].pop("p50"), "model.m4.b1.onnx has no p50; it was edited"),
         (lambda raw: raw["profiles"][0]["samples_us"].__setitem__(3, -1.5), "holds a sample of -1.5 us"),
         (lambda raw: raw["profiles"][0]["samples_us"].__setitem__(3, 1e300), "holds a sample of 1e+300 us"),
     ],
@@ -363,7 +363,7 @@ def test_text_says_everything_the_tables_hold(tmp_path: Path, cli: Cli) -> None:
         r"98 of 196 kept \(model\.m98\.b1\.onnx\) +1 +fp32 +42\.\d+ unstable \(4\d\.\d+ to 4\d\.\d+\)", said.out
     )
     assert re.search(r"~ unstable \(from ", said.out)
-    assert "warm-up did not settle within 40 runs" in said.out
+    assert "warm-up did not settle" in said.out
     assert "governor performance" in said.out
 
 
@@ -372,7 +372,7 @@ def test_csv_has_a_row_for_each_graph(tmp_path: Path, kinds: Path) -> None:
     read = list(csv.DictReader(io.StringIO((tmp_path / "o.csv").read_text())))
     assert [row["edgecomp_row"] for row in read] == ["profile"] * 12 + ["evaluate"] * 3
     shaky = next(row for row in read if row["file"] == "evit.json" and row["tokens_kept"] == "98")
-    assert shaky["stability"] == "unstable: warm-up did not settle within 40 runs"
+    assert shaky["stability"] == "unstable: warm-up did not settle"
     assert shaky["p99_mark"] == "indicative; unstable"
     assert float(shaky["p50_low_ms"]) < float(shaky["p50_ms"]) < float(shaky["p50_high_ms"])
     assert 0.6 < float(shaky["time_over_plain"]) < 0.8

@@ -95,7 +95,7 @@ def machine_label(machine: Machine) -> str:
 
 def reasons_of(profile: LatencyProfile) -> tuple[str, ...]:
     """Return why a profile's numbers are not to be believed as they stand."""
-    return () if profile.is_steady else (f"warm-up did not settle within {profile.warmup_runs} runs",)
+    return tuple(shown(mark.removeprefix("unstable: ")) for mark in profile.marks)
 
 
 def _key(result: Result, profile: LatencyProfile) -> tuple[object, ...]:

@@ -75,6 +75,6 @@ def ratio_cell(entry: Entry) -> Cell:
     if entry.plain is None or not entry.plain.p50_us:
         return _NONE
     ratio, low, high = ratio_of(entry.profile, entry.plain)
-    marks = entry.marks or (() if entry.plain.is_steady else ("plain unstable",))
+    marks = entry.marks or (("plain unstable",) if entry.plain.marks else ())
     note = f"{low:.3f} to {high:.3f}" if low is not None and high is not None else ""
     return Cell(f"{ratio:.3f}", ratio, note, marks)
