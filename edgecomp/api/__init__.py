@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from edgecomp.api._report import report
     from edgecomp.api._results import results_check, results_diff, results_list, results_show
     from edgecomp.api._run import run
+    from edgecomp.api._search import search
     from edgecomp.api._verify import verify
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "results_list",
     "results_show",
     "run",
+    "search",
     "unpack",
     "verify",
 ]

@@ -64,15 +64,15 @@ def export(
     recipe: str | Path = "",
     preset: str = "",
     backbone: str | nn.Module = "",
-    weights: str | Path = "random",
-    backbone_weights: str | Path = "random",
+    weights: str | Path = "",
+    backbone_weights: str | Path = "",
     budget: str | int | Sequence[str | int] = (),
     align: int = 1,
     batch: int | Sequence[int] = (),
     image_size: int = 0,
     feature_layer: int = 0,
     output: Output | str = "",
-    input_dtype: DType | str = "float32",
+    input_dtype: DType | str = "",
     precision: str = "",
     rest: str = "",
     fp32: Sequence[str] = (),
@@ -93,7 +93,7 @@ def export(
 ) -> ExportReport:
     """Rewrite a compressor for static shapes, export it to ONNX, prove it in ONNX Runtime, and write a bundle.
 
-    Empty strings, sequences and zeros mean the recipe's default.
+    Empty strings, sequences and zeros mean the recipe's default, which is `random` for weights.
 
     Args:
         method: a method's name, or a `Compressor` of your own (a trained one keeps its weights).
@@ -146,7 +146,11 @@ def export(
     )  # fmt: skip
     batch = (batch,) if isinstance(batch, int) else batch
     defaults = order.recipe.defaults
+    if precision in ("", defaults.precision):  # what the recipe says of its own precision
+        rest, fp32 = rest or defaults.rest, tuple(fp32) or defaults.fp32
     plan = PrecisionPlan.asked(precision or defaults.precision, rest, tuple(fp32))
+    if plan.needs_samples and not str(calibration):
+        calibration, calibration_images = defaults.calibration, calibration_images or defaults.calibration_images
     opset, batches = plan.opset(opset or (0 if plan.rest == "bf16" else defaults.opset)), tuple(batch) or defaults.batch
     require_in_range(order, batches)
     require_calibration(plan, calibration, calibration_images)

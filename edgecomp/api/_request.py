@@ -13,7 +13,7 @@ import msgspec
 from edgecomp import __version__
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
 from edgecomp.resources import source_digest
-from edgecomp.specs import load_recipe, method_names
+from edgecomp.specs import Recipe, load_recipe, method_names
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import file_sha256
 from edgecomp.specs.precision import PrecisionPlan
@@ -46,13 +46,14 @@ def read_order(
     """Turn the arguments into an order, loading the recipe; torch is not needed yet for names."""
     if isinstance(method, str) and bool(method) == bool(str(recipe)):
         raise InvalidSpec("give either a method or a recipe file: --method NAME or --recipe FILE")
-    if input_dtype not in ("float32", "uint8"):
+    if input_dtype not in ("", "float32", "uint8"):
         raise UnknownName("input dtype", input_dtype, ("float32", "uint8"))
     if str(recipe) and Path(recipe).suffix != ".toml":
         raise InvalidSpec(f"--recipe {recipe} does not end in .toml; a method's name is given with --method")
     compressor = None if isinstance(method, str) else method
     named = str(recipe) or (method if isinstance(method, str) else _method_of(method))
     loaded = load_recipe(named)
+    weights, backbone_weights = _weights_of(loaded, compressor, backbone, weights, backbone_weights)
     if isinstance(backbone, str) and preset:
         loaded.preset(preset)
     if router and router not in router_names():
@@ -82,7 +83,7 @@ def read_order(
         image_size=image_size,
         feature_layer=feature_layer,
         output=output,
-        input_dtype=input_dtype,  # type: ignore[arg-type]
+        input_dtype=input_dtype or loaded.defaults.input_dtype,  # type: ignore[arg-type]
         params=dict(params or {}),
         stem=stem,
         router=router,
@@ -91,6 +92,15 @@ def read_order(
         pad_to=pad_to,
         seed=seed,
     )
+
+
+def _weights_of(
+    recipe: Recipe, compressor: Any, backbone: Any, weights: str | Path, backbone_weights: str | Path
+) -> tuple[str | Path, str | Path]:
+    """Return the weights that were asked for, or the recipe's; a module of the user's brings its own."""
+    own = recipe.defaults.weights if compressor is None else "random"
+    host = recipe.defaults.backbone_weights if isinstance(backbone, str) and backbone != "none" else "random"
+    return weights if str(weights) else own, backbone_weights if str(backbone_weights) else host
 
 
 def _method_of(compressor: Compressor) -> str:

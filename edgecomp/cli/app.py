@@ -28,6 +28,7 @@ from edgecomp.cli import (
     report,
     results,
     run,
+    search,
     verify,
 )
 from edgecomp.errors import EdgecompError, ParityError
@@ -49,6 +50,7 @@ for _module in (
     profile,
     compare,
     estimate,
+    search,
     evaluate,
     calibrate,
     check,

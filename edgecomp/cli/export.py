@@ -19,10 +19,10 @@ def command(
     recipe: Annotated[str, typer.Option(help="A recipe's TOML file, instead of --method.")] = "",
     preset: Annotated[str, typer.Option(help="A named size of the recipe.")] = "",
     backbone: Annotated[str, typer.Option(help="A timm ViT in front, or `none`: tokens are the input.")] = "",
-    weights: Annotated[str, typer.Option(help="The method's checkpoint (.safetensors, .pt), or `random`.")] = "random",
+    weights: Annotated[str, typer.Option(help="The method's checkpoint (.safetensors, .pt), or `random`.")] = "",
     backbone_weights: Annotated[
         str, typer.Option(help="The host's checkpoint, `random`, or `pretrained` (downloads through timm).")
-    ] = "random",
+    ] = "",
     budget: Annotated[list[str] | None, typer.Option(help="Tokens KEPT: a count or 25%; repeatable.")] = None,
     align: Annotated[int, typer.Option(help="Round each budget up to a multiple of it: 8, 16 or 32.")] = 1,
     batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeatable.")] = None,
@@ -33,7 +33,7 @@ def command(
         int | None, typer.Option(help="Host layer that is compressed, counted from the end.")
     ] = None,
     output: Annotated[str, typer.Option(help="`tokens` or `logits`.")] = "",
-    input_dtype: Annotated[str, typer.Option(help="`float32`, or `uint8`: raw RGB frames (B, S, S, 3).")] = "float32",
+    input_dtype: Annotated[str, typer.Option(help="`float32`, or `uint8`: raw RGB frames (B, S, S, 3).")] = "",
     precision: Annotated[
         str, typer.Option(help="`fp32`, `fp16`, `bf16`, `int8` or `fp8`, written into the graph.")
     ] = "",

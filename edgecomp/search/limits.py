@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
+from edgecomp.errors import InvalidSpec
 from edgecomp.search.result import Agreement, Limits, Measured
 
-__all__ = ["Verdict", "judge"]
+__all__ = ["Verdict", "judge", "require_limits"]
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -21,6 +24,27 @@ class Verdict(msgspec.Struct, frozen=True):
     load: float
     excess: float
     misses: tuple[str, ...]
+
+
+def require_limits(
+    *, max_p50_ms: float | None, max_p99_ms: float | None, max_energy_mj: float | None, min_agreement: float | None
+) -> Limits:
+    """Return the limits of a request.
+
+    Raises:
+        InvalidSpec: there is none of time or energy, or one is out of range.
+    """
+    given = {"--max-p50": max_p50_ms, "--max-p99": max_p99_ms, "--max-energy": max_energy_mj}
+    for option, value in given.items():
+        if value is not None and not 0 < value < math.inf:
+            raise InvalidSpec(f"{option} {value:g} is not above 0; give milliseconds, or millijoules")
+    if min_agreement is not None and not 0 < min_agreement <= 1:
+        raise InvalidSpec(f"--min-agreement {min_agreement:g} is not above 0 and at most 1; 0.98 allows 2 % to differ")
+    if all(value is None for value in given.values()):
+        raise InvalidSpec("no limit was given; give --max-p50 MS, --max-p99 MS or --max-energy MJ, or several of them")
+    return Limits(
+        max_p50_ms=max_p50_ms, max_p99_ms=max_p99_ms, max_energy_mj=max_energy_mj, min_agreement=min_agreement
+    )
 
 
 def judge(measured: Measured, agreement: Agreement | None, limits: Limits) -> Verdict:

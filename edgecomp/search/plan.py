@@ -131,11 +131,11 @@ def _skipped(open_: Sequence[int], seen: Mapping[int, Seen], min_agreement: floa
     found = {}
     for count in open_:
         if above is not None and count > above:
-            found[count] = f"{above} tokens are above the limit by more than noise, and more tokens are no faster"
+            found[count] = f"m{above} is above the limit by more than noise, and more tokens are no faster"
         elif met is not None and count < met:
-            found[count] = f"{met} tokens meet the limit, and fewer agree no more"
+            found[count] = f"m{met} meets the limit, and fewer tokens agree no more"
         elif poor is not None and count < poor:
-            found[count] = f"{poor} tokens agree too little already, and fewer agree no more"
+            found[count] = f"m{poor} agrees too little already, and fewer tokens agree no more"
     return found
 
 

@@ -162,7 +162,8 @@ class SearchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         verdict: the first line, in words.
         stopped: which rules ended the search, in words.
         precisions: every one that there is.
-        recipe: file name of the winner's recipe beside this document; "" where there is none.
+        folder: the folder of this document, as it was named.
+        recipe: file name of the winner's recipe in that folder; "" where there is none.
         measuring_s, total_s: seconds of measuring, and of all, over all times that the search was resumed.
         notes: what else a reader must know.
     """
@@ -191,6 +192,7 @@ class SearchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     verdict: str
     stopped: tuple[str, ...]
     precisions: tuple[PrecisionVerdict, ...]
+    folder: str
     recipe: str
     measuring_s: float
     total_s: float

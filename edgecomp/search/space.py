@@ -11,14 +11,11 @@ from edgecomp.errors import InvalidSpec
 from edgecomp.specs import BudgetRule
 from edgecomp.specs.precision import PRECISIONS
 
-__all__ = ["BASELINES", "Family", "Subject", "budgets_of", "name_of", "precisions_of", "schedules_of"]
+__all__ = ["STEPS", "Family", "Subject", "budgets_of", "name_of", "precisions_of", "schedules_of"]
 
 STEPS = (32, 16, 8, 4, 2, 1)
 _ENOUGH = 8  # budgets that a step should leave
 _TILE = {"fp32": 1, "fp16": 8, "bf16": 8, "int8": 16, "fp8": 16}  # rows that a tensor core's product takes at once
-BASELINES = {"random": "attention-pruning", "pooling": "token-pooling"}
-"""Method behind each baseline. `random` is pruning with its score of chance."""
-
 Role = Literal["candidate", "plain", "baseline"]
 
 
@@ -27,6 +24,7 @@ class Subject(msgspec.Struct, frozen=True):
 
     Attributes:
         method, preset, placement, backbone: as an export would take them.
+        image_size, feature_layer: likewise; 0 where there is no host.
         tokens_in: patch tokens in front of the compressor.
         rule: which counts the method can keep.
         schedules: that the method knows; its own default first; empty where it has none to choose.
@@ -41,6 +39,8 @@ class Subject(msgspec.Struct, frozen=True):
     rule: BudgetRule
     schedules: tuple[str, ...] = ()
     has_plain: bool = True
+    image_size: int = 0
+    feature_layer: int = 0
 
 
 class Family(msgspec.Struct, frozen=True):

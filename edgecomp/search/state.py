@@ -17,9 +17,10 @@ from typing import Any, Final, Literal
 import msgspec
 
 from edgecomp.errors import EdgecompError, InvalidSpec, RunError
+from edgecomp.profiles.machine import Machine
 from edgecomp.search.result import Agreement, Measured
 
-__all__ = ["Exported", "Journal", "Judged", "Record", "Refused", "Timed", "flat"]
+__all__ = ["Exported", "Journal", "Judged", "Record", "Refused", "Timed", "Where", "flat"]
 
 _KIND: Final = "edgecomp search journal"
 _SCHEMA: Final = 1
@@ -58,7 +59,13 @@ class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refu
     why: str
 
 
-Record = Exported | Timed | Judged | Refused
+class Where(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="where"):
+    """The machine behind `--on`, which is known only once it has measured."""
+
+    machine: Machine
+
+
+Record = Exported | Timed | Judged | Refused | Where
 
 
 class _First(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from edgecomp.errors import InvalidSpec
 
-__all__ = ["read_toml"]
+__all__ = ["read_toml", "to_toml"]
 
 Spec = TypeVar("Spec", bound=msgspec.Struct)
 
@@ -36,3 +39,43 @@ def read_toml(path: Path, kind: type[Spec], *, what: str) -> Spec:
         raise InvalidSpec(f"{what} {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise InvalidSpec(f"{what} {path}: {error}; compare it with the ones that edgecomp ships") from None
+
+
+def to_toml(spec: msgspec.Struct) -> str:
+    """Return a struct as TOML that `read_toml` reads back; a field that is None is left out.
+
+    Plain values come first in each table, tables behind them, since TOML has it so.
+    """
+    return "\n".join(_lines(msgspec.to_builtins(spec), ())).strip() + "\n"
+
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def _lines(fields: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
+    values = {key: value for key, value in fields.items() if value is not None and not isinstance(value, Mapping)}
+    tables = {key: value for key, value in fields.items() if isinstance(value, Mapping)}
+    lines = [f"[{'.'.join(map(_key, path))}]"] if path and (values or not tables) else []
+    lines += [f"{_key(key)} = {_value(value)}" for key, value in values.items()]
+    lines += [""] if lines else []
+    for key, value in tables.items():
+        lines += _lines(value, (*path, key))
+    return lines
+
+
+def _key(key: str) -> str:
+    return key if _BARE.fullmatch(key) else _value(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):  # TOML's basic strings take JSON's escapes
+        return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(key)} = {_value(one)}" for key, one in value.items() if one is not None) + " }"
+    return "[" + ", ".join(map(_value, value)) + "]"

@@ -13,7 +13,7 @@ from edgecomp.errors import InvalidSpec, UnknownName
 from edgecomp.resources import data_path
 from edgecomp.specs._toml import read_toml
 from edgecomp.specs.budget import BudgetRule
-from edgecomp.specs.precision import WrittenPrecision
+from edgecomp.specs.precision import Rest, WrittenPrecision
 from edgecomp.specs.site import Output, Placement
 
 if TYPE_CHECKING:
@@ -98,8 +98,15 @@ class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layout: str = ""
 
 
-class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `edgecomp export` takes where the command line says nothing."""
+class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What `edgecomp export` takes where the command line says nothing.
+
+    Attributes:
+        rest, fp32: of `precision`; they do not go with another one.
+        input_dtype: `float32`, or `uint8`.
+        weights, backbone_weights: `random`, `pretrained` (the backbone's alone), or a file.
+        calibration, calibration_images: a folder of images for scales and ranges, and the most read of it.
+    """
 
     preset: str
     image_size: Size
@@ -109,6 +116,13 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precision: WrittenPrecision
     backbone: str = "none"
     feature_layer: Annotated[int, Meta(le=-1)] = -1
+    rest: Rest | Literal[""] = ""
+    fp32: tuple[str, ...] = ()
+    input_dtype: Literal["float32", "uint8"] = "float32"
+    weights: str = "random"
+    backbone_weights: str = "random"
+    calibration: str = ""
+    calibration_images: Annotated[int, Meta(ge=0)] = 0
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

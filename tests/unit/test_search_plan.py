@@ -142,11 +142,11 @@ def test_it_says_by_which_rule_a_budget_is_left_out() -> None:
 
     known = {16: seen(0.4, 0.5), 80: seen(0.9, 0.8), 144: seen(1.5, 0.9)}
     step = next_budgets(COUNTS, known, min_agreement=0.7)
-    assert step.skipped[160] == "144 tokens are above the limit by more than noise, and more tokens are no faster"
-    assert step.skipped[64] == "80 tokens meet the limit, and fewer agree no more"
+    assert step.skipped[160] == "m144 is above the limit by more than noise, and more tokens are no faster"
+    assert step.skipped[64] == "m80 meets the limit, and fewer tokens agree no more"
     assert set(step.budgets) <= {96, 112, 128}
     poor = next_budgets(COUNTS, {144: seen(1.01, 0.6)}, min_agreement=0.7)
-    assert poor.skipped[16] == "144 tokens agree too little already, and fewer agree no more"
+    assert poor.skipped[16] == "m144 agrees too little already, and fewer tokens agree no more"
     assert set(poor.budgets) <= {160, 176, 192}
     assert 160 in next_budgets(COUNTS, {144: seen(1.09, 0.6)}).budgets + tuple(
         count for count in COUNTS if count not in next_budgets(COUNTS, {144: seen(1.09, 0.6)}).skipped

@@ -1,0 +1,502 @@
+"""`edgecomp search`: the budget that agrees most with the uncompressed model, under limits of time and energy."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgecomp import __version__
+from edgecomp.api._measure import Plan
+from edgecomp.api._progress import Progress, silent
+from edgecomp.api._request import tools
+from edgecomp.api._search_export import Described, Exporter, ModelAsked, baselines_of, describe
+from edgecomp.api._search_judge import AgreementJudge
+from edgecomp.api._search_measure import KIND, EstimateThere, MeasureHere, MeasureThere
+from edgecomp.errors import EdgecompError, InvalidSpec
+from edgecomp.evaluation import open_images
+from edgecomp.lock import bundle_lock
+from edgecomp.profiles.machine import Machine, read_machine
+from edgecomp.profiles.monitor import Monitor
+from edgecomp.report.search import SearchPlan
+from edgecomp.resources import source_digest
+from edgecomp.runners import require_threads
+from edgecomp.search.limits import require_limits
+from edgecomp.search.outcome import Outcome
+from edgecomp.search.plan import coarse
+from edgecomp.search.recipe import recipe_text, winner_recipe
+from edgecomp.search.result import Limits, Measured, SearchResult, write_search
+from edgecomp.search.run import Ask, Made, Measure, Tools, run_search
+from edgecomp.search.space import STEPS, Family, budgets_of, name_of, precisions_of, schedules_of
+from edgecomp.search.state import Journal, Where, flat
+from edgecomp.specs import load_recipe, load_target
+from edgecomp.specs.origin import file_sha256
+from edgecomp.specs.recipe import Defaults
+
+__all__ = ["search"]
+
+_JOURNAL, _DOCUMENT, _RECIPE = "journal.jsonl", "search.json", "recipe.toml"
+_REFERENCE, _BUNDLES = "reference.npz", "bundles"
+_LOOK_S = 0.2
+_NO_CPU_KERNELS = ("bf16", "fp8")
+
+
+class _Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What a search was asked for beside its model."""
+
+    target: str
+    runner: str
+    threads: int
+    duration_s: float
+    on: tuple[str, ...]
+    data: str
+    split: str
+    images: int
+    seed: int
+
+
+def search(
+    method: str = "",
+    *,
+    recipe: str | Path = "",
+    preset: str = "",
+    backbone: str = "",
+    weights: str | Path = "",
+    backbone_weights: str | Path = "",
+    target: str = "local",
+    max_p50_ms: float | None = None,
+    max_p99_ms: float | None = None,
+    max_energy_mj: float | None = None,
+    data: str | Path = "",
+    min_agreement: float | None = None,
+    split: str = "",
+    images: int = 128,
+    seed: int = 0,
+    budget: Sequence[int] = (),
+    step: int = 0,
+    precision: Sequence[str] = (),
+    schedule: Sequence[str] = (),
+    rest: str = "",
+    fp32: Sequence[str] = (),
+    calibration: str | Path = "",
+    calibration_images: int = 0,
+    image_size: int = 0,
+    feature_layer: int = 0,
+    output: str = "",
+    input_dtype: str = "",
+    batch: int = 1,
+    params: Mapping[str, Any] | None = None,
+    runner: str = "onnxruntime",
+    threads: int = 0,
+    duration_s: float = 10.0,
+    on: Sequence[str] = (),
+    noise: float = 0.05,
+    exhaustive: bool = False,
+    keep_bundles: bool = False,
+    fresh: bool = False,
+    dry_run: bool = False,
+    out: str | Path = "",
+    progress: Progress = silent,
+) -> SearchResult | SearchPlan:
+    """Search the budget of a method that agrees most with the uncompressed model, under limits.
+
+    Budgets are exported and measured from coarse to fine (`edgecomp.search.plan` states the rules and what they
+    promise), in the fastest precision that passes parity, beside the uncompressed model, random pruning and pooling.
+
+    Args:
+        method, recipe, preset, backbone, weights, backbone_weights, image_size, feature_layer, output, input_dtype,
+            params, rest, fp32, calibration, calibration_images: as in `export`; calibration is `data` where left out.
+        target: `local`; or a target's name: with `on` the machine there is one, without it times are estimated.
+        max_p50_ms, max_p99_ms, max_energy_mj: limits of a run; one at least.
+        data: a folder of images; agreement is then told on them, else on the shipped photograph and seeded numbers.
+        min_agreement: that the winner must reach, above 0 and at most 1.
+        split, images, seed: of IDX files; the most images taken, at random; of that choice.
+        budget: these counts and no others.
+        step: distance of budgets, 8, 16 or 32; 0: by the number of tokens.
+        precision: those to try, or `all`; none: the recipe's.
+        schedule: those to search, or `all`; none: the preset's.
+        batch: of a run.
+        runner, threads, duration_s: as in `profile`, for each candidate.
+        on: machines of one kind, as `--on` takes them, which share the measuring.
+        noise: share by which a measured time may lie beside its true one.
+        exhaustive: measure every candidate.
+        keep_bundles: of all candidates, not of the winner and the uncompressed model alone.
+        fresh: forget what was measured in `out`.
+        dry_run: export and measure nothing; return what would be looked at.
+        out: the folder; default: `search-<method>-<preset or backbone>`.
+        progress: takes one line for each step.
+
+    Returns:
+        the document; it is true where a candidate meets all limits. With `dry_run` a plan.
+
+    Raises:
+        SpecError, WeightsError: the request cannot be, or the folder holds another search.
+        RunError: a host cannot be used, or hosts are not of one kind.
+    """
+    limits = require_limits(
+        max_p50_ms=max_p50_ms, max_p99_ms=max_p99_ms, max_energy_mj=max_energy_mj, min_agreement=min_agreement
+    )
+    _require_in_range(duration_s=duration_s, noise=noise, step=step, images=images)
+    require_threads(threads)
+    asked = _Asked(
+        target=target, runner=runner, threads=threads, duration_s=duration_s, on=tuple(on), data=str(data), split=split,
+        images=images, seed=seed,
+    )  # fmt: skip
+    model = ModelAsked(
+        method=method,
+        recipe=str(recipe),
+        preset=preset,
+        backbone=backbone,
+        weights=str(weights),
+        backbone_weights=str(backbone_weights),
+        image_size=image_size,
+        feature_layer=feature_layer,
+        output=output,
+        input_dtype=input_dtype,
+        batch=batch,
+        rest=rest,
+        fp32=tuple(fp32),
+        calibration=str(calibration) or str(data),
+        calibration_images=calibration_images,
+        params=dict(params or {}),
+    )
+    _require_place(asked, limits)
+    progress("building the model once, to learn what can be searched")
+    described = describe(model)
+    subject = described.subject
+    own = load_recipe(model.recipe or model.method).defaults.precision
+    words = precisions_of(precision, own)
+    taken, refused = baselines_of(described)
+    ask = Ask(
+        subject=subject,
+        limits=limits,
+        budgets=budgets_of(subject, words, asked=budget, step=step),
+        precisions=words,
+        schedules=schedules_of(schedule, subject),
+        baselines=tuple(taken),
+        refused_baselines=tuple(refused),
+        noise=noise,
+        width=max(2, len(asked.on)),
+        exhaustive=exhaustive,
+    )
+    folder = Path(out) if str(out) else Path(f"search-{subject.method}-{preset or subject.backbone}")
+    if dry_run:
+        return _plan(ask, asked)
+    with bundle_lock(folder, "search", say=progress):
+        _open_folder(folder, fresh=fresh)
+        return _search(folder, ask, asked, model, described, keep_bundles=keep_bundles, progress=progress)
+
+
+def _search(
+    folder: Path, ask: Ask, asked: _Asked, model: ModelAsked, described: Described, *, keep_bundles: bool,
+    progress: Progress,
+) -> SearchResult:  # fmt: skip
+    """Search in a folder that is open to us alone."""
+    subject = described.subject
+    machine = read_machine() if not asked.on and asked.target == "local" else None
+    pictures = None
+    notes: list[str] = []
+    if asked.data:
+        pictures = open_images(asked.data, split=asked.split, limit=asked.images, seed=asked.seed)
+        notes += pictures.notes
+    is_logits = described.output == "logits"
+    if asked.data and not is_logits:
+        notes.append("the outputs are tokens, so that no class can be compared; --output logits, where there is one")
+    exporter = Exporter(model, subject, folder / _BUNDLES, progress)
+    kept: list[str] = []
+
+    def reference() -> Made:
+        family = Family("candidate", subject.method, words[0], ask.schedules[0])
+        if described.is_same_network:
+            first = coarse(ask.budgets)
+            for count in (first[len(first) // 2], *first):
+                with suppress(EdgecompError):
+                    made = exporter(family, (count,), with_plain=True)
+                    return next(one for one in made if one.family.role == "plain")
+        return exporter(family, ask.budgets[-1:], with_plain=False)[0]
+
+    with Journal(folder / _JOURNAL, _depends_on(asked, model, ask, machine)) as journal:
+        if journal.dropped:
+            notes.append(f"{_JOURNAL} ended within a line ({journal.dropped} bytes); what that said was done again")
+        measure: Measure
+        if asked.on:
+            measure = MeasureThere(
+                asked.on,
+                runner=asked.runner,
+                threads=asked.threads,
+                duration_s=asked.duration_s,
+                say=progress,
+                check=lambda found: _check_machine(journal, found),
+            )
+        elif asked.target != "local":
+            measure = EstimateThere(load_target(asked.target), say=progress)
+            notes.append(f"nothing was measured on {asked.target}: all times are estimates, and p99 is not known")
+        else:
+            plan = Plan(runner=asked.runner, threads=asked.threads, duration_s=asked.duration_s, stages=False)
+            measure = MeasureHere(plan, say=progress)
+        words = [word for word in ask.precisions if not _not_on_target(word, asked)] or list(ask.precisions)
+        judge = AgreementJudge(
+            reference, pictures, is_logits=is_logits, threads=0, keep=folder / _REFERENCE, say=progress
+        )
+        agree: Any = judge
+        if not described.is_same_network:
+            agree = lambda made: None if made.family.role != "candidate" else judge(made)  # noqa: E731
+        kit = Tools(
+            export=exporter,
+            measure=lambda made: _with_power(measure(made), ask.limits),
+            judge=agree,
+            not_on_target=lambda word: _not_on_target(word, asked),
+            ties=is_logits,
+        )
+        outcome = run_search(ask, kit, journal, say=progress)
+        on_machine = next((one.machine for one in journal.records if isinstance(one, Where)), machine)
+        recipe_name = _write_recipe(folder, outcome, exporter, model, kept)
+    kept += [row.bundle for row in outcome.known if row.family.role == "plain"]
+    if not keep_bundles:
+        exporter.remove_all_but(kept)
+    result = SearchResult(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        edgecomp=__version__,
+        command=_command(asked, model, ask),
+        method=subject.method,
+        preset=subject.preset,
+        backbone=subject.backbone,
+        batch=model.batch,
+        target=asked.target,
+        runner=asked.runner,
+        threads=asked.threads,
+        duration_s=asked.duration_s,
+        machine=on_machine,
+        limits=ask.limits,
+        latency_of=outcome.latency_of,
+        agreement_of=_agreement_of(asked, ask, words[0], described, len(pictures.indices) if pictures else 0),
+        is_proxy=not (asked.data and is_logits),
+        rows=outcome.rows,
+        winner=outcome.winner,
+        closest=outcome.closest,
+        verdict=outcome.verdict,
+        stopped=outcome.stopped,
+        precisions=outcome.precisions,
+        folder=str(folder),
+        recipe=recipe_name,
+        measuring_s=outcome.measuring_s,
+        total_s=outcome.total_s,
+        notes=(*notes, *outcome.notes),
+    )
+    write_search(result, folder / _DOCUMENT)
+    return result
+
+
+# -- what is asked ------------------------------------------------------------------------------------------
+
+
+def _require_in_range(*, duration_s: float, noise: float, step: int, images: int) -> None:
+    if not 0 < duration_s <= 3600:
+        raise InvalidSpec(f"duration {duration_s} s is not above 0 and at most 3600 s")
+    if not 0 <= noise < 0.5:
+        raise InvalidSpec(f"noise {noise:g} is not from 0 to below 0.5: the share by which a time may be off")
+    if step not in (0, *STEPS):
+        raise InvalidSpec(f"--step {step} is none of {', '.join(map(str, reversed(STEPS)))}")
+    if images < 1:
+        raise InvalidSpec(f"--images {images} is below 1; leave it out for 128")
+
+
+def _require_place(asked: _Asked, limits: Limits) -> None:
+    if asked.target != "local":
+        load_target(asked.target)
+    if asked.split and not asked.data:
+        raise InvalidSpec(f"--split {asked.split} is of --data, which was not given; drop it")
+    if limits.max_energy_mj is None or asked.on:
+        return
+    if asked.target != "local":
+        raise InvalidSpec(
+            f"--max-energy {limits.max_energy_mj:g}: an estimate for {asked.target} knows no power; measure there with "
+            "--on, or drop it"
+        )
+    with Monitor(interval_ms=50) as monitor:
+        time.sleep(_LOOK_S)
+    if monitor.watch.total_energy_mj is None:
+        raise InvalidSpec(
+            f"--max-energy {limits.max_energy_mj:g}: no power of this machine can be read, so that no energy can be "
+            "told; drop it"
+        )
+
+
+def _not_on_target(word: str, asked: _Asked) -> str:
+    if asked.target != "local":
+        spec = load_target(asked.target)
+        if word not in spec.precisions:
+            return f"{spec.title} computes in {', '.join(spec.precisions)}"
+    is_run = asked.target == "local" or asked.on
+    if is_run and asked.runner == "onnxruntime" and word in _NO_CPU_KERNELS:
+        return "ONNX Runtime has no kernels for it on the CPU"
+    return ""
+
+
+def _plan(ask: Ask, asked: _Asked) -> SearchPlan:
+    families = [
+        Family("candidate", ask.subject.method, word, schedule)
+        for word in ask.precisions
+        if not _not_on_target(word, asked)
+        for schedule in ask.schedules
+    ]
+    plain = [f"plain {word}" for word in dict.fromkeys(family.precision for family in families)]
+    names = [name_of(family, count) for family in families for count in ask.budgets]
+    first = coarse(ask.budgets)
+    return SearchPlan(
+        subject=ask.subject,
+        limits=ask.limits,
+        first=tuple(name_of(family, count) for family in families[:1] for count in first),
+        candidates=(*plain, *names),
+        baselines=tuple(name for name, _ in ask.baselines),
+        refused_baselines=ask.refused_baselines,
+        least=len(plain) + 1,
+        most=len(plain) + len(names) + len(ask.baselines),
+        duration_s=asked.duration_s,
+        hosts=max(1, len(asked.on)),
+    )
+
+
+def _depends_on(asked: _Asked, model: ModelAsked, ask: Ask, machine: Machine | None) -> dict[str, Any]:
+    """Return what every number of a search depends on."""
+    given = msgspec.to_builtins(model)
+    for field in ("weights", "backbone_weights", "recipe"):
+        if given[field] not in ("", "random", "pretrained"):
+            given[field] = file_sha256(Path(given[field]))
+    given["calibration"] = _listing(model.calibration)
+    fields = {
+        "edgecomp": f"{__version__} {source_digest()[:16]}",
+        "tools": tools() | ({} if machine is None else machine.versions),
+        "model": given | {"preset": ask.subject.preset, "backbone": ask.subject.backbone},
+        "measuring": {
+            "target": asked.target, "there": bool(asked.on), "runner": asked.runner, "threads": asked.threads,
+            "duration_s": asked.duration_s,
+        },
+        "data": {"files": _listing(asked.data), "split": asked.split, "images": asked.images, "seed": asked.seed},
+        "reference": ask.precisions[0],
+        "machine": {} if machine is None else {field: getattr(machine, field) for field in KIND},
+    }  # fmt: skip
+    return flat(fields)
+
+
+def _listing(folder: str) -> str:
+    """Return what names and sizes of a folder's files say."""
+    if not folder:
+        return ""
+    files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+    told = "\n".join(f"{file.relative_to(folder)} {file.stat().st_size}" for file in files)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _check_machine(journal: Journal, found: Machine) -> None:
+    """Refuse to go on with a search on another machine than the one it was begun on."""
+    begun = next((one.machine for one in journal.records if isinstance(one, Where)), None)
+    if begun is None:
+        journal.add(Where(found))
+        return
+    for field in KIND:
+        old, new = getattr(begun, field), getattr(found, field)
+        if old != new:
+            raise InvalidSpec(
+                f"the search in {journal.path.parent} was begun on a machine with {field} {old!r}, and this one has "
+                f"{new!r}: their times do not belong together. Name another --out, or give --fresh"
+            )
+
+
+def _with_power(found: Iterable[tuple[str, Measured]], limits: Limits) -> Iterator[tuple[str, Measured]]:
+    """Refuse a limit of energy where no power is known."""
+    for name, measured in found:
+        if limits.max_energy_mj is not None and measured.energy_mj is None:
+            raise InvalidSpec(
+                f"--max-energy {limits.max_energy_mj:g}: no power of {measured.where} is known, so that no energy can "
+                "be told; drop it"
+            )
+        yield name, measured
+
+
+# -- the folder ---------------------------------------------------------------------------------------------
+
+
+def _open_folder(folder: Path, *, fresh: bool) -> None:
+    ours = (_JOURNAL, _DOCUMENT, _RECIPE, _REFERENCE)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _JOURNAL).is_file():
+        raise InvalidSpec(f"{folder} is there and holds no search; name another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EdgecompError(f"{folder} cannot be made: {error.strerror}; name another --out") from None
+    if fresh:
+        for name in ours:
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / _BUNDLES, ignore_errors=True)
+
+
+def _write_recipe(folder: Path, outcome: Outcome, exporter: Exporter, model: ModelAsked, kept: list[str]) -> str:
+    """Write the winner's recipe, and return its name; "" where no compressed model won."""
+    path, winner = folder / _RECIPE, outcome.winner_known
+    if winner is None or winner.family.role != "candidate":
+        path.unlink(missing_ok=True)
+        return ""
+    opened = exporter.open(winner.family, winner.tokens, winner.bundle)
+    kept.append(opened.path.name)
+    bucket = next(one for one in opened.manifest.buckets if one.budget.tokens_out == winner.tokens)
+    of_files = {"weights": model.weights, "backbone_weights": model.backbone_weights}
+    if opened.manifest.samples is not None and model.calibration:
+        of_files["calibration"] = model.calibration
+    defaults = opened.manifest.recipe.defaults
+    given = msgspec.structs.replace(
+        Defaults(
+            preset=defaults.preset, image_size=defaults.image_size, batch=defaults.batch, output=defaults.output,
+            opset=defaults.opset, precision=defaults.precision, weights=defaults.weights,
+            backbone_weights=defaults.backbone_weights, calibration_images=model.calibration_images,
+        ),
+        **{name: _absolute(value) for name, value in of_files.items() if value},
+    )  # fmt: skip
+    recipe = winner_recipe(opened.manifest, bucket, asked=given)
+    path.write_text(recipe_text(recipe, said=f"edgecomp search: {outcome.verdict}"), encoding="utf-8")
+    load_recipe(str(path))  # what cannot be read back is told now
+    return path.name
+
+
+def _absolute(value: str) -> str:
+    return value if value in ("random", "pretrained") else str(Path(value).resolve())
+
+
+# -- words --------------------------------------------------------------------------------------------------
+
+
+def _agreement_of(asked: _Asked, ask: Ask, word: str, described: Described, images: int) -> str:
+    subject = described.subject
+    if described.is_same_network:
+        reference = f"the uncompressed model in {word}"
+    else:
+        reference = f"{subject.method} with its largest budget, {ask.budgets[-1]}, in {word}"
+    where = f"on {images} images of {Path(asked.data).resolve().name}" if asked.data else ""
+    if described.output == "logits":
+        what = f"share of images whose class is that of {reference}"
+    else:
+        what = f"cosine of the mean token with that of {reference}"
+    return f"{what}, {where or 'a proxy: on the shipped photograph and seeded numbers, not on images of yours'}"
+
+
+def _command(asked: _Asked, model: ModelAsked, ask: Ask) -> tuple[str, ...]:
+    """Return the words that repeat the search; files by their names, hosts not at all."""
+    limits = ask.limits
+    words: dict[str, Any] = {
+        "method": ask.subject.method, "preset": model.preset, "backbone": model.backbone,
+        "target": "" if asked.target == "local" else asked.target, "max-p50": limits.max_p50_ms,
+        "max-p99": limits.max_p99_ms, "max-energy": limits.max_energy_mj, "min-agreement": limits.min_agreement,
+        "data": Path(asked.data).name, "images": asked.images if asked.data else "", "duration": asked.duration_s,
+        "threads": asked.threads or "", "runner": "" if asked.runner == "onnxruntime" else asked.runner,
+        "output": model.output,
+    }  # fmt: skip
+    many = [f"--precision={word}" for word in ask.precisions] + [f"--schedule={word}" for word in ask.schedules if word]
+    named = [f"--{name}={value}" for name, value in words.items() if value not in ("", None)]
+    return ("edgecomp", "search", *named, *many)

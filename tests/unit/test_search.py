@@ -1,0 +1,246 @@
+"""A search as a whole, with fakes for what exports, measures and judges; and the real ones on the smallest models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgecomp.errors import InvalidSpec, ParityError, RunError
+from edgecomp.search.outcome import Outcome
+from edgecomp.search.result import Agreement, Figure, Limits, Measured
+from edgecomp.search.run import Ask, Made, Tools, run_search
+from edgecomp.search.space import Family, Subject, name_of
+from edgecomp.search.state import Journal
+from edgecomp.specs import BudgetRule
+
+COUNTS = tuple(range(16, 197, 16))
+SPEED = {"fp32": 1.0, "fp16": 1.4, "int8": 0.5}
+
+
+class Shop:
+    """Exports, measures and judges, by formulas; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.exported: list[tuple[str, tuple[int, ...]]] = []
+        self.measured: list[str] = []
+        self.judged: list[str] = []
+        self.fails: dict[str, Exception] = {}
+        self.ms: Callable[[Family, int], float] = lambda family, n: (20 + n / 4) * SPEED[family.precision]
+        self.agreement: Callable[[Family, int], float | None] = lambda family, n: n / 200
+        self.die_at = -1
+
+    def export(self, family: Family, budgets: Sequence[int], *, with_plain: bool) -> list[Made]:
+        self.exported.append((family.key, tuple(budgets)))
+        for count in budgets:
+            if (error := self.fails.get(name_of(family, count))) is not None:
+                raise error
+        folder = Path("-".join([family.key, *map(str, budgets)]))
+        made = [Made(name_of(family, n), family, n, folder, f"m{n}.onnx", n) for n in budgets]
+        if with_plain:
+            plain = Family("plain", "", family.precision)
+            made.append(Made(name_of(plain, 196), plain, 196, folder, "plain.onnx", 400))
+        return made
+
+    def measure(self, made: Sequence[Made]) -> Iterator[tuple[str, Measured]]:
+        for one in made:
+            if len(self.measured) == self.die_at:
+                raise KeyboardInterrupt
+            self.measured.append(one.name)
+            us = 1000 * (
+                72 * SPEED[one.family.precision] if one.family.role == "plain" else self.ms(one.family, one.tokens)
+            )
+            p50, p99 = Figure(us, us * 0.99, us * 1.01), Figure(us * 1.2, us, us * 1.3, True)
+            yield one.name, Measured(source="measured", where="local", p50_us=p50, p99_us=p99, samples=100)
+
+    def judge(self, made: Made) -> Agreement | None:
+        self.judged.append(made.name)
+        if made.family.role == "plain":
+            return Agreement(1.0 if made.family.precision == "fp32" else 0.6, None, None, 2)
+        found = self.agreement(made.family, made.tokens)
+        return None if found is None else Agreement(found, None, None, 2)
+
+    def go(self, path: Path, limits: Limits, **fields: Any) -> Outcome:
+        subject = Subject("tome", "vit", "inside", "vit", 196, BudgetRule(default=(40,)))
+        precisions = {"precisions": ("fp32",), "budgets": COUNTS, **fields}
+        not_there = {"bf16": "no kernels"}
+        tools = Tools(self.export, self.measure, self.judge, lambda word: not_there.get(word, ""), ties=False)
+        with Journal(path / "journal.jsonl", {"of": 1}) as journal:
+            return run_search(Ask(subject=subject, limits=limits, **precisions), tools, journal)
+
+
+def row(outcome: Outcome, name: str) -> Any:
+    return next(one for one in outcome.rows if one.name == name)
+
+
+def test_the_largest_budget_under_the_limit_wins(tmp_path: Path) -> None:
+    shop = Shop()
+    found = shop.go(tmp_path, Limits(max_p50_ms=50), baselines=(("attention-pruning", "random"),))
+    assert found.winner == "tome m112 fp32"  # 48 ms and 1 % of it; m128 takes 52
+    assert found.verdict == "tome m112 fp32 wins: 112 of 196 tokens kept"
+    assert len(shop.measured) == len(set(shop.measured)) < len(COUNTS) + 2, "nothing twice, and not everything"
+    states = {one.name: one.state for one in found.rows}
+    assert states["plain fp32"] == "front"
+    assert states["tome m112 fp32"] == "front"
+    assert states["tome m192 fp32"] == "front"
+    assert not row(found, "tome m192 fp32").meets
+    assert row(found, "tome m192 fp32").misses == ("p50 68.000 ms is above 50",)
+    assert row(found, "tome m32 fp32").why.startswith("m")
+    assert states["tome m32 fp32"] == "skipped"
+    baseline = row(found, "attention-pruning random m112 fp32")
+    assert (baseline.role, baseline.state) == ("baseline", "front")
+    assert [one.verdict for one in found.precisions] == ["chosen", *["not tried"] * 4]
+    everything = shop.go(tmp_path / "..", Limits(max_p50_ms=50), exhaustive=True)
+    assert everything.winner == found.winner
+    (tmp_path / ".." / "journal.jsonl").unlink()
+
+
+def test_where_the_plain_model_meets_the_limit_it_wins_and_the_search_ends(tmp_path: Path) -> None:
+    shop = Shop()
+    found = shop.go(tmp_path, Limits(max_p50_ms=100), baselines=(("token-pooling", ""),))
+    assert found.winner == "plain fp32"
+    assert (
+        found.verdict == "the uncompressed model wins: plain fp32 meets all limits, so that compression is not needed"
+    )
+    assert len(shop.measured) == 2
+    assert found.stopped == ("plain fp32 meets all limits, and nothing agrees with it more than itself",)
+    assert row(found, "tome m16 fp32").why == "the uncompressed model meets all limits"
+    every = shop.go(tmp_path, Limits(max_p50_ms=100), exhaustive=True)
+    assert every.winner == "plain fp32"
+    assert {one.state for one in every.rows} <= {"front", "dominated"}
+
+
+def test_where_nothing_meets_the_limit_the_closest_is_named(tmp_path: Path) -> None:
+    shop = Shop()
+    found = shop.go(tmp_path, Limits(max_p50_ms=10))
+    assert (found.winner, found.closest) == ("", "tome m16 fp32")
+    assert found.verdict == "no candidate meets the limits; the closest is tome m16 fp32: p50 24.000 ms is above 10"
+    assert len(shop.measured) == 5, "the first few, and the plain model"
+    poor = shop.go(tmp_path, Limits(max_p50_ms=50, min_agreement=0.9))
+    assert (poor.winner, poor.closest) == ("", "tome m144 fp32")
+    assert poor.verdict.endswith("m144 fp32: p50 56.000 ms is above 50; agreement 0.7200 is below 0.9")
+
+
+def test_agreement_that_is_asked_for_is_held(tmp_path: Path) -> None:
+    found = Shop().go(tmp_path, Limits(max_p50_ms=50, min_agreement=0.5))
+    assert found.winner == "tome m112 fp32"
+    assert row(found, "tome m16 fp32").misses == ("agreement 0.0800 is below 0.5",)
+
+
+def test_the_fastest_precision_that_passes_parity_is_taken(tmp_path: Path) -> None:
+    shop = Shop()
+    shop.fails = {name_of(Family("candidate", "tome", "fp16"), count): ParityError("x is off by 3") for count in COUNTS}
+    found = shop.go(tmp_path, Limits(max_p50_ms=30), precisions=("fp32", "fp16", "bf16", "int8"))
+    assert found.winner == "tome m144 int8"
+    verdicts = {one.precision: (one.verdict, one.why) for one in found.precisions}
+    assert verdicts["fp32"] == ("slower", "p50 56.000 ms at 144 tokens, and int8 takes 28.000")
+    assert verdicts["fp16"] == ("fails parity", "fails parity: x is off by 3")
+    assert verdicts["bf16"] == ("not on the target", "no kernels")
+    assert verdicts["int8"] == ("chosen", "p50 28.000 ms at 144 tokens")
+    assert verdicts["fp8"][0] == "not tried"
+    assert row(found, "tome m144 fp16").state == "refused"
+
+
+def test_a_slower_precision_is_tried_where_the_fastest_agrees_too_little(tmp_path: Path) -> None:
+    shop = Shop()
+    shop.agreement = lambda family, n: n / 200 * (0.5 if family.precision == "int8" else 1)
+    found = shop.go(tmp_path, Limits(max_p50_ms=60, min_agreement=0.7), precisions=("fp32", "int8"))
+    assert found.winner == "tome m144 fp32"  # 56 ms; int8 is faster, and its largest agrees by 0.48
+    assert row(found, "plain int8").misses == ("agreement 0.6000 is below 0.7",)
+
+
+def test_a_budget_that_cannot_be_is_refused_and_the_others_are_searched(tmp_path: Path) -> None:
+    shop = Shop()
+    shop.fails = {"tome m16 fp32": InvalidSpec("budget 16 is below 25"), "tome m144 fp32": InvalidSpec("no 144")}
+    found = shop.go(tmp_path, Limits(max_p50_ms=50))
+    assert found.winner == "tome m112 fp32"
+    assert row(found, "tome m16 fp32").why == "cannot be exported: budget 16 is below 25"
+    shop.fails = {name_of(Family("candidate", "tome", "fp32"), count): InvalidSpec("no") for count in COUNTS}
+    with pytest.raises(InvalidSpec, match="nothing could be exported: fp32: cannot be exported: no"):
+        shop.go(tmp_path / "..", Limits(max_p50_ms=50))
+    (tmp_path / ".." / "journal.jsonl").unlink()
+
+
+def test_what_is_nobodys_fault_ends_the_search(tmp_path: Path) -> None:
+    shop = Shop()
+    shop.fails = {"tome m16 fp32": RunError("the disk is full")}
+    with pytest.raises(RunError, match="the disk is full"):
+        shop.go(tmp_path, Limits(max_p50_ms=50))
+    with pytest.raises(InvalidSpec, match="runs on the target: bf16: no kernels"):
+        shop.go(tmp_path, Limits(max_p50_ms=50), precisions=("bf16",))
+
+
+def test_a_search_that_was_ended_anywhere_goes_on_and_finds_the_same(tmp_path: Path) -> None:
+    whole = Shop()
+    right = whole.go(tmp_path, Limits(max_p50_ms=50))
+    content = (tmp_path / "journal.jsonl").read_bytes()
+    for number in range(len(whole.measured)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        shop = Shop()
+        shop.die_at = number
+        with pytest.raises(KeyboardInterrupt):
+            shop.go(folder, Limits(max_p50_ms=50))
+        shop.die_at = -1
+        again = shop.go(folder, Limits(max_p50_ms=50))
+        assert shop.measured == whole.measured, "each was measured once, in the same order"
+        assert [one.name for one in again.rows] == [one.name for one in right.rows]
+        assert again.winner == right.winner
+    for size in range(0, len(content), 97):
+        folder = tmp_path / f"cut{size}"
+        folder.mkdir()
+        (folder / "journal.jsonl").write_bytes(content[:size])
+        shop = Shop()
+        assert shop.go(folder, Limits(max_p50_ms=50)).winner == right.winner
+        assert len(shop.measured) <= len(whole.measured)
+
+
+def test_another_limit_takes_what_was_measured(tmp_path: Path) -> None:
+    shop = Shop()
+    shop.go(tmp_path, Limits(max_p50_ms=50))
+    before = len(shop.measured)
+    found = shop.go(tmp_path, Limits(max_p50_ms=40))
+    assert found.winner == "tome m64 fp32"  # 36 ms; m80 takes 40 and its interval ends above
+    assert len(shop.measured) - before <= 3
+    assert any("were taken from journal.jsonl" in note for note in found.notes)
+    assert found.measuring_s <= found.total_s
+
+
+def test_schedules_are_searched_each_and_the_better_wins(tmp_path: Path) -> None:
+    shop = Shop()
+    shop.agreement = lambda family, n: n / 200 + (0.1 if family.schedule == "linear" else 0)
+    found = shop.go(tmp_path, Limits(max_p50_ms=50), schedules=("constant", "linear"))
+    assert found.winner == "tome linear m112 fp32"
+
+
+def test_a_baseline_that_is_as_good_is_said(tmp_path: Path) -> None:
+    shop = Shop()
+    shop.agreement = lambda family, n: 0.99 if family.role == "baseline" else n / 200
+    shop.ms = lambda family, n: 10.0 if family.role == "baseline" else 20 + n / 4
+    refused = (("token-pooling", "it gives tokens alone"),)
+    baselines = (("attention-pruning", "random"),)
+    found = shop.go(tmp_path, Limits(max_p99_ms=60), baselines=baselines, refused_baselines=refused)
+    assert found.latency_of == "p99"
+    assert found.winner.startswith("tome"), "a baseline never wins"
+    note = f"attention-pruning random m{row(found, found.winner).tokens_out} fp32 is no slower than {found.winner}"
+    assert any(note in one for one in found.notes)
+    assert any("is indicative: 100 samples do not carry it" in one for one in found.notes)
+    assert row(found, "token-pooling fp32").why == "it gives tokens alone"
+
+
+def test_another_network_is_there_for_its_latency_alone(tmp_path: Path) -> None:
+    shop = Shop()
+    shop.judge = lambda made: None if made.family.role == "plain" else Agreement(made.tokens / 200)  # type: ignore[method-assign]
+    found = shop.go(tmp_path, Limits(max_p50_ms=100))
+    assert found.winner == "tome m192 fp32"
+    assert row(found, "plain fp32").why == "its agreement cannot be told, so that it stands in no front"
+
+
+def test_latency_that_is_not_monotone_is_said(tmp_path: Path) -> None:
+    shop = Shop()
+    shop.ms = lambda family, n: 90.0 if n == 80 else 20 + n / 4
+    found = shop.go(tmp_path, Limits(max_p50_ms=50))
+    assert any("latency does not grow with the budget of tome in fp32" in note for note in found.notes)
+    assert not found.winner or row(found, found.winner).meets
