@@ -23,6 +23,7 @@ from edgecomp.profiles.stability import judge_state
 from edgecomp.profiles.state import energy_per_run_mj
 from edgecomp.resources import photograph_path
 from edgecomp.runners import Array, Runner, require_threads, runner_names
+from edgecomp.runners.layers import require_profiler
 from edgecomp.specs.preprocess import Preprocess
 
 __all__ = ["Plan", "command_of", "measure_opened", "short_of", "target_named", "time_preprocessing", "utc_now"]
@@ -39,6 +40,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         percentile: the one that is asked for; 0: none in particular.
         runs: least samples.
         cuda_graph: launch engines as one CUDA graph.
+        per_layer: ask the runtime's profiler for each layer.
+        ablate: time graphs that end after each block.
         original: time the PyTorch original, too.
         weights, backbone_weights: what torch's models are made of again.
         stages: time preprocessing and copies by themselves.
@@ -55,6 +58,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     cuda_graph: bool = False
     stages: bool = True
     original: bool = False
+    per_layer: bool = False
+    ablate: bool = False
     weights: str = "random"
     backbone_weights: str = "random"
 
@@ -72,6 +77,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         require_mode(self.mode, self.streams)
         if self.runner not in (*runner_names(), TORCH):
             raise UnknownName("runner", self.runner, (*runner_names(), TORCH))
+        if self.per_layer:
+            require_profiler(self.runner)
+        if self.ablate and self.runner == TORCH:
+            raise InvalidSpec("--ablate with runner torch: it cuts graphs; use onnxruntime, or an engine's runner")
         if self.cuda_graph and self.runner not in _ENGINES:
             raise InvalidSpec(
                 f"--cuda-graph with runner {self.runner}: a CUDA graph records what TensorRT launches on the GPU, and "

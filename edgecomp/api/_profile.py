@@ -14,15 +14,17 @@ import numpy as np
 from edgecomp import __version__
 from edgecomp.api._measure import Plan, command_of, measure_opened, short_of, target_named, time_preprocessing, utc_now
 from edgecomp.api._profile_file import profile_file
+from edgecomp.api._profile_layers import Part, ablate_blocks, layer_times, with_shares
 from edgecomp.api._progress import Progress, silent
 from edgecomp.api._torch import TORCH, open_torch
 from edgecomp.bundle import Bundle, golden_key, open_bundle
+from edgecomp.engines.nodes import cut_labels, read_graph
 from edgecomp.images import PixelType
 from edgecomp.parity import read_goldens
 from edgecomp.profiles.latency import LatencyProfile, Stage
 from edgecomp.profiles.machine import read_machine
-from edgecomp.profiles.result import MemoryUse, Result, RoutedTime, Subject, write_result
-from edgecomp.runners import Array, Runner
+from edgecomp.profiles.result import BlockTime, LayerTime, MemoryUse, Result, RoutedTime, Subject, write_result
+from edgecomp.runners import Array, Runner, open_runner
 from edgecomp.runners.chain import open_graph, require_kernels
 from edgecomp.runners.onnxruntime_types import runtime_products
 from edgecomp.serving.memory import measure_memory
@@ -48,6 +50,8 @@ def profile(
     percentile: float = 0.0,
     cuda_graph: bool = False,
     stages: bool = True,
+    per_layer: bool = False,
+    ablate: bool = False,
     original: bool = False,
     weights: str = "random",
     backbone_weights: str = "random",
@@ -72,6 +76,8 @@ def profile(
         percentile: one that must be carried by enough samples; a note says so where it is not. 0: none in particular.
         cuda_graph: launch an engine as one CUDA graph.
         stages: time what stands around a graph, too: preparing an image, and copies to and from a GPU.
+        per_layer: what each layer takes, by the runtime's own profiler, in runs of their own.
+        ablate: what each encoder block takes, by graphs that end after it; no export is needed for it.
         original: time the PyTorch original of each bucket, too, in torch on the CPU.
         weights, backbone_weights: of the runner `torch` and of `original`: files, where the bundle's came from files.
         out: write the result here: a file that ends in `.json`, or a folder of results.
@@ -91,6 +97,8 @@ def profile(
         percentile=percentile,
         cuda_graph=cuda_graph,
         stages=stages,
+        per_layer=per_layer,
+        ablate=ablate,
         original=original,
         weights=weights,
         backbone_weights=backbone_weights,
@@ -118,6 +126,9 @@ def _profile_bundle(
     batches = sorted({bucket.batch for bucket in buckets})
     profiles: list[LatencyProfile] = []
     notes: list[str] = []
+    layers: list[LayerTime] = []
+    seen_stems: set[str] = set()
+    blocks: list[BlockTime] = []
 
     def measure(open_one: Callable[[], Runner], graph: Graph, inputs: Mapping[str, Array]) -> None:
         progress(f"timing {graph.model} in {runner}")
@@ -140,6 +151,17 @@ def _profile_bundle(
         plain = [graph for graph in manifest.plain if graph.batch == size and budget is None]
         for graph in (*(bucket for bucket in buckets if bucket.batch == size), *plain):
             measure(partial(_open, plan, opened, graph), graph, inputs)
+            for part in _parts(plan, opened, graph, inputs) if plan.per_layer or plan.ablate else ():
+                is_new = part.name != graph.stem or part.name not in seen_stems
+                seen_stems.add(part.name)  # several buckets share one
+                if plan.per_layer and is_new:
+                    progress(f"timing the layers of {part.name}")
+                    layers += layer_times(plan, part, partial(_open_alone, plan, part.path))
+                if plan.ablate and is_new and (part.name != graph.stem or cut_labels(read_graph(part.path))):
+                    blocks += ablate_blocks(plan, part, weights=opened.path, progress=progress)
+            if plan.per_layer:
+                own = tuple(layer for layer in layers if layer.model in (graph.model, graph.stem))
+                profiles[-1] = with_shares(profiles[-1], own)
             if plan.original and graph not in plain:
                 progress(f"timing the original of {graph.model} in {TORCH}")
                 described = _described(manifest, graph) | {"role": "original", "precision": "fp32"}
@@ -159,6 +181,8 @@ def _profile_bundle(
         subject=_subject(opened),
         machine=machine,
         profiles=_with_stages(opened, profiles, plan),
+        layers=tuple(layers),
+        blocks=tuple(blocks),
         routing=_routing(manifest, profiles),
         memory=memory,
         types=_types(opened, [profile.model for profile in profiles], runner),
@@ -200,6 +224,20 @@ def _open(plan: Plan, opened: Bundle, graph: Graph) -> Runner:
     if plan.runner == TORCH:
         return _open_torch(plan, opened, graph)
     return open_graph(plan.runner, opened, graph, threads=plan.threads, cuda_graph=plan.cuda_graph)
+
+
+def _open_alone(plan: Plan, model: Path) -> Runner:
+    return open_runner(plan.runner, model, threads=plan.threads)
+
+
+def _parts(plan: Plan, opened: Bundle, graph: Graph, inputs: Mapping[str, Array]) -> tuple[Part, ...]:
+    """Return the graph with what it reads; its stem in front of it, where it has one."""
+    if not graph.stem:
+        return (Part(opened.path / graph.model, graph.model, inputs),)
+    stem = Part(opened.path / graph.stem, graph.stem, inputs)
+    with _open_alone(plan, stem.path) as loaded:
+        handed = loaded.infer({name: inputs[name] for name in loaded.input_names})
+    return stem, Part(opened.path / graph.model, graph.model, {**inputs, **handed})
 
 
 def _open_torch(plan: Plan, opened: Bundle, graph: Graph, *, original: bool = False) -> Runner:

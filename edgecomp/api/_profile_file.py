@@ -10,10 +10,11 @@ import numpy as np
 
 from edgecomp import __version__
 from edgecomp.api._measure import Plan, command_of, measure_opened, short_of, target_named, utc_now
+from edgecomp.api._profile_layers import Part, ablate_blocks, layer_times, with_shares
 from edgecomp.api._progress import Progress
 from edgecomp.errors import InvalidSpec, RunError
 from edgecomp.profiles.machine import read_machine
-from edgecomp.profiles.result import Result, Subject
+from edgecomp.profiles.result import BlockTime, LayerTime, Result, Subject
 from edgecomp.runners import Array, Runner, open_runner
 from edgecomp.specs.origin import file_sha256
 
@@ -52,6 +53,15 @@ def profile_file(model: Path, plan: Plan, *, budget: str | int | None, batch: in
     short = short_of(plan, profile)
     if short:
         progress(f"note: {short}")
+    layers: tuple[LayerTime, ...] = ()
+    blocks: tuple[BlockTime, ...] = ()
+    part = Part(model, model.name, inputs)
+    if plan.per_layer:
+        progress(f"timing the layers of {model.name}")
+        layers = layer_times(plan, part, opened)
+        profile = with_shares(profile, layers)
+    if plan.ablate:
+        blocks = ablate_blocks(plan, part, weights=model.parent, progress=progress)
     return Result(
         created=utc_now(),
         edgecomp=__version__,
@@ -60,6 +70,8 @@ def profile_file(model: Path, plan: Plan, *, budget: str | int | None, batch: in
         subject=Subject(name=model.stem, digest=file_sha256(model)),
         machine=machine,
         profiles=(profile,),
+        layers=layers,
+        blocks=blocks,
         notes=("inputs are seeded noise, integers zeros", *((short,) if short else ())),
     )
 

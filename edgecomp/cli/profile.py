@@ -32,6 +32,12 @@ def command(
     stages: Annotated[
         bool, typer.Option("--stages/--no-stages", help="Time preparing an image, and copies to a GPU, as well.")
     ] = True,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="What each layer takes, by the runtime's profiler.")
+    ] = False,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="What each block takes, by graphs that end after it.")
+    ] = False,
     original: Annotated[bool, typer.Option("--original", help="The PyTorch original, too (needs torch).")] = False,
     weights: Annotated[str, typer.Option(help="For torch: the file that the bundle was made of.")] = "random",
     backbone_weights: Annotated[str, typer.Option(help="For torch: likewise of the backbone.")] = "random",
@@ -57,6 +63,8 @@ def command(
             threads=threads,
             cuda_graph=cuda_graph,
             stages=stages,
+            per_layer=per_layer,
+            ablate=ablate,
             original=original,
             weights=weights,
             backbone_weights=backbone_weights,

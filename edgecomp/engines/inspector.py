@@ -13,7 +13,7 @@ from edgecomp.engines.proof import LARGE, NetworkProduct
 from edgecomp.engines.record import EngineProof
 from edgecomp.errors import BuildError
 
-__all__ = ["confirm", "engine_tensors"]
+__all__ = ["confirm", "engine_layers", "engine_tensors"]
 
 # Myelin says `Half`, other layers `Row major linear FP16 format`, `Thirty-two wide channel vectorized ... Int8 format`.
 _WORDS = {
@@ -68,6 +68,13 @@ def confirm(
         seen += bool(holding)
         missing += not holding and product.weights > LARGE * total
     return msgspec.structs.replace(proof, by="engine" if seen and not missing else "network", in_engine=seen)
+
+
+def engine_layers(information: str) -> tuple[tuple[str, str, frozenset[str]], ...]:
+    """Return name, kind and ONNX nodes of each layer that an engine describes, in its order."""
+    return tuple(
+        (str(layer.get("Name", "")), str(layer.get("LayerType", "")), _names(layer)) for layer in _layers(information)
+    )
 
 
 def _read(information: str) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class LayerTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name, op: as the runtime calls it.
         module: the PyTorch module it came from; "" where the runtime's name does not tell.
         block: the encoder block that holds the module, for example `blocks.3`; "" outside of blocks.
+        part: `merge` (of a function of edgecomp's), `selection` (it picks or places rows by index), else "".
         us: median over the runs.
         share: of the sum over all layers of the graph, 0 to 1.
     """
@@ -80,6 +81,7 @@ class LayerTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block: str
     us: Time
     share: Annotated[float, Meta(ge=0, le=1)]
+    part: str = ""
 
 
 class BlockTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,7 +89,7 @@ class BlockTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         model: file of the graph.
-        block: for example `blocks.3`.
+        block: for example `blocks.3`; `in front` is what stands before the first, `behind` what stands after the last.
         us: median of the differences; negative where noise is larger than the block.
         low_us, high_us: 95 % confidence interval of that median.
         total_us: median of the graph up to the end of this block.

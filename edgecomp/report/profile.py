@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgecomp.profiles.latency import LatencyProfile, Percentile
-from edgecomp.profiles.result import MemoryUse, Result, RoutedTime
+from edgecomp.profiles.result import BlockTime, LayerTime, MemoryUse, Result, RoutedTime
 from edgecomp.report.text import table
 
 __all__ = ["describe_profile"]
 
+_PARTS = ("selection", "merge")
+_LONGEST = 10
 _ALWAYS = ("p50", "p90", "p99")
 
 
@@ -33,6 +35,8 @@ def describe_profile(report: Result) -> str:
             "",
             *_describe_beginnings(report.profiles),
             *_describe_stages(report.profiles),
+            *_describe_blocks(report.blocks),
+            *_describe_layers(report.layers),
             *_describe_routing(report.routing),
             *_describe_memory(report.memory),
             *(
@@ -128,6 +132,50 @@ def _describe_stages(profiles: Sequence[LatencyProfile]) -> list[str]:
             if row[1] != profile.model:
                 row[1] = "each"
     return ["", table(["stage", "of", "p50 ms", "how"], list(seen.values()))] if seen else []
+
+
+def _describe_blocks(blocks: Sequence[BlockTime]) -> list[str]:
+    """Return the table of `--ablate`."""
+    rows = [
+        [
+            one.model,
+            one.block,
+            f"{one.us / 1000:.3f}",
+            f"[{one.low_us / 1000:.3f}, {one.high_us / 1000:.3f}]",
+            f"{one.total_us / 1000:.3f}",
+        ]
+        for one in blocks
+    ]
+    return ["", table(["graph", "block", "ms", "95 % interval", "up to here ms"], rows)] if rows else []
+
+
+def _describe_layers(layers: Sequence[LayerTime]) -> list[str]:
+    """Return for each graph its blocks and its longest layers, and how much no name tells the origin of."""
+    lines: list[str] = []
+    for model in dict.fromkeys(layer.model for layer in layers):
+        own = [layer for layer in layers if layer.model == model]
+        groups: dict[str, list[LayerTime]] = {}
+        for layer in own:
+            groups.setdefault(layer.block or "outside of blocks", []).append(layer)
+        rows = [
+            [block, len(held), *_sums(held), *(_sums([one for one in held if one.part == p])[1] for p in _PARTS)]
+            for block, held in groups.items()
+        ]
+        lines += ["", table([model, "layers", "ms", "share %", *(f"{part} %" for part in _PARTS)], rows)]
+        longest = sorted(own, key=lambda layer: layer.us, reverse=True)[:_LONGEST]
+        shown = [[_short(one.name), one.op, _short(one.module), *_sums([one])] for one in longest]
+        lines += ["", table(["longest layers", "op", "module", "ms", "share %"], shown)]
+        unmapped = 100 * sum(layer.share for layer in own if not layer.module)
+        lines.append(f"{model}: {unmapped:.1f} % of the layers' time is of no one module by its name")
+    return lines
+
+
+def _sums(layers: Sequence[LayerTime]) -> list[str]:
+    return [f"{sum(one.us for one in layers) / 1000:.3f}", f"{100 * sum(one.share for one in layers):.1f}"]
+
+
+def _short(name: str, most: int = 40) -> str:
+    return name if len(name) <= most else f"...{name[3 - most :]}"
 
 
 def _describe_routing(routing: Sequence[RoutedTime]) -> list[str]:

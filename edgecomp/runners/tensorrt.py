@@ -20,11 +20,14 @@ from edgecomp.engines.network import collecting_logger, dtype_name
 from edgecomp.engines.record import EngineRecord, EngineTensor
 from edgecomp.errors import RunError
 from edgecomp.runners import Array, Part
+from edgecomp.runners.layers import Layer, layers_of_engine
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
 __all__ = ["TensorRTRunner"]
+
+_WARM_RUNS = 3
 
 
 class TensorRTRunner:
@@ -43,7 +46,7 @@ class TensorRTRunner:
 
     def __init__(self, model: Path, *, name: str, weights: Path | None = None, cuda_graph: bool = False) -> None:
         flavour = load_flavour(name)
-        self.name, self.version = name, flavour.title
+        self.name, self.version, self._module = name, flavour.title, flavour.module
         self._runtime: trt.Runtime | None = None
         self._engine: trt.ICudaEngine | None = None
         self._context: trt.IExecutionContext | None = None
@@ -181,6 +184,44 @@ class TensorRTRunner:
         names = ("host to device", "engine", "device to host")
         how = f"by the GPU's events, {runs} runs"
         return tuple((name, statistics.median(column), how) for name, column in zip(names, columns, strict=True))
+
+    def time_layers(self, inputs: dict[str, Array], model: Path, *, runs: int = 20) -> tuple[Layer, ...]:
+        """Return what each layer takes, by TensorRT's profiler in an execution context of its own.
+
+        A layer is what TensorRT made of the graph: one may hold a whole encoder.
+
+        Args:
+            inputs: by name.
+            model: the ONNX file, whose nodes the inspector names.
+            runs: that count; three more come first.
+        """
+        if TYPE_CHECKING:
+            import tensorrt as trt
+        else:
+            trt = self._module
+        times: dict[str, list[float]] = {}
+
+        class Profiler(trt.IProfiler):  # type: ignore[misc]
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                times.setdefault(layer_name, []).append(ms * 1000)
+
+        given = self._checked(inputs)
+        assert self._engine is not None
+        with self._turn, self._gpu.current():
+            context = self._engine.create_execution_context()
+            if context is None:
+                raise RunError(f"{self.version} makes no second context of {self._plan.name}; its log says why")
+            for name, address in self._addresses.items():
+                context.set_tensor_address(name, address)
+            context.profiler = Profiler()
+            self._upload(given)
+            for _ in range(_WARM_RUNS + runs):
+                if not context.execute_async_v3(self._gpu.stream):
+                    raise RunError(f"{self.version} did not run {self._plan.name} under its profiler")
+                self._gpu.wait()
+            information = self._engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+            del context
+        return layers_of_engine({name: taken[_WARM_RUNS:] for name, taken in times.items()}, information, model)
 
     def _checked(self, inputs: dict[str, Array]) -> list[Array]:
         """Return the inputs in order, in one piece each; keep them until the stream is done."""

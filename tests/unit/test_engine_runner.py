@@ -25,6 +25,7 @@ from edgecomp import api, engines
 from edgecomp.bundle import WEIGHTS, open_bundle
 from edgecomp.engines import Flavour, gpu, installed_flavours
 from edgecomp.engines.find import build_form
+from edgecomp.engines.nodes import read_graph
 from edgecomp.engines.record import EnginePlugin, EngineRecord, EngineTensor
 from edgecomp.errors import InvalidSpec, MissingDependency, RunError, TargetMismatch
 from edgecomp.runners import open_runner, tensorrt
@@ -253,6 +254,41 @@ def test_profile_of_engines_in_streams_by_graph_and_by_parts(here: StandIn, bund
         "host to device": 250.0, "engine": 250.0, "device to host": 250.0,
     }  # fmt: skip
     assert all(stage.how == "by the GPU's events, 50 runs" for stage in one.stages)
+
+
+def test_layers_of_an_engine_by_its_profiler(here: StandIn, bundle: Path) -> None:
+    (graph,) = open_bundle(bundle).manifest.buckets
+    (node,) = [node for node in read_graph(bundle / graph.model).nodes if node.domain == "edgecomp"]
+    load, runs = here.behave["Runtime.deserialize_cuda_engine"], []
+
+    def deserialize(owner: object, plan: bytes) -> Any:
+        made = load(owner, plan)
+        execute = here.behave["IExecutionContext.execute_async_v3"]
+
+        def enqueue(me: Any, stream_handle: int) -> bool:
+            if "profiler" in vars(me):
+                runs.append(me)
+                me.profiler.report_layer_time("topk_merge", 0.25 if len(runs) > 3 else 9.0)
+                me.profiler.report_layer_time("reformat", 0.75 if len(runs) > 3 else 9.0)
+            return bool(execute(me, stream_handle))
+
+        here.behave["IExecutionContext.execute_async_v3"] = enqueue
+        return made
+
+    layer = {"Name": "topk_merge", "LayerType": "PluginV3", "Metadata": f"[ONNX Layer: {node.name}]"}
+    here.behave |= {
+        "Runtime.deserialize_cuda_engine": deserialize,
+        "ICudaEngine.create_engine_inspector": lambda _: here.EngineInspector(),
+        "EngineInspector.get_engine_information": lambda _, kind: json.dumps({"Layers": [layer]}),
+    }
+    result = api.profile(bundle, runner="tensorrt", duration_s=0.01, per_layer=True)
+    assert [(one.name, one.op, one.part, one.us, one.share) for one in result.layers] == [
+        ("topk_merge", "PluginV3", "merge", 250.0, 0.25), ("reformat", "", "", 750.0, 0.75),
+    ]  # fmt: skip
+    assert len(runs) == 23
+    stages = {stage.name: stage.p50_us for stage in result.profiles[0].stages}
+    assert stages["merge"] == pytest.approx(result.profiles[0].p50_us / 4)
+    assert stages["encoder"] == pytest.approx(result.profiles[0].p50_us * 3 / 4)
 
 
 def test_profile_and_run_of_engines(here: StandIn, bundle: Path, tmp_path: Path) -> None:
