@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,22 @@ TIMM = (
     "vit_base_patch16_siglip_224",
     "deit_small_patch16_224",
 )
-OURS = (("tome", "smoke"), ("lookupvit", "s16"), ("perceiver", ""))
+OURS = (("tome", ""), ("lookupvit", ""), ("perceiver", ""))
 
 
 def save_graph(module: Any, inputs: Any, outputs: Any, path: Path) -> None:
     """Export a module and write its graph; its weights are named and not written, which an estimate does not notice."""
     import onnx_ir as ir
 
+    from edgecomp import __version__
+    from edgecomp.backbones.inside import InsideModel
     from edgecomp.export.lower import lower
+    from edgecomp.export.passes import add_merge_body, strip_metadata
 
-    graph = lower(module, inputs=inputs, outputs=outputs, opset=20)
+    with module.as_exported() if isinstance(module, InsideModel) else nullcontext():
+        graph = lower(module, inputs=inputs, outputs=outputs, opset=20)
+    strip_metadata(graph, producer_version=__version__)
+    add_merge_body(graph)
     offset = 0
     for value in graph.graph.initializers.values():
         tensor = value.const_value

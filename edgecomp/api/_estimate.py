@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +11,14 @@ from edgecomp.bundle import open_bundle
 from edgecomp.errors import InvalidSpec, MissingDependency, RunError
 from edgecomp.estimates import applied_for, estimate_graph
 from edgecomp.estimates.chain import in_a_row
-from edgecomp.estimates.memory import judge_memory
+from edgecomp.estimates.go_no_go import GoNoGo
+from edgecomp.estimates.go_no_go import go_no_go as answer
+from edgecomp.estimates.llm import SHAPES, load_shape, prefill, weight_bytes
+from edgecomp.estimates.memory import judge_bytes, judge_memory
 from edgecomp.estimates.peaks import at_power_mode, require_precision
-from edgecomp.report.estimate import EstimateReport, findings_of, graph_estimate
-from edgecomp.specs import load_target
+from edgecomp.report.estimate import EstimateReport, GraphEstimate, findings_of, graph_estimate
+from edgecomp.report.foresight import LlmReport, LlmRow
+from edgecomp.specs import Target, load_target
 from edgecomp.specs.costs import GraphCosts
 from edgecomp.specs.manifest import Manifest, PlainGraph
 
@@ -32,7 +37,7 @@ class _Read(NamedTuple):
 
 
 def estimate(
-    path: str | Path,
+    path: str | Path = "",
     *,
     target: str,
     precision: str = "",
@@ -41,12 +46,18 @@ def estimate(
     plugin: bool = True,
     power_mode: str = "",
     per_op: bool = False,
+    go_no_go: bool = False,
+    llm: str = "",
+    visual_tokens: int = 0,
+    kept: int = 0,
+    text_tokens: int = 0,
+    schedule: str = "",
     progress: Progress = silent,
 ) -> EstimateReport:
     """Compute what a bundle's graphs, or any ONNX file, would take on a target; nothing is built or run.
 
     Args:
-        path: a bundle, or an .onnx file of anyone.
+        path: a bundle, or an .onnx file of anyone; "" where `llm` alone is asked for.
         target: a target's name, or the path of a target's TOML file.
         precision: as if it were exported so; "": as it is written.
         batch: as if it were exported so, where the graph has a batch axis; None: that of the file, of a bundle its
@@ -55,6 +66,12 @@ def estimate(
         plugin: merge nodes run in edgecomp's plugin; False: by their function's body.
         power_mode: of the target; its clock scales the peaks.
         per_op: keep each kernel.
+        go_no_go: also answer whether fewer tokens would help; of a bundle by its plain model.
+        llm: also what the cut saves behind the encoder: a known language model's name, or its config.json.
+        visual_tokens: that the language model is given without a compressor.
+        kept: that it is given with one; 0: those of the bundle's buckets, and of a file all of them.
+        text_tokens: beside them.
+        schedule: of dropping visual tokens inside the language model (`estimates.llm.parse_schedule`).
         progress: takes one line for each step.
 
     Raises:
@@ -63,7 +80,8 @@ def estimate(
         InvalidSpec: a precision that the target does not run or states no peak for; a batch that cannot be scaled to.
         MissingDependency: the package onnx is not installed.
     """
-    path, chosen = Path(path), load_target(target)
+    chosen = load_target(target)
+    _require_words(path, go_no_go=go_no_go, llm=llm, visual=visual_tokens, more=kept or text_tokens or schedule)
     if batch is not None and not 1 <= batch <= _LARGEST_BATCH:
         raise InvalidSpec(f"--batch {batch} is not between 1 and {_LARGEST_BATCH}")
     if precision:
@@ -72,7 +90,7 @@ def estimate(
     if power_mode:
         chosen, said = at_power_mode(chosen, power_mode)
         notes.append(said)
-    graphs = _graphs_of(path, batch=batch or 0, budget=budget, progress=progress)
+    graphs = _graphs_of(Path(path), batch=batch or 0, budget=budget, progress=progress) if path else []
     applied = applied_for(chosen.name)
     made = {
         graph.model: estimate_graph(
@@ -107,10 +125,67 @@ def estimate(
         graphs=shown,
         efficiency=applied.efficiency,
         efficiency_from=applied.source,
-        error=next(iter(made.values())).error,
+        error=math.expm1(applied.error),
         findings=findings_of(shown, chosen.name),
         notes=tuple(dict.fromkeys(notes)),
+        go_no_go=_answer(graphs, chosen, precision, batch or 0, plugin) if go_no_go else None,
+        llm=_llm(llm, shown, chosen, precision, visual_tokens, kept, text_tokens, schedule) if llm else None,
     )
+
+
+def _require_words(path: str | Path, *, go_no_go: bool, llm: str, visual: int, more: object) -> None:
+    """Refuse options that do not go together."""
+    if not path and (go_no_go or not llm):
+        raise InvalidSpec("no model was given: name a bundle or an .onnx file, or a language model with --llm")
+    if llm and visual < 1:
+        raise InvalidSpec(f"--llm {llm} needs --visual-tokens, what it is given without a compressor; {visual} is none")
+    if not llm and (visual or more):
+        raise InvalidSpec("--visual-tokens, --kept, --text-tokens and --schedule are of --llm, which was not given")
+
+
+def _answer(graphs: list[_Read], target: Target, precision: str, batch: int, plugin: bool) -> GoNoGo:
+    """Answer for the plain model of a bundle, or for the file."""
+    costs = next((graph.costs for graph in graphs if graph.role in ("plain", "file")), None)
+    if costs is None:
+        raise InvalidSpec(
+            "--go-no-go asks about the uncompressed model, and the bundle holds none; export it with "
+            "--with-plain, or give the ONNX file of the plain model"
+        )
+    return answer(costs, target, precision=precision, batch=batch, plugin=plugin)
+
+
+def _llm(
+    name: str,
+    shown: tuple[GraphEstimate, ...],
+    target: Target,
+    precision: str,
+    visual: int,
+    kept: int,
+    text: int,
+    schedule: str,
+) -> LlmReport:
+    """Put a language model behind the graphs: all visual tokens, those that a compressor keeps, and the schedule."""
+    shape, word = load_shape(name), precision or "fp16"
+    if kept > visual:
+        raise InvalidSpec(f"--kept {kept} is more than the {visual} of --visual-tokens")
+    plain = next((graph.estimate.mid_us for graph in shown if graph.role == "plain"), 0.0)
+    given: list[tuple[str, int, float]] = [("all", visual, plain)]
+    given += [
+        (graph.model, min(kept or graph.kept or visual, visual), graph.estimate.mid_us)
+        for graph in shown
+        if graph.role != "plain"
+    ]
+    if kept and not shown:
+        given.append((f"{kept} kept", kept, 0.0))
+    steps = [(label, count, us, "") for label, count, us in given]
+    steps += [(f"{label}, {schedule}", count, us, schedule) for label, count, us in given if schedule]
+    rows: list[LlmRow] = []
+    for label, count, us, words in steps:
+        made = prefill(shape, target, visual=count, text=text, schedule=words, precision=word)
+        whole = rows[0].prefill.flops if rows else made.flops
+        held = judge_bytes(target, weight_bytes=weight_bytes(shape, word), activation_bytes=made.kv_bytes)
+        rows.append(LlmRow(label, us, made, (made.flops + made.overhead_flops) / whole, us + made.mid_us, held))
+    return LlmReport(name if name in SHAPES else shape.name, shape, word, visual, text, schedule, tuple(rows))
 
 
 def _graphs_of(path: Path, *, batch: int, budget: str | None, progress: Progress) -> list[_Read]:

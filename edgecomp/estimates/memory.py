@@ -9,7 +9,7 @@ import msgspec
 from edgecomp.estimates.roofline import Estimate
 from edgecomp.specs.target import Target
 
-__all__ = ["MemoryVerdict", "judge_memory"]
+__all__ = ["MemoryVerdict", "judge_bytes", "judge_memory"]
 
 _GIB = 1 << 30
 _RUNTIME_GIB = 0.5  # the CUDA context and TensorRT's own libraries and kernels
@@ -37,21 +37,22 @@ class MemoryVerdict(msgspec.Struct, frozen=True):
     assumed: str
 
 
-def judge_memory(estimate: Estimate, target: Target, *, more_bytes: float = 0) -> MemoryVerdict:
-    """Judge an estimate's memory.
+def judge_memory(estimate: Estimate, target: Target) -> MemoryVerdict:
+    """Judge an estimate's memory."""
+    return judge_bytes(target, weight_bytes=estimate.weight_bytes, activation_bytes=estimate.activation_bytes)
 
-    Args:
-        more_bytes: held beside the graph, as the KV cache of a language model is.
-    """
+
+def judge_bytes(target: Target, *, weight_bytes: int, activation_bytes: int) -> MemoryVerdict:
+    """Judge weights, and what lives beside them: activations, or the KV cache of a language model."""
     runtime = int(_RUNTIME_GIB * _GIB)
     total = int(target.memory_gib * _GIB)
     available = total - (int(_SYSTEM_GIB * _GIB) if target.shared_memory else 0)
-    needed = estimate.weight_bytes + estimate.activation_bytes + runtime + int(more_bytes)
+    needed = weight_bytes + activation_bytes + runtime
     shared = f"; {_SYSTEM_GIB:g} GiB for the system that shares the memory" if target.shared_memory else ""
     return MemoryVerdict(
         verdict="fits" if needed <= _TIGHT * available else "tight" if needed <= available else "does not fit",
-        weight_bytes=estimate.weight_bytes,
-        activation_bytes=estimate.activation_bytes,
+        weight_bytes=weight_bytes,
+        activation_bytes=activation_bytes,
         runtime_bytes=runtime,
         needed_bytes=needed,
         available_bytes=available,

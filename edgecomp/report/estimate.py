@@ -8,12 +8,15 @@ from typing import Literal
 import msgspec
 
 from edgecomp.estimates.efficiency import Efficiency
+from edgecomp.estimates.go_no_go import GoNoGo
 from edgecomp.estimates.memory import MemoryVerdict
 from edgecomp.estimates.roofline import Bound, Estimate, KernelTime
+from edgecomp.report.foresight import LlmReport, describe_go_no_go, describe_llm
 from edgecomp.report.text import flops, size, table
 
 __all__ = ["BlockTime", "EstimateReport", "GraphEstimate", "describe_estimate", "findings_of", "graph_estimate"]
 
+_HEADER = ("model", "ms", "from", "to", "bound", "launches", "choosing and merging", "FLOPs", "memory", "of plain")
 _TOP = 8
 _PAYS = 0.95  # of the plain model; above, the method does not
 
@@ -63,6 +66,7 @@ class EstimateReport(msgspec.Struct, frozen=True):
         efficiency, efficiency_from: what the times were computed with.
         error: the 90th percentile of the model's error on published rows that were left out of its fit.
         findings: what a user should know before anything else.
+        go_no_go, llm: where they were asked for.
     """
 
     path: str
@@ -74,6 +78,8 @@ class EstimateReport(msgspec.Struct, frozen=True):
     error: float
     findings: tuple[str, ...]
     notes: tuple[str, ...]
+    go_no_go: GoNoGo | None = None
+    llm: LlmReport | None = None
 
     def __bool__(self) -> bool:
         return True
@@ -151,28 +157,31 @@ def findings_of(graphs: Iterable[GraphEstimate], target: str) -> tuple[str, ...]
 
 def describe_estimate(report: EstimateReport, *, per_op: bool = False) -> str:
     """Return the text: a line a graph, then what takes the time."""
-    first = report.graphs[0].estimate
-    peaks = ", ".join(
-        f"{word} {rate.tera:g} T{'FLOP' if word.startswith(('fp', 'bf', 'tf')) else 'OP'}/s dense"
-        + ("" if rate.confidence == "stated" else f" ({rate.confidence})")
-        for word, rate in first.peaks.items()
-    )
-    lines = [
-        f"{report.path} on {report.target} ({report.title}): computed, not measured",
-        f"  precision  {first.precision}; batch {first.batch or 'unknown'}" + (f"; {peaks}" if peaks else ""),
-        f"  model      {report.efficiency_from}; 9 of 10 were within a factor of {1 + report.error:.2f}",
-        "",
-        table(
-            ["model", "ms", "from", "to", "bound", "launches", "choosing and merging", "FLOPs", "memory", "of plain"],
-            [_row(graph) for graph in report.graphs],
-        ),
-    ]
+    what = report.path or (report.llm.name if report.llm is not None else "")
+    lines = [f"{what} on {report.target} ({report.title}): computed, not measured"]
+    lines += _words(report.graphs[0].estimate) if report.graphs else []
+    lines.append(f"  model      {report.efficiency_from}; 9 of 10 were within a factor of {1 + report.error:.2f}")
+    if report.go_no_go is not None:
+        lines += describe_go_no_go(report.go_no_go)
+    elif report.graphs:
+        lines += ["", table(_HEADER, [_row(graph) for graph in report.graphs])]
+    if report.llm is not None:
+        lines += describe_llm(report.llm)
     lines += ["", *(f"finding: {one}" for one in report.findings)] if report.findings else []
-    for graph in report.graphs:
+    for graph in report.graphs if report.go_no_go is None and report.llm is None else ():
         if graph.role != "plain" or len(report.graphs) == 1:
             lines += _describe_graph(graph, per_op=per_op)
     lines += ["", *(f"note: {note}" for note in report.notes)] if report.notes else []
     return "\n".join(lines)
+
+
+def _words(made: Estimate) -> list[str]:
+    peaks = ", ".join(
+        f"{word} {rate.tera:g} T{'FLOP' if word.startswith(('fp', 'bf', 'tf')) else 'OP'}/s dense"
+        + ("" if rate.confidence == "stated" else f" ({rate.confidence})")
+        for word, rate in made.peaks.items()
+    )
+    return [f"  precision  {made.precision}; batch {made.batch or 'unknown'}" + (f"; {peaks}" if peaks else "")]
 
 
 def _row(graph: GraphEstimate) -> list[object]:

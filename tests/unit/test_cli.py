@@ -91,6 +91,15 @@ def test_torch_stays_out_of_what_a_board_runs(exported: Path) -> None:
         assert done.stdout
 
 
+def test_estimate_of_a_bundle_counts_what_its_manifest_says(cli: Cli, exported: Path) -> None:
+    report = json.loads(cli("estimate", exported, "--target", "t4", "--precision", "fp16", "--json").out)
+    buckets = {bucket.model: bucket for bucket in open_bundle(exported).manifest.buckets}
+    assert {graph["model"] for graph in report["graphs"]} == set(buckets)
+    for graph in report["graphs"]:
+        assert graph["kept"] == buckets[graph["model"]].budget.tokens_out
+        assert graph["estimate"]["flops"] == buckets[graph["model"]].flops
+
+
 def test_version() -> None:
     done = edgecomp("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"edgecomp {__version__}\n", "")

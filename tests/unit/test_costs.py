@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -269,3 +270,16 @@ def test_torch_is_not_imported() -> None:
     script = f"import sys, edgecomp.export.costs; print([n for n in {heavy!r} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
+def test_ten_models_within_one_percent_of_torch(tmp_path: Path) -> None:
+    """The benchmark's own table: seven of timm and three of edgecomp, at full size."""
+    root = Path(__file__).resolve().parents[2]
+    words = [sys.executable, str(root / "benchmarks" / "estimate.py"), "--flops", "--json", str(tmp_path / "f.json")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "f.json").read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 10
+    for row in rows:
+        assert float(row["GFLOP"]) == pytest.approx(float(row["GFLOP by torch"]), rel=0.01), row["model"]

@@ -14,7 +14,7 @@ from edgecomp.estimates.applied import Applied, shipped_for
 from edgecomp.estimates.efficiency import Efficiency, Load, Observed, fit, modelled_us, shipped_fit
 from edgecomp.estimates.fusion import fuse
 from edgecomp.estimates.geometry import Geometry, transformer_costs
-from edgecomp.estimates.memory import judge_memory
+from edgecomp.estimates.memory import judge_bytes, judge_memory
 from edgecomp.estimates.peaks import at_power_mode, rate_of, require_precision
 from edgecomp.estimates.published import refit, shipped_rows
 from edgecomp.specs import load_target
@@ -306,6 +306,6 @@ def test_memory_of_a_board_is_shared() -> None:
     assert (verdict.verdict, verdict.available_bytes) == ("fits", 6 << 30)
     assert "2 GiB for the system" in verdict.assumed
     assert verdict.needed_bytes == small.weight_bytes + small.activation_bytes + (1 << 29)
-    assert judge_memory(small, load_target("orin-nano"), more_bytes=5 << 30).verdict == "tight"
-    assert judge_memory(small, load_target("orin-nano"), more_bytes=6 << 30).verdict == "does not fit"
+    assert judge_bytes(load_target("orin-nano"), weight_bytes=5 << 30, activation_bytes=0).verdict == "tight"
+    assert judge_bytes(load_target("orin-nano"), weight_bytes=6 << 30, activation_bytes=0).verdict == "does not fit"
     assert judge_memory(small, load_target("t4")).available_bytes == 16 << 30
