@@ -10,15 +10,25 @@ from typing import Any
 import msgspec
 from made_result import MACHINE, made_profile, made_result
 
-from edgecomp.evaluation import Comparison, Estimate, Evaluation, GraphScore
+from edgecomp.estimates.efficiency import Efficiency
+from edgecomp.estimates.memory import MemoryVerdict
+from edgecomp.estimates.peaks import Rate
+from edgecomp.estimates.roofline import Estimate as RooflineEstimate
+from edgecomp.estimates.roofline import KernelTime
+from edgecomp.evaluation import Comparison as BesidePlain
+from edgecomp.evaluation import Estimate, Evaluation, GraphScore
+from edgecomp.profiles.comparison import Agreement as Alike
+from edgecomp.profiles.comparison import Comparison, Contestant
 from edgecomp.profiles.latency import LatencyProfile, Stage
+from edgecomp.profiles.ratios import Ratio
 from edgecomp.profiles.result import LayerTime, MemoryUse, Result, RoutedTime, Subject, write_result
 from edgecomp.report.calibrate import BucketUse, CalibrationReport
+from edgecomp.report.estimate import EstimateReport, graph_estimate
 from edgecomp.report.evaluate import EvaluationReport
 from edgecomp.search.result import Agreement, Figure, Limits, Measured, PrecisionVerdict, Row, SearchResult
 from edgecomp.specs.manifest import RouterRecord
 
-__all__ = ["calibration", "evaluation", "inside_result", "many_kinds", "samples", "search"]
+__all__ = ["calibration", "comparison", "estimate", "evaluation", "inside_result", "many_kinds", "samples", "search"]
 
 
 def samples(base_us: float, *, count: int = 60, seed: int = 0) -> list[float]:
@@ -64,10 +74,10 @@ def inside_result(
 
 def evaluation(bundle: str = "tome-vit", data: str = "fashion", **changes: Any) -> EvaluationReport:
     """Return what `evaluate --json` prints: plain, two buckets, of which one is no faster."""
-    near = Comparison(
+    near = BesidePlain(
         Estimate(0.001, -0.002, 0.004), 3, 2, Estimate(0.99, 0.98, 0.995), Estimate(1.0, 0.97, 1.02), "no difference"
     )
-    far = Comparison(
+    far = BesidePlain(
         Estimate(0.02, 0.01, 0.03), 30, 10, Estimate(0.93, 0.92, 0.94), Estimate(0.6, 0.58, 0.63), "faster"
     )
     rows = (("plain.b8.onnx", 4.0, None), ("model.m25.b8.onnx", 4.0, near), ("model.m9.b8.onnx", 2.4, far))
@@ -157,6 +167,7 @@ def search(**changes: Any) -> SearchResult:
         "stopped": ("nothing smaller can win",),
         "precisions": (PrecisionVerdict("fp32", "chosen", "the fastest that passes parity"),),
         "recipe": "",
+        "folder": "tome-search",
         "measuring_s": 10.0,
         "total_s": 15.0,
         "notes": (),
@@ -164,13 +175,90 @@ def search(**changes: Any) -> SearchResult:
     return SearchResult(**(fields | changes))
 
 
+def comparison(**changes: Any) -> Comparison:
+    """Return what `compare --json` prints: a base, a faster model, one that is no faster, one of a file."""
+    ratios = {
+        "plain": None,
+        "tome": Ratio(0.6, 0.58, 0.62, "faster", "paired", 30),
+        "evit": Ratio(0.99, 0.95, 1.03, "no difference", "paired", 30),
+        "old": Ratio(0.8, 0.7, 0.9, "faster", "unpaired", 30),
+    }
+    found = [
+        Contestant(
+            name=name,
+            source="result" if name == "old" else "bundle",
+            model="model.onnx",
+            runner="onnxruntime 1.27.0",
+            threads=1,
+            batch=1,
+            tokens_out=0 if ratio is None else 49,
+            precision="fp32",
+            flops=10**9,
+            size_bytes=10**7,
+            latency_us=Estimate(1000.0, 990.0, 1010.0),
+            samples_us=(1000.0,) * 30,
+            ratio=ratio,
+            parity="pass" if name != "evit" else "FAIL: 3 values",
+            agreement=Alike("tokens", 8, 0.97, 0.9, 0.95) if name in ("tome", "evit") else None,
+        )
+        for name, ratio in ratios.items()
+    ]
+    fields: dict[str, Any] = {
+        "created": "2026-11-22T12:20:00Z",
+        "edgecomp": "0.1.0",
+        "command": ("edgecomp", "compare", "plain", "tome"),
+        "base": "plain",
+        "rounds": 30,
+        "seed": 0,
+        "settle_s": 0.1,
+        "machine": MACHINE,
+        "contestants": tuple(found),
+    }
+    return Comparison(**(fields | changes))
+
+
+def estimate(**changes: Any) -> EstimateReport:
+    """Return what `estimate --per-op --json` prints: a plain model of two kernels a block."""
+    kernels = tuple(
+        KernelTime(f"/blocks.{b}/{kind}", f"blocks.{b}", kind, "model", 2, flops, moved, 1.0, us, bound)
+        for b in range(3)
+        for kind, flops, moved, us, bound in (
+            ("matmul", 10**8, 10**6, 30.0, "compute"),
+            ("attention", 10**7, 10**6, 20.0, "memory"),
+            ("elementwise", 0, 10**6, 10.0, "memory"),
+        )
+    )
+    made = RooflineEstimate(
+        "orin-nano-super", "fp16", 1, 150.0, 180.0, 216.0, 0.2, "compute", 90.0, 80.0, 10.0, 5.0, 0.0, 0.0, 33 * 10**7,
+        9 * 10**6, 10**7, 10**6, kernels, {"fp16": Rate(17.0, "stated", "a page")}, "edgecomp's own fit",
+    )  # fmt: skip
+    memory = MemoryVerdict("fits", 10**7, 10**6, 10**8, 2 * 10**8, 6 * 10**9, 8 * 10**9, "nothing")
+    graph = graph_estimate(made, memory, model="plain.onnx", role="plain", per_op=True)
+    half = msgspec.structs.replace(made, mid_us=90.0, low_us=75.0, high_us=108.0)
+    less = graph_estimate(half, memory, model="model.m49.onnx", role="bucket", kept=49, plain=made)
+    fields: dict[str, Any] = {
+        "path": "somewhere/tome-vit",
+        "target": "orin-nano-super",
+        "title": "Jetson Orin Nano 8GB Super",
+        "graphs": (graph, less),
+        "efficiency": Efficiency(0.5, 0.4, 0.7, 3.0, 4096.0),
+        "efficiency_from": "edgecomp's own fit",
+        "error": 0.2,
+        "findings": (),
+        "notes": (),
+    }
+    return EstimateReport(**(fields | changes))
+
+
 def many_kinds(folder: Path) -> Path:
-    """Write two results of one group, one of another machine, an evaluation, a calibration and a search; return it."""
+    """Write two results of one group, one of another machine, and a document of every other kind; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_result(inside_result(), folder / "tome.json")
     write_result(inside_result("evit-vit", shaky="model.m98.b1.onnx"), folder / "evit.json")
     elsewhere = msgspec.structs.replace(MACHINE, cpu="another processor")
     write_result(inside_result(machine=elsewhere), folder / "elsewhere.json")
-    for name, value in (("evaluated", evaluation()), ("calibrated", calibration()), ("searched", search())):
+    others = {"evaluated": evaluation(), "calibrated": calibration(), "searched": search()}
+    others |= {"compared": comparison(), "estimated": estimate()}
+    for name, value in others.items():
         (folder / f"{name}.json").write_bytes(msgspec.json.encode(value))
     return folder

@@ -16,11 +16,12 @@ from typing import Any
 import msgspec
 import pytest
 from made_result import MACHINE, made_profile, made_result
-from report_cases import calibration, evaluation, inside_result, many_kinds, samples, search
+from report_cases import calibration, comparison, estimate, evaluation, inside_result, many_kinds, samples, search
 
 from edgecomp import api
 from edgecomp.errors import EdgecompError, InvalidSpec, MissingDependency, RunError
 from edgecomp.profiles.result import Result, Subject, write_result
+from edgecomp.profiles.state import DeviceState, GpuState, Stability, Watch
 from edgecomp.report.page.accuracy import mark_front
 from edgecomp.report.page.colours import DARK, LIGHT, contrast
 from edgecomp.report.page.groups import group_results
@@ -229,7 +230,7 @@ def test_every_kind_of_data_has_its_section(kinds: Path) -> None:
     page = api.report([kinds]).page
     assert page.absent == ()
     kinds = {type(plot).__name__ for plot in page.plots}
-    assert kinds == {"EcdfPlot", "HistogramPlot", "BarsPlot", "PointsPlot"}
+    assert kinds == {"EcdfPlot", "HistogramPlot", "BarsPlot", "PointsPlot", "RooflinePlot"}
     assert len({plot.slug for plot in page.plots}) == len(page.plots)
     assert all(plot.alt and plot.title for plot in page.plots)
     first = page.sections[0]
@@ -242,7 +243,15 @@ def test_every_kind_of_data_has_its_section(kinds: Path) -> None:
         "Memory",
     ]
     titles = [one.title.partition(":")[0] for one in page.sections[2:]]
-    assert titles == ["Search", "Accuracy and agreement", "Buckets that the router picks", "Conditions"]
+    kinds_of = [
+        "Comparison",
+        "Search",
+        "Accuracy and agreement",
+        "Buckets that the router picks",
+        "Estimate",
+        "Conditions",
+    ]
+    assert titles == kinds_of
 
 
 def test_what_is_absent_is_said_with_the_way_to_get_it(tmp_path: Path) -> None:
@@ -567,3 +576,72 @@ def test_numbers_as_people_write_them() -> None:
         "1,234",
         "0.000",
     ]
+
+
+# -- documents of other verbs -----------------------------------------------------------------------------------
+
+
+def test_comparison_marks_what_is_no_difference_and_what_was_not_in_turns(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_bytes(msgspec.json.encode(comparison()))
+    one = section(api.report([tmp_path]).page, "Comparison")
+    table = rows(one.tables[0])
+    assert table["tome"]["Time over base"].marks == ()
+    assert table["evit"]["Time over base"].marks == ("no difference",)
+    assert table["old"]["Time over base"].marks == ("not in turns",)
+    assert table["evit"]["Parity"].marks == ("fails",)
+    bars, front = one.plots
+    assert bars.categories == ("plain", "tome", "evit", "old")
+    assert [(p.label, p.is_front) for p in front.points] == [("plain (base)", True), ("tome", True), ("evit", False)]
+
+
+def test_estimate_says_in_each_cell_that_it_is_computed(tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_bytes(msgspec.json.encode(estimate()))
+    one = section(api.report([tmp_path]).page, "Estimate: tome-vit on orin-nano-super")
+    assert "somewhere" not in repr(one), "a path is no matter of a page"
+    table = rows(one.tables[0])
+    assert table["49 kept"]["Time over plain"].text == "0.500"
+    assert table["49 kept"]["Time over plain"].marks == ("estimated",)
+    assert table["plain"]["Time, ms"].note == "0.150 to 0.216"
+    roofline, less, blocks = one.plots
+    assert (roofline.roofs[0].peak_gflops, roofline.roofs[0].bandwidth_gb_s) == (17_000.0, 102.0)
+    assert len(roofline.points) == 6
+    assert roofline.points[0].x == 100.0
+    assert roofline.points[0].y == pytest.approx(3333.3, rel=1e-4)
+    assert "3 have no products" in roofline.alt
+    assert "the 8 longest kernels" in less.title
+    assert blocks.series[0][:2] == ("plain", "plain")
+
+
+def test_target_of_the_users_own_has_no_roof_and_it_is_said(tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_bytes(msgspec.json.encode(estimate(target="mine")))
+    page = api.report([tmp_path]).page
+    assert any("mine is no target of this edgecomp" in line for line in section(page, "Estimate").lines)
+    assert any(line.startswith("No roofline") for line in page.absent)
+
+
+def test_state_of_the_device_stands_beside_each_graph(tmp_path: Path) -> None:
+    gpu = GpuState("a GPU", "nvml", sm_mhz=1980.0, temperature_c=40.0, throttle_reasons=(), is_persistent=True)
+    before = DeviceState("2026-11-22T12:00:00.000Z", gpu=gpu)
+    hot = msgspec.structs.replace(gpu, sm_mhz=1200.0, temperature_c=80.0, throttle_reasons=("heat (hardware)",))
+    watch = Watch(before, DeviceState("2026-11-22T12:00:09.000Z", gpu=hot), 9.0, 100.0, mean_power_mw=250_000.0)
+    moved = Stability("unstable", ("the GPU's clock fell by 39 %",))
+    shaky = made_profile(is_steady=True, watch=watch, stability=moved, energy_mj=12.5)
+    unknown = made_profile(is_steady=True, stability=Stability("unknown"), model="other.onnx")
+    page = api.report([written(tmp_path / "r", made_result(shaky, unknown))]).page
+    conditions = section(page, "Conditions")
+    (table,) = (one for one in conditions.tables if one.caption.startswith("The device"))
+    ((file, graph, stability, clock, cpu, heat, held, mode, power, energy, others),) = table.rows
+    assert (file.text, graph.text) == ("r0.json", "4 of 16 kept, batch 1")
+    assert (stability.marks, stability.note) == (("unstable",), "the GPU's clock fell by 39 %")
+    assert [clock.text, cpu.text, heat.text, held.text] == ["1,980 to 1,200", "unknown", "40 to 80", "heat (hardware)"]
+    assert [mode.text, power.text, energy.text, others.text] == [
+        "persistence on, MIG unknown",
+        "250.00",
+        "12.500",
+        "unknown",
+    ]
+    assert energy.marks == ("unstable",)
+    latency = section(page, "Latency").tables[0]
+    assert latency.rows[0][3].marks == ("unstable",)
+    assert latency.rows[1][3].marks == (), "that clocks cannot be read is no mark against a number"
+    assert any("the GPU's clock fell by 39 %" in line for line in latency.foot)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from edgecomp.profiles.comparison import Comparison
 from edgecomp.profiles.result import Result
 from edgecomp.report.page.accuracy import calibration_sections, evaluation_sections
+from edgecomp.report.page.compared import comparison_sections
 from edgecomp.report.page.conditions import conditions_section
+from edgecomp.report.page.estimated import estimate_sections
 from edgecomp.report.page.groups import Group, group_results
 from edgecomp.report.page.inside import (
     blocks_section,
@@ -16,7 +19,7 @@ from edgecomp.report.page.inside import (
 from edgecomp.report.page.latency import findings, latency_section
 from edgecomp.report.page.searches import search_sections
 from edgecomp.report.page.sources import Sources
-from edgecomp.report.page.values import Page, Picture, Section
+from edgecomp.report.page.values import Page, Picture, PointsPlot, RooflinePlot, Section
 from edgecomp.report.page.words import shown, slug
 from edgecomp.search.result import SearchResult
 
@@ -45,9 +48,12 @@ def compose_page(sources: Sources, *, pictures: tuple[Picture, ...] = (), pictur
     accuracy = evaluation_sections(sources.files, slugs)
     buckets = calibration_sections(sources.files, slugs)
     searches = search_sections(sources.files, slugs)
-    sections += [*searches, *accuracy, *buckets]
+    comparisons = comparison_sections(sources.files, slugs)
+    estimates = estimate_sections(sources.files, slugs)
+    sections += [*comparisons, *searches, *accuracy, *buckets, *estimates]
     if pictures:
         sections.append(Section(slug("patches", slugs), "Patches", lines=(pictured,), pictures=pictures))
+    plots = [plot for one in (*comparisons, *searches, *accuracy, *estimates) for plot in one.plots]
     conditions = conditions_section(sources.files, slugs)
     if conditions is not None:
         sections.append(conditions)
@@ -55,7 +61,12 @@ def compose_page(sources: Sources, *, pictures: tuple[Picture, ...] = (), pictur
         title="edgecomp report",
         lead=_lead(sources, groups),
         sections=tuple(sections),
-        absent=_absent(sections, has_front=any(one.plots for one in (*searches, *accuracy)), has_buckets=bool(buckets)),
+        absent=_absent(
+            sections,
+            has_front=any(isinstance(plot, PointsPlot) for plot in plots),
+            has_roofline=any(isinstance(plot, RooflinePlot) for plot in plots),
+            has_buckets=bool(buckets),
+        ),
     )
 
 
@@ -71,7 +82,7 @@ def _group_section(group: Group, place: int, slugs: set[str], *, several: bool) 
 
 
 def _lead(sources: Sources, groups: tuple[Group, ...]) -> tuple[str, ...]:
-    results = [source.value for source in sources.files if isinstance(source.value, Result | SearchResult)]
+    results = [source.value for source in sources.files if isinstance(source.value, Result | SearchResult | Comparison)]
     count = len(sources.files)
     lines = [f"Made of {count} file{'s' if count != 1 else ''}: {_named([source.name for source in sources.files])}."]
     if results:
@@ -101,21 +112,23 @@ def _named(names: list[str] | tuple[str, ...]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _absent(sections: list[Section], *, has_front: bool, has_buckets: bool) -> tuple[str, ...]:
+def _absent(sections: list[Section], *, has_front: bool, has_roofline: bool, has_buckets: bool) -> tuple[str, ...]:
     """Return a line for each kind of data that the results do not hold, with the way to get it."""
     there = {part.title for section in sections for part in section.parts}
     ways = {
         "Latency": "No latency: `edgecomp profile BUNDLE --out FILE.json`.",
-        "Stages": "No stages: no result tells them apart.",
-        "Encoder blocks": "No time by encoder block: no result holds layers that name their block.",
+        "Stages": "No stages: `edgecomp profile BUNDLE --stages --out FILE.json`.",
+        "Encoder blocks": "No time by encoder block: no result holds times of layers or blocks.",
         "Memory": "No memory: profile a bundle of several budgets with `edgecomp profile BUNDLE --out FILE.json`.",
     }
     lines = [line for title, line in ways.items() if title not in there]
     if not has_front:
         lines.append(
-            "No Pareto front of latency against agreement: a search's document, or `edgecomp evaluate BUNDLE --data "
-            "DIR --json > FILE.json` of a bundle with its plain model."
+            "No Pareto front of latency against agreement: a search's document, a comparison's, or `edgecomp evaluate "
+            "BUNDLE --data DIR --json > FILE.json` of a bundle with its plain model."
         )
+    if not has_roofline:
+        lines.append("No roofline: `edgecomp estimate BUNDLE --target NAME --per-op --json > FILE.json`.")
     if not has_buckets:
         lines.append(
             "No histogram of buckets: `edgecomp calibrate BUNDLE --data DIR --json > FILE.json` of a bundle with a "

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from edgecomp.profiles.comparison import Comparison
 from edgecomp.profiles.machine import Machine
 from edgecomp.profiles.result import Result
 from edgecomp.report.calibrate import CalibrationReport
+from edgecomp.report.estimate import EstimateReport
+from edgecomp.report.page.device import device_table
 from edgecomp.report.page.groups import graph_label, reasons_of
 from edgecomp.report.page.numbers import word
 from edgecomp.report.page.sources import Source
@@ -24,9 +27,13 @@ def conditions_section(sources: Sequence[Source], slugs: set[str]) -> Section | 
     notes: list[str] = []
     for source in sources:
         value = source.value
-        if isinstance(value, CalibrationReport) or value.machine is None:
+        if isinstance(value, CalibrationReport | EstimateReport) or value.machine is None:
             continue
         rows.append((word(source.name), *_measured(value), *_machine(value.machine)))
+        if isinstance(value, Comparison):
+            command = word(shown(" ".join(value.command), longest=300))
+            names = word(joined(*(one.name for one in value.contestants[:4])))
+            commands.append((word(source.name), command, names, word("\u2013"), word("\u2013")))
         if isinstance(value, SearchResult):
             command = word(shown(" ".join(value.command), longest=300))
             method = joined(value.method, value.preset, value.backbone)
@@ -43,6 +50,8 @@ def conditions_section(sources: Sequence[Source], slugs: set[str]) -> Section | 
         return None
     columns = ("File", "Measured", "Stability", "Machine", "Governor, load", "Memory", "System", "Versions")
     tables = [Table("Machine and state of each file", tuple(map(Column, columns)), tuple(rows))]
+    watched = device_table(sources)
+    tables += [watched] if watched is not None else []
     if commands:
         heads = ("File", "Command that repeats it", "Method", "Weights", "Digest")
         tables.append(Table("What was measured", tuple(map(Column, heads)), tuple(commands)))
@@ -55,12 +64,15 @@ def conditions_section(sources: Sequence[Source], slugs: set[str]) -> Section | 
 
 
 def _measured(value: object) -> tuple[Cell, ...]:
-    if isinstance(value, SearchResult):
+    if isinstance(value, SearchResult | Comparison):
         return (word(shown(value.created), f"edgecomp {shown(value.edgecomp)}"), word("see its table"))
     if not isinstance(value, Result):
         return (Cell("unknown"), Cell("unknown"))
     shaky = [f"{graph_label(one)}: {'; '.join(reasons_of(one))}" for one in value.profiles if reasons_of(one)]
-    verdict = Cell("unstable", note=". ".join(shaky), marks=("unstable",)) if shaky else Cell("nothing against it")
+    verdict = Cell("", note=". ".join(shaky), marks=("unstable",))
+    if not shaky:
+        verdicts = {one.stability.verdict if one.stability is not None else "not watched" for one in value.profiles}
+        verdict = Cell(", ".join(sorted(verdicts)))
     return (word(shown(value.created), f"edgecomp {shown(value.edgecomp)}"), verdict)
 
 

@@ -7,15 +7,17 @@ out and said; a file that was named, or that is broken, stops the report.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from edgecomp.errors import RunError
+from edgecomp.profiles.comparison import Comparison
 from edgecomp.profiles.result import Result, read_result
 from edgecomp.report.calibrate import CalibrationReport
+from edgecomp.report.estimate import EstimateReport
 from edgecomp.report.evaluate import EvaluationReport
 from edgecomp.report.page.words import file_label
 from edgecomp.search.result import SearchResult, read_search
@@ -27,7 +29,7 @@ _MOST_FILES = 2_000
 _LONGEST_US = 1e12  # eleven days
 
 
-Document = Result | SearchResult | EvaluationReport | CalibrationReport
+Document = Result | Comparison | SearchResult | EstimateReport | EvaluationReport | CalibrationReport
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -50,6 +52,7 @@ class _Head(msgspec.Struct, frozen=True):
     kind: msgspec.Raw = msgspec.Raw()
     evaluation: msgspec.Raw = msgspec.Raw()
     router_ms: msgspec.Raw = msgspec.Raw()
+    efficiency_from: msgspec.Raw = msgspec.Raw()
 
 
 def read_sources(paths: Sequence[Path]) -> Sources:
@@ -104,16 +107,20 @@ def _read(path: Path, *, is_named: bool) -> Document | None:
         raise RunError(f"result {path} is truncated or no JSON ({error}); measure again or copy it again") from None
     if bytes(head.kind) == b'"edgecomp search"':
         return _require_rows(path, read_search(path))
+    if bytes(head.kind) == b'"edgecomp comparison"':
+        return _decode(path, content, Comparison)
     if bytes(head.kind).startswith(b'"edgecomp '):
         return _require_times(path, read_result(path))
     if bytes(head.evaluation):
         return _decode(path, content, EvaluationReport)
+    if bytes(head.efficiency_from):
+        return _decode(path, content, EstimateReport)
     if bytes(head.router_ms):
         return _decode(path, content, CalibrationReport)
     if is_named:
         raise RunError(
             f"{path} is JSON, and nothing that a report is made of; give what `edgecomp profile --out`, or "
-            "`evaluate --json` or `calibrate --json`, wrote"
+            "`compare`, `estimate`, `evaluate` or `calibrate` with --json, wrote"
         )
     return None
 
@@ -133,7 +140,7 @@ def _require_rows(path: Path, found: SearchResult) -> SearchResult:
     return found
 
 
-Kind = TypeVar("Kind", EvaluationReport, CalibrationReport)
+Kind = TypeVar("Kind", Comparison, EstimateReport, EvaluationReport, CalibrationReport)
 
 
 def _decode(path: Path, content: bytes, kind: type[Kind]) -> Kind:
@@ -143,7 +150,15 @@ def _decode(path: Path, content: bytes, kind: type[Kind]) -> Kind:
         raise RunError(
             f"{path} is damaged or of another edgecomp ({error}); run the command that wrote it again"
         ) from None
-    holds = value.evaluation.scores if isinstance(value, EvaluationReport) else value.buckets
-    if not holds:
+    if not _figures(value):
         raise RunError(f"{path} holds no graph and so no figure; run the command that wrote it again")
     return value
+
+
+def _figures(value: Comparison | EstimateReport | EvaluationReport | CalibrationReport) -> Sized:
+    """Return what the document is about."""
+    if isinstance(value, Comparison):
+        return value.contestants
+    if isinstance(value, EstimateReport):
+        return value.graphs
+    return value.evaluation.scores if isinstance(value, EvaluationReport) else value.buckets
