@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgecomp.api._export import export
     from edgecomp.api._inspect import inspect
     from edgecomp.api._listing import list_backbones, list_methods, list_routers, list_targets
+    from edgecomp.api._methods import compare_methods
     from edgecomp.api._pack import pack, unpack
     from edgecomp.api._parity import parity
     from edgecomp.api._plugin import plugin_build, plugin_check, plugin_list
@@ -39,6 +40,7 @@ __all__ = [
     "calibrate",
     "check",
     "compare",
+    "compare_methods",
     "doctor",
     "estimate",
     "evaluate",
@@ -72,4 +74,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'edgecomp.api' has no attribute {name!r}")
     verb = name.partition("_")[0]
     module = {"list": "_listing", "unpack": "_pack"}.get(verb, f"_{verb}")
+    module = "_methods" if name == "compare_methods" else module
     return getattr(importlib.import_module(f"edgecomp.api.{module}"), name)

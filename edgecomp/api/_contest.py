@@ -27,6 +27,7 @@ __all__ = [
     "Inputs",
     "Read",
     "digest_of_file",
+    "flops_of",
     "open_entry",
     "read_entries",
     "size_of",
@@ -212,6 +213,16 @@ def size_of(entry: Entry) -> int:
     lights = [_read_light(path) for path in paths]
     parts = {(tensor.location, tensor.offset, tensor.length) for light in lights for tensor in light.externals}
     return sum(int(light.size) for light in lights) + sum(int(length) for _, _, length in parts)
+
+
+def flops_of(entry: Entry) -> int | None:
+    """Return the FLOPs of a plain ONNX file, by its shapes; none where they cannot be counted."""
+    from edgecomp.export.costs import count_costs
+
+    try:
+        return sum(op.flops for op in count_costs(entry.path).ops)
+    except RunError:  # a Loop, or an op whose shape depends on data: it runs, and nobody can count it
+        return None
 
 
 def digest_of_file(entry: Entry) -> str:

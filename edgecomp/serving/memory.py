@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from edgecomp.bundle import open_bundle
 from edgecomp.errors import RunError
 from edgecomp.profiles.result import MemoryUse
 from edgecomp.runners import Array
+from edgecomp.runners.chain import open_graph
 from edgecomp.serving.model import load
 
 __all__ = ["measure_memory"]
@@ -35,7 +37,7 @@ def measure_memory(
 
     Args:
         bundle: the folder.
-        buckets: tokens kept by each bucket that is to be in memory.
+        buckets: tokens kept by each bucket that is to be in memory; none: the plain model, which is loaded alone.
         request: the inputs by name, each with a batch of one.
         runner, threads, share_weights: as for `load`.
 
@@ -80,12 +82,23 @@ def _serve() -> None:
     request, bundle, runner, threads, shared, *buckets = sys.argv[1:]
     with np.load(request) as inputs:
         named = dict(inputs)
+    if not buckets:
+        opened = open_bundle(Path(bundle))
+        with open_graph(runner, opened, opened.manifest.plain[0], threads=int(threads)) as plain:
+            plain.infer({name: named[name] for name in plain.input_names})
+            _wait()
+        return
     with load(bundle, runner=runner, threads=int(threads), share_weights=bool(int(shared))) as model:
         for tokens in buckets:
             model(named, budget=int(tokens))
-        sys.stdout.buffer.write(_SERVED)
-        sys.stdout.flush()
-        sys.stdin.read()
+        _wait()
+
+
+def _wait() -> None:
+    """Say that all was served, and hold it until the process is killed."""
+    sys.stdout.buffer.write(_SERVED)
+    sys.stdout.flush()
+    sys.stdin.read()
 
 
 if __name__ == "__main__":
