@@ -277,8 +277,7 @@ def _read(one: Read, here: Machine | None) -> Contestant:
     p50 = profile.percentiles["p50"]
     low, high = (p50.us if bound is None else bound for bound in (p50.low_us, p50.high_us))
     notes = [NOT_INTERLEAVED, f"measured {one.result.created} on {one.result.machine.cpu}"]
-    if not one.result.is_stable:
-        notes.append("its own file marks it: not stable")
+    notes += [f"its own file marks it: {mark}" for mark in profile.marks]
     if here is not None and (versions := version_differences(here, one.result.machine)):
         notes.append(f"versions differ: {', '.join(versions)}")
     return Contestant(

@@ -24,6 +24,10 @@ _LEFT_OUT = frozenset({
     "created", "command", "samples_us", "percentiles", "mean_us", "min_us", "max_us", "throughput_per_s", "num_samples",
     "load_us", "first_us", "warmup_runs", "loop_overhead_us", "host_peak_mib", "device_peak_mib", "load_average",
     "memory_available_gib", "layers", "blocks", "routing", "memory", "stages", "samples", "time_utc", "notes",
+    # of a watch: what is of its own moment, and not of how the device is set
+    "duration_s", "energy_mj", "total_energy_mj", "mean_power_mw", "counter_energy_mj", "other_cores", "stolen_cores",
+    "sample_cost_us", "now_mhz", "temperatures_c", "temperature_c", "power_mw", "rails_mw", "utilization_percent",
+    "memory_used_mib", "memory_available_mib", "ram_used_mib", "interval_ms", "unreadable", "reasons",
 })  # fmt: skip
 _LONGEST = 64  # entries of a list that is told
 
@@ -109,7 +113,12 @@ def results_check(
         notes.append(f"versions differ: {', '.join(versions)}")
     if old.subject.digest != new.subject.digest:
         notes.append(f"the model was exported again: {old.subject.digest[:12]} and {new.subject.digest[:12]}")
-    notes += [f"{name} is marked as not stable" for name, one in ((baseline, old), (path, new)) if not one.is_stable]
+    notes += [
+        f"{name}: {profile.model} is marked: {mark}"
+        for name, one in ((baseline, old), (path, new))
+        for profile in one.profiles
+        for mark in profile.marks
+    ]
     rows = tuple(judge_pair(pair, metric, allowed=allowed) for pair in pairs)
     return CheckReport(str(baseline), str(path), metric, allowed, rows, tuple(notes))
 

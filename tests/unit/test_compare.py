@@ -234,7 +234,7 @@ def test_versions_that_differ_and_unstable_results_are_told(tmp_path: Path, resu
     path = write_result(made_result(shaky, machine=machine), tmp_path / "b.json")
     text = describe_comparison(api.compare([result("a.json", 1000.0), path]))
     assert "b: versions differ: numpy 2.0 and 2.1" in text
-    assert "b: its own file marks it: not stable" in text
+    assert "b: its own file marks it: warm-up did not settle" in text
 
 
 def test_several_models_of_one_result(tmp_path: Path) -> None:

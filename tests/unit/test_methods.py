@@ -286,7 +286,7 @@ def test_text_of_a_report() -> None:
         "odd: q",
         "evit: left out: budget 49 cannot be",
         "note: weights are random",
-        "a mean of",
+        "a mean",
     ):
         assert part in text
     assert max(map(len, text.splitlines())) <= 130

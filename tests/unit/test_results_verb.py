@@ -17,6 +17,7 @@ from edgecomp.errors import InvalidSpec, RunError, UnknownName
 from edgecomp.profiles.latency import LatencyProfile
 from edgecomp.profiles.regression import read_share
 from edgecomp.profiles.result import Subject, write_result
+from edgecomp.profiles.state import CoreClock, DeviceState, GpuState, Watch
 from edgecomp.report.results import describe_check, describe_diff, describe_list
 
 Cli = Callable[..., Any]
@@ -256,7 +257,11 @@ def test_notes_of_a_check(pair: Callable[..., tuple[Path, Path]]) -> None:
     machine = msgspec.structs.replace(MACHINE, versions={"numpy": "3.0"})
     old, new = pair(timed(1000.0), timed(1000.0, is_steady=False), subject=again, machine=machine)
     text = describe_check(api.results_check(new, baseline=old))
-    for part in ("versions differ: numpy 2.0 and 3.0", "exported again: dddddddddddd and eeeeeeeeeeee", "not stable"):
+    for part in (
+        "versions differ: numpy 2.0 and 3.0",
+        "exported again: dddddddddddd and eeeeeeeeeeee",
+        "is marked: warm-up",
+    ):
         assert part in text
 
 
@@ -297,3 +302,16 @@ def test_bad_files(pair: Callable[..., tuple[Path, Path]]) -> None:
         api.results_check(new, baseline=old)
     with pytest.raises(UnknownName, match="'p95'"):
         api.results_check(new, baseline=old, metric="p95")
+
+
+def test_clocks_are_told_and_what_is_of_the_moment_is_not(pair: Callable[..., tuple[Path, Path]]) -> None:
+    def watched(sm_mhz: float, now_mhz: float) -> LatencyProfile:
+        gpu = GpuState(name="gpu", source="nvml", sm_mhz=sm_mhz, temperature_c=now_mhz / 50)
+        state = DeviceState("2026-11-22T12:00:00Z", cores=(CoreClock(0, now_mhz, 800, 3000),), gpu=gpu)
+        return timed(1000.0, watch=Watch(state, state, 1.0, 100.0))
+
+    report = api.results_diff(*pair(watched(1980, 2400), watched(1410, 2500)))
+    path = "profiles[model.m4.b1.onnx].watch"
+    assert {one.field: (one.old, one.new) for one in report.fields} == {
+        f"{path}.{moment}.gpu.sm_mhz": ("1980.0", "1410.0") for moment in ("before", "after")
+    }
