@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edgecomp.api._results import results_check, results_diff, results_list, results_show
     from edgecomp.api._run import run
     from edgecomp.api._search import search
+    from edgecomp.api._target import target_calibrate
     from edgecomp.api._verify import verify
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "results_show",
     "run",
     "search",
+    "target_calibrate",
     "unpack",
     "verify",
 ]

@@ -20,9 +20,9 @@ from edgecomp.report.estimate import EstimateReport, GraphEstimate, findings_of,
 from edgecomp.report.foresight import LlmReport, LlmRow
 from edgecomp.specs import Target, load_target
 from edgecomp.specs.costs import GraphCosts
-from edgecomp.specs.manifest import Manifest, PlainGraph
+from edgecomp.specs.manifest import Graph, Manifest, PlainGraph
 
-__all__ = ["estimate"]
+__all__ = ["costs_of", "estimate"]
 
 _LARGEST_BATCH = 1 << 16
 
@@ -126,6 +126,7 @@ def estimate(
         efficiency=applied.efficiency,
         efficiency_from=applied.source,
         error=math.expm1(applied.error),
+        is_own=applied.is_own,
         findings=findings_of(shown, chosen.name),
         notes=tuple(dict.fromkeys(notes)),
         go_no_go=_answer(graphs, chosen, precision, batch or 0, plugin) if go_no_go else None,
@@ -205,18 +206,20 @@ def _graphs_of(path: Path, *, batch: int, budget: str | None, progress: Progress
     manifest = opened.manifest
     have = sorted({bucket.batch for bucket in manifest.buckets})
     chosen = batch if batch in have else have[0]
-    stems: dict[str, GraphCosts] = {}
     found = []
     for bucket in opened.select(budget=budget, batch=chosen):
         progress(bucket.model)
-        costs = count_costs(path / bucket.model)
-        if bucket.stem:
-            if bucket.stem not in stems:
-                stems[bucket.stem] = count_costs(path / bucket.stem)
-            costs = in_a_row(stems[bucket.stem], costs)
-        found.append(_Read(bucket.model, "bucket", bucket.budget.tokens_out, costs))
-    found += [_Read(graph.model, "plain", 0, count_costs(path / graph.model)) for graph in _plain(manifest, chosen)]
+        found.append(_Read(bucket.model, "bucket", bucket.budget.tokens_out, costs_of(path, bucket)))
+    found += [_Read(graph.model, "plain", 0, costs_of(path, graph)) for graph in _plain(manifest, chosen)]
     return found
+
+
+def costs_of(folder: Path, graph: Graph) -> GraphCosts:
+    """Return the costs of a graph of a bundle, with its stem in front of it."""
+    from edgecomp.export.costs import count_costs
+
+    costs = count_costs(folder / graph.model)
+    return in_a_row(count_costs(folder / graph.stem), costs) if graph.stem else costs
 
 
 def _plain(manifest: Manifest, batch: int) -> list[PlainGraph]:

@@ -29,6 +29,7 @@ from edgecomp.cli import (
     results,
     run,
     search,
+    target,
     verify,
 )
 from edgecomp.errors import EdgecompError, ParityError
@@ -62,6 +63,7 @@ for _module in (
     app.command(name=_module.__name__.rpartition(".")[2])(_module.command)
 app.add_typer(bundle.app, name="bundle", help="Pack a bundle into one file, or unpack one.")
 app.add_typer(results.app, name="results", help="List, show, compare or check results of `profile`.")
+app.add_typer(target.app, name="target", help="Fit what estimates of a target compute with.")
 app.add_typer(plugin.app, name="plugin", help="Compile, list or check TensorRT plugins.")
 
 

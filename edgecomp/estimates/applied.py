@@ -33,11 +33,13 @@ class Applied(msgspec.Struct, frozen=True):
     Attributes:
         error: the 90th percentile of |log(computed / measured)|, left out of the fit.
         source: whose it is, for people.
+        is_own: the user's calibration, whose `error` is the largest of its results.
     """
 
     efficiency: Efficiency
     error: float
     source: str
+    is_own: bool = False
 
 
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,9 +79,8 @@ def applied_for(target: str) -> Applied:
         ) from None
     count = len(found.results)
     forced = ", some of another device" if found.forced else ""
-    return Applied(
-        found.efficiency, found.error, f"your own calibration of {target} ({count} result{'s' * (count > 1)}{forced})"
-    )
+    source = f"your own calibration of {target} ({count} result{'s' * (count > 1)}{forced})"
+    return Applied(found.efficiency, found.error, source, is_own=found.error_of == "left out")
 
 
 def shipped_for(target: str) -> Applied:

@@ -64,7 +64,8 @@ class EstimateReport(msgspec.Struct, frozen=True):
     Attributes:
         graphs: of a bundle its buckets and its plain model; of a file, itself.
         efficiency, efficiency_from: what the times were computed with.
-        error: the 90th percentile of the model's error on published rows that were left out of its fit.
+        error: the 90th percentile of the model's error on published rows that were left out of its fit; where `is_own`,
+            the largest of the user's own results, each left out in turn.
         findings: what a user should know before anything else.
         go_no_go, llm: where they were asked for.
     """
@@ -78,6 +79,7 @@ class EstimateReport(msgspec.Struct, frozen=True):
     error: float
     findings: tuple[str, ...]
     notes: tuple[str, ...]
+    is_own: bool = False
     go_no_go: GoNoGo | None = None
     llm: LlmReport | None = None
 
@@ -160,7 +162,8 @@ def describe_estimate(report: EstimateReport, *, per_op: bool = False) -> str:
     what = report.path or (report.llm.name if report.llm is not None else "")
     lines = [f"{what} on {report.target} ({report.title}): computed, not measured"]
     lines += _words(report.graphs[0].estimate) if report.graphs else []
-    lines.append(f"  model      {report.efficiency_from}; 9 of 10 were within a factor of {1 + report.error:.2f}")
+    which = "left out in turn, they were" if report.is_own else "9 of 10 were"
+    lines.append(f"  model      {report.efficiency_from}; {which} within a factor of {1 + report.error:.2f}")
     if report.go_no_go is not None:
         lines += describe_go_no_go(report.go_no_go)
     elif report.graphs:
