@@ -185,7 +185,7 @@ def _profile_bundle(
         blocks=tuple(blocks),
         routing=_routing(manifest, profiles),
         memory=memory,
-        types=_types(opened, [profile.model for profile in profiles], runner),
+        types=_types(opened, [one.model for one in profiles if one.role != "original"], runner),
         notes=tuple(notes),
     )
 

@@ -303,7 +303,12 @@ class _Run:
             why = f"ONNX Runtime on the CPU has no kernels for {word}, and the time of what stands in says nothing"
             return "not applicable", why, None
         report = profile(
-            self.folder, runner=self.runner, threads=self.threads, duration_s=self.duration_s, progress=self.progress
+            self.folder,
+            runner=self.runner,
+            threads=self.threads,
+            duration_s=self.duration_s,
+            stages=False,
+            progress=self.progress,
         )
         return "pass", ", ".join(f"{one.model} {one.p50_us / 1000:.3f} ms" for one in report.profiles), report
 

@@ -20,6 +20,7 @@ import msgspec
 import typer
 
 from edgecomp import api
+from edgecomp.profiles.result import Result, write_result
 
 __all__ = ["ON", "run_on"]
 
@@ -27,7 +28,7 @@ ON = Annotated[
     str,
     typer.Option("--on", metavar="ssh://USER@HOST[:PORT]/DIR", help="Run on another machine, in this folder there."),
 ]
-_OWN = ("bundle", "on", "json")  # parameters that are not passed on as options
+_OWN = ("bundle", "on", "json", "out")  # parameters that are not passed on as options
 
 
 def run_on(context: typer.Context) -> NoReturn:
@@ -39,6 +40,8 @@ def run_on(context: typer.Context) -> NoReturn:
     given, verb = context.params, str(context.info_name)
     run = api.remote(verb, given["bundle"], _options(context), on=given["on"], progress=_say)
     if run.document is not None:
+        if given.get("out"):
+            write_result(_read(run.document, Result), Path(given["out"]))
         if given["json"]:
             typer.echo(msgspec.json.encode(run.document).decode())
         else:

@@ -204,8 +204,12 @@ class _Session:
         folder = {"parity": "parity", "profile": "profiles"}.get(self._job.verb)
         if folder:
             name = f"{folder}/{self._place.host.replace(':', '_')}.{self._job.id}.json"
-            fields = {"on": self._place.host, "verb": self._job.verb, "words": self._job.words, "code": code}
-            write_record(self._job.bundle, name, {**fields, "report": document})
+            if self._job.verb == "profile":  # a result as it is, so that `results` and `compare` read it
+                document = _named_here(document, self._job.key, self._job.bundle.resolve().name)
+                write_record(self._job.bundle, name, document)
+            else:
+                fields = {"on": self._place.host, "verb": self._job.verb, "words": self._job.words, "code": code}
+                write_record(self._job.bundle, name, {**fields, "report": document})
             self._say(f"written here: {name}")
             files = (*files, name)
         return RemoteRun(self._place.host, code, document, files)
@@ -290,3 +294,13 @@ def _localised(value: Any, there: str, here: str) -> Any:
     if isinstance(value, dict):
         return {key: _localised(one, there, here) for key, one in value.items()}
     return value
+
+
+def _named_here(document: Any, key: str, name: str) -> Any:
+    """Return a result in which the bundle has its name of here, which is its key on the other machine."""
+    if not isinstance(document, dict) or not isinstance(document.get("subject"), dict):
+        return document
+    subject = {**document["subject"], "name": name}
+    command = [name if word == key else word for word in document.get("command", [])]
+    notes = [*document.get("notes", []), "measured on another machine, by --on"]
+    return {**document, "subject": subject, "command": command, "notes": notes}

@@ -196,6 +196,22 @@ def test_json_of_run(cli: Cli, exported: Path, tmp_path: Path) -> None:
         assert report["summaries"][0]["mean"] == pytest.approx(written["compressed"].mean())
 
 
+def test_profile_of_the_original_in_torch_beside_its_static_form(cli: Cli, exported: Path) -> None:
+    words = ("--duration", 0.05, "--budget", 4, "--threads", 1, "--batch", 1)
+    report = document(cli("profile", exported, "--json", *words, "--original"))
+    bucket, original = report["profiles"]
+    assert [one["role"] for one in report["profiles"]] == ["bucket", "original"]
+    assert original["model"] == f"original of {bucket['model']}"
+    assert original["runner"].startswith("torch ")
+    assert report["command"][-3:] == ["--original", "--budget=4", "--batch=1"]
+    (static,) = document(cli("profile", exported, "--json", *words, "--runner", "torch", "--no-stages"))["profiles"]
+    assert (static["role"], static["model"], static["stages"]) == ("bucket", bucket["model"], [])
+    assert static["runner"].startswith("torch ")
+    assert static["cuda_graph"] is None
+    assert static["stability"]["verdict"] in ("stable", "unstable", "unknown")
+    assert static["watch"]["before"]["time_utc"] <= static["watch"]["after"]["time_utc"]
+
+
 def test_json_of_profile(cli: Cli, exported: Path) -> None:
     report = document(cli("profile", exported, "--json", "--duration", 0.2, "--budget", 4, "--threads", 1))
     (profile,) = report["profiles"]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +309,28 @@ def test_percentile_that_the_samples_do_not_carry_is_said_loudly(model: Path) ->
     assert f"note: {short[0]}" in said
     assert f"note: {short[0]}" in describe_profile(result)
     assert not [note for note in api.profile(model, duration_s=0.01, percentile=50).notes if "indicative" in note]
+
+
+def test_killed_in_the_middle_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "temporary", tmp_path / "out" / "r.json"
+    folder.mkdir()
+    words = ["profile", str(model), "--duration", "0.01", "--ablate", "--runs", "200", "--out", str(out)]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgecomp", *words],
+        env={**os.environ, "TMPDIR": str(folder), "PYTHONPATH": paths},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("edgecomp-*/*.onnx")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(timeout=30) not in (0, 1)
+    finally:
+        process.kill()
+        process.communicate()
+    assert list(folder.glob("edgecomp*")) == []
+    assert not out.parent.exists()

@@ -28,11 +28,13 @@ from typing import Any
 import pytest
 
 import edgecomp
+from edgecomp import api
 from edgecomp.api import remote
 from edgecomp.bundle import open_bundle
 from edgecomp.cli.on import _read
 from edgecomp.errors import BundleError, EdgecompError, InvalidSpec, RunError
 from edgecomp.parity.metrics import Difference
+from edgecomp.profiles.result import read_result
 from edgecomp.remote import Attached, RemoteRun, far, job, read_place, run_there
 from edgecomp.remote.job import missing_packages
 from edgecomp.remote.ssh import Connection, Reply
@@ -311,6 +313,22 @@ def test_parity_there_says_what_parity_here_says(bundle: Path, there: There, cli
     assert json.loads(again.out) == document["report"]
     assert "nano: the bundle and this edgecomp are there already" in again.err
     assert there.calls() == ["hello", "put", "start", "collect", "done", "hello", "start", "collect", "done"]
+
+
+def test_profile_there_leaves_a_result_like_any_other(bundle: Path, there: There, cli: Cli, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    words = ("--budget", 4, "--threads", 1, "--duration", 0.05, "--out", kept)
+    said = cli("profile", bundle, *words, "--on", ON)
+    assert said.code == 0, said.err
+    assert f"{bundle.name}: onnxruntime" in said.out
+    (file,) = (bundle / "profiles").iterdir()
+    assert file.name.rsplit(".", 2)[0] == "nano"
+    measured = read_result(file)
+    assert measured == read_result(kept)
+    assert measured.subject.name == measured.command[2] == bundle.name
+    assert "measured on another machine, by --on" in measured.notes
+    (listed,) = api.results_list(bundle / "profiles")
+    assert (listed.kind, bundle.name in listed.what) == ("result", True)
 
 
 def test_build_there_brings_engines(bundle: Path, there: There, cli: Cli) -> None:

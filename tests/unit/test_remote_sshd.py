@@ -22,8 +22,10 @@ from typing import Any
 
 import pytest
 
+from edgecomp import api
 from edgecomp.bundle import open_bundle
 from edgecomp.errors import RunError
+from edgecomp.profiles.result import read_result
 from edgecomp.remote import run_there
 from edgecomp.remote.job import Cargo
 
@@ -174,11 +176,18 @@ def test_round_trip(bundle: Path, there: Path, server: Server, cli: Cli) -> None
         f"[127.0.0.1]:{server.port} {(server.folder / 'host.pub').read_text(encoding='utf-8')}", encoding="utf-8"
     )
     on = f"ssh://{getpass.getuser()}@127.0.0.1:{server.port}{there}"
-    said = cli("profile", bundle, "--budget", "4", "--threads", "1", "--duration", "0.1", "--on", on)
+    kept = bundle.parent / "kept.json"
+    words = ("--budget", "4", "--threads", "1", "--duration", "0.1", "--out", str(kept))
+    said = cli("profile", bundle, *words, "--on", on)
     assert said.code == 0, said.err
-    assert f"{bundle}: onnxruntime" in said.out
+    assert f"{bundle.name}: onnxruntime" in said.out
     assert "127.0.0.1: the bundle and this edgecomp are there already" in said.err
-    assert [file.name.rsplit(".", 2)[0] for file in (bundle / "profiles").iterdir()] == ["127.0.0.1"]
+    (file,) = (bundle / "profiles").iterdir()
+    assert file.name.rsplit(".", 2)[0] == "127.0.0.1"
+    assert read_result(file) == read_result(kept)  # what came back is a result like any other
+    assert read_result(file).subject.name == read_result(file).command[2] == bundle.name
+    (listed,) = api.results_list(bundle / "profiles")
+    assert (listed.kind, listed.what.split()[0].rstrip(",")) == ("result", bundle.name)
     assert open_bundle(bundle)
 
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import msgspec.inspect
 import pytest
 from made_result import made_profile, made_result
 
 from edgecomp.errors import EdgecompError, InvalidSpec, RunError
 from edgecomp.profiles.latency import percentile, percentiles_of
-from edgecomp.profiles.result import read_result, write_result
+from edgecomp.profiles.result import Result, read_result, write_result
+from edgecomp.profiles.state import Stability
 from edgecomp.profiles.statistics import percentile_ranks
+from edgecomp.report.profile import describe_profile
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -116,3 +121,49 @@ def test_place_that_cannot_be_written(tmp_path: Path) -> None:
 def test_absent_result(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"absent\.json cannot be read: No such file"):
         read_result(tmp_path / "absent.json")
+
+
+def test_the_document_of_results_names_every_field() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    pending, seen = [Result], set()
+    while pending:
+        kind = pending.pop()
+        seen.add(kind.__name__)
+        missing = [name for name in kind.__struct_fields__ if f"`{name}`" not in text]
+        assert missing == [], kind.__name__
+        for field in msgspec.inspect.type_info(kind).fields:
+            pending += [one for one in structs_in(field.type) if one.__name__ not in seen]
+    assert {"Percentile", "LayerTime", "Watch", "JetsonState", "Machine"} <= seen
+
+
+def structs_in(kind: Any) -> list[Any]:
+    if isinstance(kind, msgspec.inspect.StructType):
+        return [kind.cls]
+    inner = [getattr(kind, name, None) for name in ("item_type", "value_type")]
+    return [one for part in (*inner, *getattr(kind, "types", ())) if part is not None for one in structs_in(part)]
+
+
+def test_a_result_without_a_median_is_refused(tmp_path: Path) -> None:
+    raw = msgspec.to_builtins(made_result())
+    del raw["profiles"][0]["percentiles"]["p50"]
+    (tmp_path / "r.json").write_bytes(msgspec.json.encode(raw))
+    with pytest.raises(RunError, match=r"r\.json: model\.m4\.b1\.onnx has no p50"):
+        read_result(tmp_path / "r.json")
+
+
+def test_an_unstable_number_carries_its_reason_in_its_own_line() -> None:
+    moved = Stability("unstable", ("gpu clock fell from 1980 to 1200 MHz",))
+    one = made_profile(stability=moved, is_steady=True)
+    steady = made_profile(model="model.m8.b1.onnx", stability=Stability("stable"), is_steady=True)
+    result = made_result(one, steady)
+    assert not result.is_stable
+    text = describe_profile(result)
+    assert re.search(r"^model\.m4\.b1\.onnx .* unstable: gpu clock fell from 1980 to 1200 MHz$", text, re.MULTILINE)
+    assert re.search(r"^model\.m8\.b1\.onnx .* +20$", text, re.MULTILINE)
+    assert "device state unstable: gpu clock fell" in text
+    assert made_result(steady).is_stable
+
+
+def test_energy_of_a_run_is_printed_where_it_is_known() -> None:
+    assert "model.m4.b1.onnx: 12.3 mJ a run" in describe_profile(made_result(made_profile(energy_mj=12.345)))
+    assert "mJ a run" not in describe_profile(made_result())
