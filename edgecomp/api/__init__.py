@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgecomp.api._check import check
     from edgecomp.api._compare import compare
     from edgecomp.api._doctor import doctor
+    from edgecomp.api._draw import draw
     from edgecomp.api._estimate import estimate
     from edgecomp.api._evaluate import evaluate
     from edgecomp.api._export import export
@@ -43,6 +44,7 @@ __all__ = [
     "compare",
     "compare_methods",
     "doctor",
+    "draw",
     "estimate",
     "evaluate",
     "export",

@@ -63,7 +63,9 @@ def check_forced(
         )
 
 
-def forced_graph(bundle: Bundle, bucket: Bucket) -> tuple[Path, ForcedGraph]:
+def forced_graph(
+    bundle: Bundle, bucket: Bucket, *, needed_for: str = "`edgecomp parity --selection`", drop: str = "--selection"
+) -> tuple[Path, ForcedGraph]:
     """Return the forced form of a bucket's graph and what is said of it, making it where it is not there.
 
     Its weights are the bundle's: a runner reads them from there (`open_graph`), since a copy would double the bundle,
@@ -82,12 +84,12 @@ def forced_graph(bundle: Bundle, bucket: Bucket) -> tuple[Path, ForcedGraph]:
         found = _read(sidecar)
         if found is None or found.source_sha256 != source or file_sha256(graph) != found.sha256:
             folder.mkdir(exist_ok=True)
-            found = _make(bundle, bucket, graph)
+            found = _make(bundle, bucket, graph, needed_for)
             _replace(sidecar, msgspec.json.encode(found))
     except OSError as error:
         raise BundleError(
             f"bundle {bundle.path}: the forced graph cannot be written to {folder} ({error.strerror or error}); copy "
-            "the bundle to a place that can be written, or drop --selection"
+            f"the bundle to a place that can be written, or drop {drop}"
         ) from None
     return graph, found
 
@@ -106,13 +108,11 @@ def _read(sidecar: Path) -> ForcedGraph | None:
     return found if found.edgecomp == __version__ else None
 
 
-def _make(bundle: Bundle, bucket: Bucket, target: Path) -> ForcedGraph:
+def _make(bundle: Bundle, bucket: Bucket, target: Path, needed_for: str) -> ForcedGraph:
     try:
         from edgecomp.export.forced import write_forced
     except ImportError as error:
-        raise MissingDependency(
-            error.name or str(error), needed_for="`edgecomp parity --selection`", extra="export"
-        ) from error
+        raise MissingDependency(error.name or str(error), needed_for=needed_for, extra="export") from error
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         choices = write_forced(bundle.path / bucket.model, temporary, prefix="model." if bucket.stem else "")

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from edgecomp.api._draw import picture_of, require_drawable, write_picture
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import Bundle, open_bundle
 from edgecomp.errors import InvalidSpec, RunError
 from edgecomp.images import read_image, to_pixels
 from edgecomp.inputs import read_tensors, require_inputs, write_tensors
-from edgecomp.report.run import OutputSummary, RunReport
+from edgecomp.patches import Picture
+from edgecomp.report.run import OutputSummary, RunReport, drawn_layers
 from edgecomp.resources import photograph_path
 from edgecomp.runners import Array, require_threads
 from edgecomp.runners.chain import open_graph
@@ -35,6 +37,7 @@ def run(
     batch: int | None = None,
     runner: str = "onnxruntime",
     threads: int = 0,
+    draw: str | Path = "",
     progress: Progress = silent,
 ) -> RunReport:
     """Run one bucket once: the one of `budget`, the one that the bundle's router picks, or the largest.
@@ -49,6 +52,7 @@ def run(
         budget: tokens wanted; the smallest bucket that keeps so many serves, at a batch above 1 the one of that count.
         batch: which of the bundle's batches; None: the smallest. A batch above 1 is not routed.
         runner, threads: as in `parity`.
+        draw: where to write a picture of what became of the image's patches, .png, .svg or .html; "": nowhere.
         progress: takes one line for each step.
 
     Raises:
@@ -61,6 +65,9 @@ def run(
     bucket = max(opened.select(budget=exact, batch=batch), key=lambda b: (b.budget.tokens_out, -b.batch))
     path = Path(input_file) if str(input_file) else photograph_path()
     _require_out(opened, out)
+    if str(draw):
+        require_drawable(opened, batch=batch, drawing=draw)
+    picture: Picture | None = None
     features = read_tensors(text_features) if str(text_features) else None
     if bucket.batch == 1:
         progress(f"{bundle} in {runner}")
@@ -70,6 +77,10 @@ def run(
             version = model.runner_version
         (bucket,) = opened.select(budget=answer.budget, batch=1)
         outputs, reason, signals = answer.outputs, answer.reason, answer.signals
+        if str(draw):
+            picture = picture_of(
+                opened, bucket, path, outputs, features=features, runner=runner, threads=threads, progress=progress
+            )
     else:
         if text is not None or features is not None:
             raise InvalidSpec(
@@ -82,6 +93,8 @@ def run(
         reason, signals = f"batch {bucket.batch}, which `run` does not route", {}
     if str(out):
         write_tensors(Path(out), outputs)
+    if picture is not None:
+        write_picture(Path(draw), picture)
     return RunReport(
         bundle=str(bundle),
         model=bucket.model,
@@ -93,6 +106,9 @@ def run(
         summaries=tuple(_summary(name, array) for name, array in outputs.items()),
         out=str(out),
         outputs=outputs,
+        drawn=str(draw) if picture is not None else "",
+        layers=drawn_layers(picture.patches) if picture is not None else (),
+        notes=picture.patches.notes if picture is not None else (),
     )
 
 

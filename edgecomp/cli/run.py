@@ -33,6 +33,12 @@ def command(
     runner: Annotated[
         str, typer.Option(help="`onnxruntime`, `onnxruntime-cuda`, `tensorrt` or `rtx`.")
     ] = "onnxruntime",
+    draw: Annotated[
+        str,
+        typer.Option(
+            help="Write a picture of the patches kept, merged and dropped, layer by layer: .png, .svg, .html."
+        ),
+    ] = "",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: the runtime's choice.")] = 0,
     json: JSON = False,
 ) -> None:
@@ -48,6 +54,7 @@ def command(
             batch=batch,
             runner=runner,
             threads=threads,
+            draw=draw,
             progress=say,
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecomp.bundle import GOLDEN, choice_key
-from edgecomp.errors import BundleError
+from edgecomp.errors import BundleError, RunError
 from edgecomp.parity.check import (
     CASES,
     NO_LIMITS,
@@ -28,7 +28,7 @@ from edgecomp.specs import Tolerance
 from edgecomp.specs.choice import ChoiceNode
 from edgecomp.specs.manifest import Bucket
 
-__all__ = ["Recorded", "check_selection", "forced_inputs", "recorded_choices"]
+__all__ = ["Recorded", "check_selection", "forced_inputs", "own_choices", "recorded_choices"]
 
 Array = npt.NDArray[Any]
 Recorded = dict[int, tuple[Array, Array]]
@@ -79,6 +79,32 @@ def forced_inputs(nodes: tuple[ChoiceNode, ...], chosen: Mapping[int, tuple[Arra
         index = chosen[node.number][1][..., : node.k if node.op == "TopK" else 1]
         given[node.name] = np.ascontiguousarray(index.reshape(node.indices).astype(np.int64))
     return given
+
+
+def own_choices(
+    runner: Runner, nodes: tuple[ChoiceNode, ...], inputs: Mapping[str, Array]
+) -> tuple[dict[str, Array], Recorded]:
+    """Return the outputs of a forced graph under its own choices, and these: scores and indices of each by its number.
+
+    It is run with what it chose in the run before, until it chooses the same again. Each run settles at least the first
+    choice that was not, so that there are at most as many runs as choices, and one. What is settled is the run of the
+    graph as it is: each value is made of the same values.
+
+    Raises:
+        RunError: the choices do not settle, so that the runner chooses otherwise on equal inputs.
+    """
+    given = {node.name: np.broadcast_to(np.arange(node.k), node.indices).astype(np.int64) for node in nodes}
+    for _ in range(len(nodes) + 1):
+        outputs = runner.infer({**inputs, **given})
+        own = {n.name: outputs[f"{n.name}.indices"].reshape(n.indices).astype(np.int64) for n in nodes}
+        if all(np.array_equal(own[name], given[name]) for name in own):
+            return outputs, {n.number: (outputs[f"{n.name}.scores"], own[n.name]) for n in nodes}
+        given = own
+    unsettled = next(name for name in own if not np.array_equal(own[name], given[name]))
+    raise RunError(
+        f"{unsettled} is chosen otherwise in each of {len(nodes) + 1} runs on the same inputs; `edgecomp parity "
+        "--self-test` shows whether this runner gives equal bits"
+    )
 
 
 def check_selection(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
+from edgecomp.patches import PatchLayers
 from edgecomp.report.text import table
 from edgecomp.runners import Array
 
-__all__ = ["OutputSummary", "RunReport", "describe_run"]
+__all__ = ["DrawnLayer", "OutputSummary", "RunReport", "describe_run", "drawn_layers"]
 
 
 class OutputSummary(msgspec.Struct, frozen=True):
@@ -23,6 +24,22 @@ class OutputSummary(msgspec.Struct, frozen=True):
     not_finite: int
 
 
+class DrawnLayer(msgspec.Struct, frozen=True):
+    """What a layer of a picture shows, in counts of patches.
+
+    Attributes:
+        tokens: patch tokens behind the layer.
+        groups: tokens that are made of several patches.
+    """
+
+    name: str
+    tokens: int
+    kept: int
+    merged: int
+    groups: int
+    dropped: int
+
+
 class RunReport(msgspec.Struct, frozen=True):
     """What came out.
 
@@ -31,6 +48,9 @@ class RunReport(msgspec.Struct, frozen=True):
         signals: what the router looked at, by name; empty where none was asked.
         out: where the outputs were written, or "".
         outputs: the arrays by name.
+        drawn: the picture that was written, or "".
+        layers: what it shows.
+        notes: what it says beside that.
     """
 
     bundle: str
@@ -43,6 +63,18 @@ class RunReport(msgspec.Struct, frozen=True):
     summaries: tuple[OutputSummary, ...]
     out: str
     outputs: dict[str, Array]
+    drawn: str = ""
+    layers: tuple[DrawnLayer, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def drawn_layers(patches: PatchLayers) -> tuple[DrawnLayer, ...]:
+    """Return the counts of each layer."""
+    found = []
+    for layer in patches.layers:
+        kept, merged, dropped = layer.counts
+        found.append(DrawnLayer(layer.name, layer.tokens, kept, merged, len(layer.groups), dropped))
+    return tuple(found)
 
 
 def describe_run(report: RunReport) -> str:
@@ -72,4 +104,9 @@ def describe_run(report: RunReport) -> str:
     ]
     if report.out:
         lines.append(f"written to {report.out}")
+    if report.drawn:
+        cells = [[one.name, one.tokens, one.kept, one.merged, one.groups, one.dropped] for one in report.layers]
+        header = ["patches behind", "tokens", "kept", "merged", "groups", "dropped"]
+        lines += ["", table(header, cells)] if cells else [""]
+        lines += [*(f"note: {note}" for note in report.notes), f"drawn to {report.drawn}"]
     return "\n".join(lines)
