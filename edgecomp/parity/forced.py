@@ -97,12 +97,12 @@ def own_choices(
     for _ in range(len(nodes) + 1):
         outputs = runner.infer({**inputs, **given})
         own = {n.name: outputs[f"{n.name}.indices"].reshape(n.indices).astype(np.int64) for n in nodes}
-        if all(np.array_equal(own[name], given[name]) for name in own):
+        moved = [name for name in own if not np.array_equal(own[name], given[name])]
+        if not moved:
             return outputs, {n.number: (outputs[f"{n.name}.scores"], own[n.name]) for n in nodes}
         given = own
-    unsettled = next(name for name in own if not np.array_equal(own[name], given[name]))
     raise RunError(
-        f"{unsettled} is chosen otherwise in each of {len(nodes) + 1} runs on the same inputs; `edgecomp parity "
+        f"{moved[0]} is chosen otherwise in each of {len(nodes) + 1} runs on the same inputs; `edgecomp parity "
         "--self-test` shows whether this runner gives equal bits"
     )
 

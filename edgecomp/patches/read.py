@@ -81,10 +81,11 @@ def join_layers(
     elif end is None and not layers:
         said.append(_why_no_map(bucket, composed, is_known=chosen is not None))
     elif end is not None and not (layers and np.array_equal(layers[-1].rows, end.rows)):
-        if manifest.placement == "inside" and chosen is not None:
+        is_inside = manifest.placement == "inside"
+        if is_inside and chosen is not None:
             why = composed.problem or "the last layer of its choices is not the map that the graph gives"
             said.append(f"the end alone is shown, as the graph's own map has it: {why}")
-        layers = (_with_scores(end, nodes, chosen or {}, row),)
+        layers = (end if is_inside else _with_scores(end, nodes, chosen or {}, row),)
     elif end is None:
         said.append("the graph gives no map: its layers are made of its choices alone, held to nothing")
     said += _sayings(layers, nodes)
@@ -119,7 +120,7 @@ def _why_no_map(bucket: Bucket, composed: Composed, *, is_known: bool) -> str:
 
 
 def _with_scores(end: PatchLayer, nodes: Sequence[ChoiceNode], chosen: Chosen, row: int) -> PatchLayer:
-    """Add the scores of the first choice among all patches, where there is one."""
+    """Add the scores of the first choice among all patches, where there is one, to the one layer of a method."""
     for node in nodes:
         if node.op != "TopK" or node.number not in chosen or node.merge >= 0:
             continue

@@ -55,14 +55,23 @@ def hex_of(colour: Array) -> str:
 
 def _rgb(light: Array, chroma: Array, hue: Array) -> Array:
     """Return OKLCH colours as sRGB; what lies outside of it is paled until it fits."""
-    colours = np.zeros((len(light), 3))
-    for place in range(len(light)):
-        for share in np.linspace(1, 0, 41):
-            a, b = share * chroma[place] * np.cos(hue[place]), share * chroma[place] * np.sin(hue[place])
-            linear = np.asarray(_TO_RGB) @ (np.asarray(_TO_LMS) @ np.array([light[place], a, b])) ** 3
-            if (linear >= -1e-6).all() and (linear <= 1 + 1e-6).all():
-                break
-        linear = linear.clip(0, 1)
-        colours[place] = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    found: Array = (colours * 255).round().astype(np.uint8)
+    fits, over = np.zeros(len(light)), np.ones(len(light))  # shares of the chroma
+    for _ in range(12):
+        share = np.where(_is_in(_linear(light, chroma * over, hue)), over, (fits + over) / 2)
+        inside = _is_in(_linear(light, chroma * share, hue))
+        fits, over = np.where(inside, share, fits), np.where(inside, over, share)
+    linear = _linear(light, chroma * fits, hue).clip(0, 1)
+    coded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    found: Array = (coded * 255).round().astype(np.uint8)
     return found
+
+
+def _linear(light: Array, chroma: Array, hue: Array) -> Array:
+    """Return OKLCH colours as linear RGB: (n, 3)."""
+    lab = np.stack([light, chroma * np.cos(hue), chroma * np.sin(hue)], -1)
+    found: Array = (lab @ np.asarray(_TO_LMS).T) ** 3 @ np.asarray(_TO_RGB).T
+    return found
+
+
+def _is_in(linear: Array) -> Array:
+    return np.asarray(((linear >= 0) & (linear <= 1)).all(-1))

@@ -21,13 +21,14 @@ from edgecomp.report.patch_shapes import (
     rims,
     score_words,
     short_name,
+    token_words,
 )
 
 __all__ = ["draw_heat", "draw_overview", "draw_patches"]
 
 Array = npt.NDArray[Any]
 _PANEL = 280  # pixels of a panel, about
-_GAP, _MARGIN, _HEAD, _BAR = 26, 24, 46, 40
+_GAP, _MARGIN, _HEAD, _BAR, _SWATCH = 26, 24, 46, 40, 24
 _TINT, _DARKER, _HATCH, _PERIOD = 0.56, 0.34, 0.5, 9
 _TEXT, _LESS, _NONE, _STRIPE = (27, 27, 31), (90, 91, 100), (242, 242, 245), (208, 209, 217)
 
@@ -84,7 +85,7 @@ def draw_overview(picture: Picture) -> Image.Image:
     notes = [line for note in (*score_words(patches), *patches.notes) for line in textwrap.wrap(note, width // 7)]
     step = _HEAD + panel + heats + _GAP
     lines = -(-tiles // columns)
-    legend = 42 if patches.layers else 0
+    legend = max((42 + down for _, down, *_ in _legend_of(patches, width)), default=0)
     short = heats if lines == 1 and not patches.layers else 0
     height = _MARGIN + 64 + lines * step - short + legend + 20 * len(notes) + _MARGIN
     page = Image.new("RGB", (width, height), "white")
@@ -102,7 +103,7 @@ def draw_overview(picture: Picture) -> Image.Image:
             page.paste(whole, (x, y + _HEAD))
             continue
         layer = patches.layers[place - 1]
-        _heading(draw, (x, y), f"{short_name(layer.name)}: {layer.tokens} tokens", count_words(layer), panel)
+        _heading(draw, (x, y), f"{short_name(layer.name)}: {token_words(layer.tokens)}", count_words(layer), panel)
         shown = draw_patches(picture, place - 1, cell=cell)
         page.paste(Image.fromarray(shown), (x, y + _HEAD))
         if layer.score_range is not None:
@@ -136,19 +137,30 @@ def _paste_heat(
         draw.text((place, y + panel + 20), words, fill=_LESS, font=ImageFont.load_default(13), anchor=anchor)
 
 
-def _paste_legend(page: Image.Image, draw: ImageDraw.ImageDraw, patches: PatchLayers, y: int) -> None:
-    x, side = _MARGIN, 24
-    fills = {"kept": (207, 214, 221), "merged": group_colours()[0], "dropped": (58, 58, 64), "empty": _NONE}
+def _legend_of(patches: PatchLayers, width: int) -> list[tuple[int, int, str, str]]:
+    """Return the entries of the legend, in as many lines as it takes: x, y, kind, words."""
+    found: list[tuple[int, int, str, str]] = []
+    x = y = 0
     for kind, words in legend_of(patches).items():
-        box = np.full((side, side, 3), fills[kind], np.uint8)
+        entry = _SWATCH + 36 + int(ImageFont.load_default(15).getlength(words))
+        if x and x + entry > width - 2 * _MARGIN:
+            x, y = 0, y + 34
+        found.append((x, y, kind, words))
+        x += entry
+    return found
+
+
+def _paste_legend(page: Image.Image, draw: ImageDraw.ImageDraw, patches: PatchLayers, top: int) -> None:
+    fills = {"kept": (207, 214, 221), "merged": group_colours()[0], "dropped": (58, 58, 64), "empty": _NONE}
+    for right, down, kind, words in _legend_of(patches, page.width):
+        x, y = _MARGIN + right, top + down
+        box = np.full((_SWATCH, _SWATCH, 3), fills[kind], np.uint8)
         if kind in ("dropped", "empty"):
-            box[_stripes((side, side))] = _STRIPE if kind == "empty" else (160, 161, 170)
+            box[_stripes((_SWATCH, _SWATCH))] = _STRIPE if kind == "empty" else (160, 161, 170)
         page.paste(Image.fromarray(box), (x, y))
-        draw.rectangle(
-            (x, y, x + side - 1, y + side - 1), outline=(16, 16, 20) if kind == "merged" else (160, 161, 170)
-        )
-        _write(draw, (x + side + 8, y + 3), words, 15)
-        x += side + 8 + int(draw.textlength(words, font=ImageFont.load_default(15))) + 28
+        line = (16, 16, 20) if kind == "merged" else (160, 161, 170)
+        draw.rectangle((x, y, x + _SWATCH - 1, y + _SWATCH - 1), outline=line)
+        _write(draw, (x + _SWATCH + 8, y + 3), words, 15)
 
 
 def _heading(draw: ImageDraw.ImageDraw, at: tuple[int, int], title: str, less: str, most: int) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "rims",
     "score_words",
     "short_name",
+    "token_words",
 ]
 
 Array = npt.NDArray[Any]
@@ -32,7 +33,7 @@ _LEGEND = {
     "dropped": "dropped",
     "empty": "has no score in this layer",
 }
-_LONGEST_NAME = 20
+_LONGEST_NAME = 16
 
 
 class Edge(NamedTuple):
@@ -132,7 +133,8 @@ def count_words(layer: PatchLayer) -> str:
 
 def describe_layer(layer: PatchLayer, patches: PatchLayers) -> str:
     """Say in a sentence what a picture of a layer shows, for those who do not see it."""
-    text = f"Behind {layer.name}, {layer.tokens} tokens are left of {patches.patches} patches: {count_words(layer)}."
+    left = f"{token_words(layer.tokens)} {'is' if layer.tokens == 1 else 'are'} left"
+    text = f"Behind {layer.name}, {left} of {patches.patches} patches: {count_words(layer)}."
     span = layer.score_range
     if span is None:
         return text
@@ -144,7 +146,7 @@ def headline(patches: PatchLayers) -> str:
     prefix = f", beside {patches.prefix} prefix token{'s' * (patches.prefix != 1)}" if patches.prefix else ""
     return (
         f"{patches.patches} patches ({patches.rows} x {patches.columns}) become "
-        f"{patches.layers[-1].tokens if patches.layers else patches.tokens_out} tokens{prefix}"
+        f"{token_words(patches.layers[-1].tokens if patches.layers else patches.tokens_out)}{prefix}"
     )
 
 
@@ -174,3 +176,8 @@ def score_words(patches: PatchLayers) -> tuple[str, ...]:
 def panel_columns(tiles: int) -> int:
     """Return how many panels stand in a row, so that the last row is not left nearly empty."""
     return max(2, tiles) if tiles <= 4 else 3 if tiles in (5, 6) else 5 if tiles > 8 else 4
+
+
+def token_words(tokens: int) -> str:
+    """Say how many tokens there are."""
+    return f"{tokens} token{'s' * (tokens != 1)}"

@@ -34,6 +34,7 @@ from edgecomp.report.patch_shapes import (
     rims,
     score_words,
     short_name,
+    token_words,
 )
 
 __all__ = ["PICTURE_CSS", "PatchFigure", "patch_figures", "picture_html", "picture_png", "picture_svg"]
@@ -60,6 +61,8 @@ font:16px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif
 h1{font-size:1.45rem;line-height:1.25;margin:0 0 .25rem}h2{font-size:1.1rem;margin:2rem 0 .5rem}
 p{margin:.25rem 0 .75rem;max-width:46rem}.less{color:var(--ecp-less)}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:1.25rem}
+ul{display:flex;flex-wrap:wrap;gap:.25rem 1.5rem;list-style:none;margin:1rem 0;padding:0}
+li{display:flex;align-items:center;gap:.5rem}li svg{flex:none}
 figure{margin:0;break-inside:avoid}figure svg{width:100%;height:auto;display:block}
 .scroll{overflow-x:auto;margin:.75rem 0}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .8rem .3rem 0;text-align:right;border-bottom:1px solid var(--ecp-line);white-space:nowrap}
@@ -101,10 +104,10 @@ def picture_svg(picture: Picture, *, ident: str = "ecp") -> str:
     notes = [
         line
         for note in (*score_words(picture.patches), *picture.patches.notes)
-        for line in textwrap.wrap(note, width // 6)
+        for line in textwrap.wrap(note, (width - 2 * _MARGIN) // 7)
     ]
     y: float = _MARGIN + 58
-    root = _svg(width, 0, ident, _title(picture), " ".join([headline(picture.patches), *_sentences(picture)]))
+    root = _svg(width, 0, ident, _title(picture), _said(picture))
     _add(root, "style").text = _VARIABLES + PICTURE_CSS
     _add(root, "rect", {"width": "100%", "height": "100%", "class": "ecp-page"})
     root.append(_definitions(picture, ident))
@@ -116,7 +119,7 @@ def picture_svg(picture: Picture, *, ident: str = "ecp") -> str:
             group.set("transform", f"translate({_MARGIN + place * (_PANEL + _GAP)} {y})")
             root.append(group)
         y += max(height for _, height, _ in row) + _GAP
-    y = _add_legend(root, picture.patches, ident, y)
+    y = _add_legend(root, picture.patches, ident, y, width)
     for note in notes:
         _text(root, _MARGIN, y + 12, note, size=12, css="ecp-less")
         y += 18
@@ -160,10 +163,12 @@ def picture_html(picture: Picture) -> str:
         _add(body, "p").text = _clean(note[:1].upper() + note[1:] + ".")
     holder, figures = patch_figures(picture)
     body.append(ET.fromstring(holder))  # noqa: S314 - made above
-    if words := legend_of(patches).values():
-        legend = _svg(sum(map(_entry_width, words)), 30, "ecp-legend", "Legend", "; ".join(words))
-        _add_legend(legend, patches, "ecp", 2, x=1)
-        _add(body, "div", {"class": "scroll"}).append(legend)
+    if legend := legend_of(patches):
+        box = _add(body, "ul", {"aria-label": "Legend"})
+        for kind, words in legend.items():
+            entry = _add(box, "li")
+            _add_swatch(_add(entry, "svg", {"width": "22", "height": "22", "aria-hidden": "true"}), kind, "ecp")
+            _add(entry, "span").text = words
     grid = _add(body, "div", {"class": "grid"})
     for figure in figures:
         _add(grid, "figure").append(ET.fromstring(figure.svg))  # noqa: S314 - made above
@@ -182,6 +187,11 @@ _XMLNS = "http://www.w3.org/2000/svg"
 
 def _title(picture: Picture) -> str:
     return f"{picture.patches.method} on {picture.image}: {picture.bundle}"
+
+
+def _said(picture: Picture) -> str:
+    notes = [f"{note[:1].upper()}{note[1:]}." for note in picture.patches.notes]
+    return " ".join([f"{headline(picture.patches)}.", *_sentences(picture), *notes])
 
 
 def _sentences(picture: Picture) -> list[str]:
@@ -222,7 +232,7 @@ def _tiles(picture: Picture, ident: str) -> list[tuple[str, float, ET.Element]]:
     found: list[tuple[str, float, ET.Element]] = [("input", _HEAD + _PANEL, first)]
     for layer, places in zip(patches.layers, group_places(patches), strict=True):
         group = ET.Element("g")
-        _heading(group, f"{short_name(layer.name)}: {layer.tokens} tokens", count_words(layer))
+        _heading(group, f"{short_name(layer.name)}: {token_words(layer.tokens)}", count_words(layer))
         panel = _add(group, "g", {"transform": f"translate(0 {_HEAD})"})
         _add(panel, "use", {"href": f"#{ident}-image"})
         _add_patches(panel, layer, places, patches, ident)
@@ -288,26 +298,30 @@ def _add_heat(group: ET.Element, layer: PatchLayer, patches: PatchLayers, ident:
     _text(panel, _PANEL / 2, _PANEL + 26, "score", size=11, css="ecp-less", anchor="middle")
 
 
-def _entry_width(words: str) -> int:
-    return 48 + int(6.6 * len(words))
-
-
-def _add_legend(root: ET.Element, patches: PatchLayers, ident: str, y: float, *, x: float = _MARGIN) -> float:
-    """Draw what the colours mean, and return where it ends."""
+def _add_legend(root: ET.Element, patches: PatchLayers, ident: str, y: float, width: float) -> float:
+    """Draw what the colours mean, in as many lines as it takes, and return where it ends."""
+    x: float = _MARGIN
     legend = legend_of(patches)
-    fills = {"kept": "#cfd6dd", "merged": hex_of(group_colours()[0]), "dropped": "#3a3a40", "empty": "none"}
     for kind, words in legend.items():
-        box = {"x": f"{x:g}", "y": f"{y + 2:g}", "width": "22", "height": "22"}
-        _add(root, "rect", {**box, "fill": fills[kind]})
-        if kind in ("dropped", "empty"):
-            _add(root, "rect", {**box, "fill": f"url(#{ident}-{'hatch' if kind == 'dropped' else 'empty'})"})
-        line = (
-            {"stroke": "#101014", "stroke-width": "1.6", "fill": "none"} if kind == "merged" else {"class": "ecp-line"}
-        )
-        _add(root, "rect", {**box, **line})
+        entry = 48 + 6.6 * len(words)
+        if x > _MARGIN and x + entry > width:
+            x, y = _MARGIN, y + 28
+        swatch = _add(root, "g", {"transform": f"translate({x:g} {y + 2:g})"})
+        _add_swatch(swatch, kind, ident)
         _text(root, x + 29, y + 17, words, size=12)
-        x += _entry_width(words)
+        x += entry
     return y + 36 if legend else y
+
+
+def _add_swatch(box: ET.Element, kind: str, ident: str) -> None:
+    """Draw one colour of the legend, 22 wide."""
+    fills = {"kept": "#cfd6dd", "merged": hex_of(group_colours()[0]), "dropped": "#3a3a40", "empty": "none"}
+    size = {"width": "20", "height": "20", "x": "1", "y": "1"}
+    _add(box, "rect", {**size, "fill": fills[kind]})
+    if kind in ("dropped", "empty"):
+        _add(box, "rect", {**size, "fill": f"url(#{ident}-{'hatch' if kind == 'dropped' else 'empty'})"})
+    line = {"stroke": "#101014", "stroke-width": "1.6", "fill": "none"} if kind == "merged" else {"class": "ecp-line"}
+    _add(box, "rect", {**size, **line})
 
 
 def _add_table(box: ET.Element, patches: PatchLayers) -> None:
