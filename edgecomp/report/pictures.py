@@ -37,38 +37,35 @@ from edgecomp.report.patch_shapes import (
     token_words,
 )
 
-__all__ = ["PICTURE_CSS", "PatchFigure", "patch_figures", "picture_html", "picture_png", "picture_svg"]
+__all__ = ["PatchFigure", "patch_figures", "picture_html", "picture_png", "picture_svg"]
 
 Array = npt.NDArray[Any]
 _PANEL, _GAP, _MARGIN, _HEAD, _BAR = 224, 22, 20, 38, 30
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_VARIABLES = (
-    ":root{color-scheme:light dark;--ecp-text:#1b1b1f;--ecp-less:#5a5b64;--ecp-page:#ffffff;--ecp-line:#c9c9d1}"
-    "@media (prefers-color-scheme:dark)"
-    "{:root{--ecp-text:#ececf1;--ecp-less:#a9abb6;--ecp-page:#17181c;--ecp-line:#43454f}}"
-    "@media print{:root{--ecp-text:#000;--ecp-less:#333;--ecp-page:#fff;--ecp-line:#bbb}}"
+_FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif"
+_LINE = {"stroke": "currentColor", "stroke-opacity": "0.25", "fill": "none"}
+_SCHEME = (
+    ":root{color-scheme:light dark;color:#1b1b1f;background:#fff}"
+    "@media (prefers-color-scheme:dark){:root{color:#ececf1;background:#17181c}}"
+    "@media print{:root{color:#000;background:#fff}}"
 )
-PICTURE_CSS = (
-    ".ecp-text{fill:var(--ecp-text,currentColor)}.ecp-less{fill:var(--ecp-less,currentColor)}"
-    ".ecp-page{fill:var(--ecp-page,none)}.ecp-line{stroke:var(--ecp-line,currentColor);fill:none}"
-    ".ecp-svg text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}"
-)
-"""How figures look in a page, which has it once: in the page's own colour, or in `--ecp-text`, `-less` and `-line`."""
-
-_PAGE_CSS = """
-body{margin:0 auto;padding:1.5rem 1rem;max-width:64rem;color:var(--ecp-text);background:var(--ecp-page);
-font:16px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;overflow-wrap:anywhere}
+_PAGE_CSS = (
+    f"{_SCHEME}body{{font-family:{_FONT}}}"
+    """
+body{margin:0 auto;padding:1.5rem 1rem;max-width:64rem;font-size:16px;line-height:1.5;overflow-wrap:anywhere}
 h1{font-size:1.45rem;line-height:1.25;margin:0 0 .25rem}h2{font-size:1.1rem;margin:2rem 0 .5rem}
-p{margin:.25rem 0 .75rem;max-width:46rem}.less{color:var(--ecp-less)}
+p{margin:.25rem 0 .75rem;max-width:46rem}.less{opacity:.75}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:1.25rem}
+.definitions{position:absolute}
 ul{display:flex;flex-wrap:wrap;gap:.25rem 1.5rem;list-style:none;margin:1rem 0;padding:0}
 li{display:flex;align-items:center;gap:.5rem}li svg{flex:none}
 figure{margin:0;break-inside:avoid}figure svg{width:100%;height:auto;display:block}
 .scroll{overflow-x:auto;margin:.75rem 0}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .8rem .3rem 0;text-align:right;border-bottom:1px solid var(--ecp-line);white-space:nowrap}
+th,td{padding:.3rem .8rem .3rem 0;text-align:right;border-bottom:1px solid rgba(128,128,140,.4);white-space:nowrap}
 th:first-child,td:first-child{text-align:left}th{font-weight:600}
 @media print{body{max-width:none}}
 """
+)
 
 
 class PatchFigure(NamedTuple):
@@ -92,11 +89,13 @@ def picture_png(picture: Picture) -> bytes:
     return held.getvalue()
 
 
-def picture_svg(picture: Picture, *, ident: str = "ecp") -> str:
-    """Return all layers as one SVG file, which needs nothing beside it; light or dark as the reader's system is.
+def picture_svg(picture: Picture, *, ident: str = "ecp", in_page: bool = False) -> str:
+    """Return all layers as one SVG, which needs nothing beside it.
 
     Args:
-        ident: what its ids begin with; they are the page's, where it is put into one.
+        ident: what its ids begin with; another for each picture of a page.
+        in_page: it is put into a page, and has the page's text colour on the page's ground, no styles, and the class
+            `plot`; else it is a file, light or dark as the reader's system is.
     """
     tiles = _tiles(picture, ident)
     columns = panel_columns(len(tiles))
@@ -108,11 +107,13 @@ def picture_svg(picture: Picture, *, ident: str = "ecp") -> str:
     ]
     y: float = _MARGIN + 58
     root = _svg(width, 0, ident, _title(picture), _said(picture))
-    _add(root, "style").text = _VARIABLES + PICTURE_CSS
-    _add(root, "rect", {"width": "100%", "height": "100%", "class": "ecp-page"})
+    if in_page:
+        root.set("class", "plot")
+    if not in_page:
+        _add(root, "style").text = _SCHEME
     root.append(_definitions(picture, ident))
     _text(root, _MARGIN, _MARGIN + 16, _title(picture), size=17, bold=True, most=width - 2 * _MARGIN)
-    _text(root, _MARGIN, _MARGIN + 36, headline(picture.patches), size=12.5, css="ecp-less")
+    _text(root, _MARGIN, _MARGIN + 36, headline(picture.patches), size=12.5, less=True)
     for line in itertools.zip_longest(*[iter(tiles)] * columns):
         row = [tile for tile in line if tile is not None]
         for place, (_, _, group) in enumerate(row):
@@ -121,7 +122,7 @@ def picture_svg(picture: Picture, *, ident: str = "ecp") -> str:
         y += max(height for _, height, _ in row) + _GAP
     y = _add_legend(root, picture.patches, ident, y, width)
     for note in notes:
-        _text(root, _MARGIN, y + 12, note, size=12, css="ecp-less")
+        _text(root, _MARGIN, y + 12, note, size=12, less=True)
         y += 18
     root.set("viewBox", f"0 0 {width} {y + _MARGIN:g}")
     root.set("height", f"{y + _MARGIN:g}")
@@ -131,13 +132,13 @@ def picture_svg(picture: Picture, *, ident: str = "ecp") -> str:
 def patch_figures(picture: Picture, *, ident: str = "ecp") -> tuple[str, tuple[PatchFigure, ...]]:
     """Return what a page needs: a hidden element with shared definitions, and a figure for the input and each layer.
 
-    The page has `PICTURE_CSS` among its styles.
+    Text has the page's colour. The hidden element has the class `definitions`, to be taken out of the flow.
 
     Args:
         ident: what ids begin with; another for each picture of a page.
     """
     holder = ET.Element("svg", {"xmlns": _XMLNS, "width": "0", "height": "0", "aria-hidden": "true"})
-    holder.set("style", "position:absolute")
+    holder.set("class", "definitions")
     holder.append(_definitions(picture, ident))
     figures = []
     sentences = [f"{picture.image} as the model sees it.", *_sentences(picture)]
@@ -156,7 +157,7 @@ def picture_html(picture: Picture) -> str:
     _add(head, "meta", {"charset": "utf-8"})
     _add(head, "meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"})
     _add(head, "title").text = _clean(_title(picture))
-    _add(head, "style").text = _VARIABLES + _PAGE_CSS + PICTURE_CSS
+    _add(head, "style").text = _PAGE_CSS
     _add(body, "h1").text = _clean(_title(picture))
     _add(body, "p", {"class": "less"}).text = _clean(f"{headline(patches)}. Graph {patches.model}.")
     for note in (*score_words(patches), *patches.notes):
@@ -200,7 +201,7 @@ def _sentences(picture: Picture) -> list[str]:
 
 def _svg(width: float, height: float, ident: str, title: str, text: str) -> ET.Element:
     """Return an image with what a screen reader says of it."""
-    names = {"xmlns": _XMLNS, "class": "ecp-svg", "role": "img", "aria-labelledby": f"{ident}-title {ident}-desc"}
+    names = {"xmlns": _XMLNS, "role": "img", "font-family": _FONT, "aria-labelledby": f"{ident}-title {ident}-desc"}
     size = {"width": f"{width:g}", "height": f"{height:g}", "viewBox": f"0 0 {width:g} {height:g}"}
     root = ET.Element("svg", {**names, **size})
     _add(root, "title", {"id": f"{ident}-title"}).text = _clean(title)
@@ -246,7 +247,7 @@ def _tiles(picture: Picture, ident: str) -> list[tuple[str, float, ET.Element]]:
 
 def _heading(group: ET.Element, title: str, less: str) -> None:
     _text(group, 0, 13, title, size=13.5, bold=True, most=_PANEL)
-    _text(group, 0, 29, less, size=11, css="ecp-less", most=_PANEL)
+    _text(group, 0, 29, less, size=11, less=True, most=_PANEL)
 
 
 def _add_patches(panel: ET.Element, layer: PatchLayer, places: Array, patches: PatchLayers, ident: str) -> None:
@@ -289,13 +290,13 @@ def _add_heat(group: ET.Element, layer: PatchLayer, patches: PatchLayers, ident:
     blown = np.repeat(np.repeat(pixels, 8, axis=0), 8, axis=1)  # else a viewer may blur what it enlarges
     if not real.all():
         _add(panel, "path", {"d": _cells(~real, across, down), "fill": f"url(#{ident}-empty)"})
-    _add(panel, "image", {"href": _data_uri(blown), "style": "image-rendering:pixelated", **size})
-    _add(panel, "rect", {"width": str(_PANEL), "height": str(_PANEL), "class": "ecp-line"})
+    _add(panel, "image", {"href": _data_uri(blown), "image-rendering": "pixelated", **size})
+    _add(panel, "rect", {"width": str(_PANEL), "height": str(_PANEL), **_LINE})
     bar = {"y": str(_PANEL + 6), "width": str(_PANEL), "height": "8", "fill": f"url(#{ident}-ramp)"}
     _add(panel, "rect", bar)
-    _text(panel, 0, _PANEL + 26, f"{low:.3g}", size=11, css="ecp-less")
-    _text(panel, _PANEL, _PANEL + 26, f"{high:.3g}", size=11, css="ecp-less", anchor="end")
-    _text(panel, _PANEL / 2, _PANEL + 26, "score", size=11, css="ecp-less", anchor="middle")
+    _text(panel, 0, _PANEL + 26, f"{low:.3g}", size=11, less=True)
+    _text(panel, _PANEL, _PANEL + 26, f"{high:.3g}", size=11, less=True, anchor="end")
+    _text(panel, _PANEL / 2, _PANEL + 26, "score", size=11, less=True, anchor="middle")
 
 
 def _add_legend(root: ET.Element, patches: PatchLayers, ident: str, y: float, width: float) -> float:
@@ -320,7 +321,7 @@ def _add_swatch(box: ET.Element, kind: str, ident: str) -> None:
     _add(box, "rect", {**size, "fill": fills[kind]})
     if kind in ("dropped", "empty"):
         _add(box, "rect", {**size, "fill": f"url(#{ident}-{'hatch' if kind == 'dropped' else 'empty'})"})
-    line = {"stroke": "#101014", "stroke-width": "1.6", "fill": "none"} if kind == "merged" else {"class": "ecp-line"}
+    line = {"stroke": "#101014", "stroke-width": "1.6", "fill": "none"} if kind == "merged" else _LINE
     _add(box, "rect", {**size, **line})
 
 
@@ -352,7 +353,7 @@ def _text(
     words: str,
     *,
     size: float,
-    css: str = "ecp-text",
+    less: bool = False,
     bold: bool = False,
     anchor: str = "start",
     most: float = 0,
@@ -362,7 +363,9 @@ def _text(
     fits = int(most / (size * (0.58 if bold else 0.53))) if most else len(words)
     if len(words) > fits:
         words = words[: fits - 1] + "\u2026"
-    attributes = {"x": f"{x:g}", "y": f"{y:g}", "font-size": f"{size:g}", "class": css}
+    attributes = {"x": f"{x:g}", "y": f"{y:g}", "font-size": f"{size:g}", "fill": "currentColor"}
+    if less:
+        attributes["fill-opacity"] = "0.75"
     if bold:
         attributes["font-weight"] = "600"
     if anchor != "start":

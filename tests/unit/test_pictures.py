@@ -374,6 +374,17 @@ def test_svg_is_xml_that_needs_nothing_beside_it():
     assert "token 7: 3 patches" in [element.text for element in root.iter(f"{SVG}title")]
 
 
+def test_svg_in_a_page_has_no_styles_of_its_own():
+    """A page's policy forbids them, and its text is the page's."""
+    written = picture_svg(picture(layer(MIXED, scores=np.linspace(0, 1, 16))), ident="p1", in_page=True)
+    root = ET.fromstring(written)
+    assert root.get("class") == "plot"
+    assert "style" not in re.sub('data:[^"]*', "", written)
+    assert {element.get("fill") for element in root.iter(f"{SVG}text")} == {"currentColor"}
+    assert all(name.startswith("p1-") for name in re.findall(r'\bid="([^"]*)"', written))
+    assert "<style>" in picture_svg(picture(layer(MIXED)))
+
+
 def test_hostile_names_stay_text():
     shown = picture(layer(MIXED, name=HOSTILE), image=HOSTILE, bundle=HOSTILE, notes=(HOSTILE,))
     for written in (picture_svg(shown), picture_html(shown), *(f.svg for f in patch_figures(shown)[1])):
