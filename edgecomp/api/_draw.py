@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,6 +30,7 @@ __all__ = ["draw", "picture_of", "require_drawable", "write_picture"]
 
 _SUFFIXES = (".png", ".svg", ".html")
 _IMAGE_RANK = 4
+_ENGINES = ("tensorrt", "rtx")
 _TENSOR_FILES = (".safetensors", ".npz")
 
 
@@ -101,7 +103,8 @@ def picture_of(
 ) -> Picture:
     """Return the picture of one request that a bucket has served.
 
-    The layers are the choices of the graph's forced form under its own choices (`own_choices`), which parity has too.
+    The layers are the choices of the graph's forced form under its own choices (`own_choices`), which parity has too;
+    nothing is written into the bundle, but for the engine of that form.
 
     Args:
         path: of the image, or of a file of all inputs.
@@ -112,17 +115,22 @@ def picture_of(
     nodes: tuple[ChoiceNode, ...] = ()
     chosen: Recorded | None = None
     seen = outputs
-    try:
-        form, forced = forced_graph(opened, bucket, needed_for="the layers of `edgecomp run --draw`", drop="--draw")
-    except MissingDependency as error:
-        notes.append(f"the end alone is shown: {error}")
-    else:
-        nodes, chosen = forced.choices, {}
-        if nodes:
-            progress(f"{bucket.model}: its choices in {runner}")
-            with open_graph(runner, opened, bucket, threads=threads, model=form) as loaded:
-                seen, chosen = own_choices(loaded, nodes, inputs)
-            notes += _differing(outputs, seen)
+    with tempfile.TemporaryDirectory(prefix="edgecomp-draw-") as folder:
+        spare = None if runner in _ENGINES else Path(folder)  # an engine of it takes minutes to build, and is kept
+        try:
+            form, forced = forced_graph(
+                opened, bucket, spare=spare, needed_for="the layers of `edgecomp run --draw`", drop="--draw"
+            )
+        except MissingDependency as error:
+            notes.append(f"the end alone is shown: {error}")
+        else:
+            nodes, chosen = forced.choices, {}
+            if nodes:
+                progress(f"{bucket.model}: its choices in {runner}")
+                with open_graph(runner, opened, bucket, threads=threads, model=form) as loaded:
+                    seen, chosen = own_choices(loaded, nodes, inputs)
+                notes += _differing(outputs, seen)
+    notes += _untrained(opened)
     image = _image_spec(bucket)
     return Picture(
         image=path.name,
@@ -167,6 +175,14 @@ def _differing(outputs: Mapping[str, Array], seen: Mapping[str, Array]) -> list[
     names = " and ".join(maps)
     said = f"rounding decided otherwise in the form of the graph that shows its choices: its {names} is not the one of"
     return [f"{said} the outputs, and the picture is of that form"]
+
+
+def _untrained(opened: Bundle) -> list[str]:
+    """Say that a picture is one of chance, where it is."""
+    weights, host = opened.manifest.weights, opened.manifest.backbone_weights
+    if (host or weights).kind != "random":
+        return []
+    return [f"the {'backbone' if host else 'model'}'s weights are random, untrained: so is what is chosen"]
 
 
 def _image_spec(bucket: Bucket) -> TensorSpec:

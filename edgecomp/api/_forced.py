@@ -64,12 +64,22 @@ def check_forced(
 
 
 def forced_graph(
-    bundle: Bundle, bucket: Bucket, *, needed_for: str = "`edgecomp parity --selection`", drop: str = "--selection"
+    bundle: Bundle,
+    bucket: Bucket,
+    *,
+    spare: Path | None = None,
+    needed_for: str = "`edgecomp parity --selection`",
+    drop: str = "--selection",
 ) -> tuple[Path, ForcedGraph]:
     """Return the forced form of a bucket's graph and what is said of it, making it where it is not there.
 
     Its weights are the bundle's: a runner reads them from there (`open_graph`), since a copy would double the bundle,
     and ONNX refuses a file with two hard links as an attack.
+
+    Args:
+        spare: a folder to make it in, for a verb that writes nothing into a bundle; none: its folder `parity/`.
+        needed_for: the verb, for the message where it cannot be made.
+        drop: the option that asks for it, likewise.
 
     Raises:
         MissingDependency: it is not there, and onnx_ir is not installed. BundleError: the folder cannot be written.
@@ -83,6 +93,8 @@ def forced_graph(
     try:
         found = _read(sidecar)
         if found is None or found.source_sha256 != source or file_sha256(graph) != found.sha256:
+            folder = folder if spare is None else spare
+            graph, sidecar = folder / graph.name, folder / sidecar.name
             folder.mkdir(exist_ok=True)
             found = _make(bundle, bucket, graph, needed_for)
             _replace(sidecar, msgspec.json.encode(found))
