@@ -70,7 +70,8 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A part of one request, timed by itself; the parts need not add up to the whole.
 
     Attributes:
-        name: `preprocessing`, `host to device`, `router`, `stem`, `encoder`, `selection`, `merge`, `device to host`.
+        name: `preprocessing`, `router`, `stem`, `behind the stem`, `host to device`, `engine`, `device to host`, and by
+            the layers' shares `encoder`, `selection`, `merge`; of a stem and what reads it `engine (stem)`, ...
         p50_us: median in microseconds.
         how: how it was told apart, in a few words.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from edgecomp.profiles.latency import LatencyProfile, Percentile
@@ -12,6 +13,7 @@ __all__ = ["describe_profile"]
 
 _PARTS = ("selection", "merge")
 _LONGEST = 10
+_WIDTH = 120
 _ALWAYS = ("p50", "p90", "p99")
 
 
@@ -110,8 +112,9 @@ def _describe_state(profiles: Sequence[LatencyProfile]) -> list[str]:
     verdicts = {one.stability.verdict: one.stability for one in profiles if one.stability is not None}
     for verdict in ("unstable", "unknown", "stable"):
         if (found := verdicts.get(verdict)) is not None:
-            said = "; ".join((*found.reasons, *found.notes))
-            lines.append(f"device state {verdict}" + (f": {said}" if said else ": clocks, heat and power stood still"))
+            first = (*found.reasons, *found.notes) if verdict == "unstable" else (*found.notes, *found.reasons)
+            said = "; ".join(first) or "clocks, heat and power stood still"
+            lines.append(textwrap.shorten(f"device state {verdict}: {said}", _WIDTH, placeholder=" ..."))
             break
     lines += [f"{one.model}: {one.energy_mj:.3g} mJ a run" for one in profiles if one.energy_mj is not None]
     return lines

@@ -57,7 +57,7 @@ def test_offline_keeps_all_streams_busy() -> None:
     assert (one.mode, one.streams) == ("offline", 3)
     assert one.num_samples == sum(seen.values()) >= 60
     assert len(seen) == 3
-    assert min(seen.values()) >= 10
+    assert min(seen.values()) >= 3
     assert one.throughput_per_s == pytest.approx(2 * one.num_samples / one.duration_s)
     assert one.throughput_per_s > 2 * 1.5 * 1e6 / one.mean_us  # of one stream it would be batch by mean
 
