@@ -9,6 +9,7 @@ import typer
 from edgecomp import api
 from edgecomp.cli.on import ON, run_on
 from edgecomp.cli.talk import JSON, emit, progress
+from edgecomp.errors import InvalidSpec
 
 __all__ = ["command"]
 
@@ -48,6 +49,10 @@ def command(
     json: JSON = False,
 ) -> None:
     """Measure the latency of a bundle's graphs, or of an ONNX file, on this machine."""
+    if on and bundle.endswith(".onnx"):
+        raise InvalidSpec(
+            f"--on with {bundle}: bundles alone are copied to another machine; copy the file there, and run this there"
+        )
     if on:
         run_on(context)
     with progress("profile") as say:

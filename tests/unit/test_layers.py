@@ -334,3 +334,9 @@ def test_killed_in_the_middle_leaves_nothing(model: Path, tmp_path: Path) -> Non
         process.communicate()
     assert list(folder.glob("edgecomp*")) == []
     assert not out.parent.exists()
+
+
+def test_a_file_is_not_copied_to_another_machine(model: Path, cli: Any) -> None:
+    said = cli("profile", model, "--on", "ssh://me@nano/srv")
+    assert (said.code, said.out) == (2, "")
+    assert f"--on with {model}: bundles alone are copied" in said.err
