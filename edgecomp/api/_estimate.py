@@ -25,6 +25,7 @@ from edgecomp.specs.manifest import Graph, Manifest, PlainGraph
 __all__ = ["costs_of", "estimate"]
 
 _LARGEST_BATCH = 1 << 16
+_MUCH = 0.3  # of the time
 
 
 class _Read(NamedTuple):
@@ -116,6 +117,11 @@ def estimate(
             written = graph.costs.precision
             notes.append(f"{graph.model} is written in {written}: taken as if it were exported in {precision}")
     notes += [note for one in made.values() for note in one.notes]
+    if not applied.is_own and any(one.launch_us > _MUCH * one.mid_us for one in made.values()):
+        notes.append(
+            f"launches take much of the time: the fit has {applied.efficiency.launch_us:.1f} us a kernel, and its rows "
+            "do not say whether CUDA graphs ran, with which it is less; measure there, and `edgecomp target calibrate`"
+        )
     if plain is None and any(graph.role == "bucket" for graph in graphs):
         notes.append("the bundle has no plain model to compare with; export it with --with-plain")
     return EstimateReport(

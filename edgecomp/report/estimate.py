@@ -161,7 +161,7 @@ def describe_estimate(report: EstimateReport, *, per_op: bool = False) -> str:
     """Return the text: a line a graph, then what takes the time."""
     what = report.path or (report.llm.name if report.llm is not None else "")
     lines = [f"{what} on {report.target} ({report.title}): computed, not measured"]
-    lines += _words(report.graphs[0].estimate) if report.graphs else []
+    lines += _words(report.graphs[0].estimate) if report.graphs and report.go_no_go is None else []
     which = "left out in turn, they were" if report.is_own else "9 of 10 were"
     lines.append(f"  model      {report.efficiency_from}; {which} within a factor of {1 + report.error:.2f}")
     if report.go_no_go is not None:

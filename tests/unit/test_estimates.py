@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,6 +268,15 @@ def test_the_shipped_fit_is_that_of_the_published_rows() -> None:
     assert len(errors) == len(shipped_rows().rows) == shipped.rows
     by_hand = [abs(math.log(one.without_row / one.us)) for one in errors]
     assert np.quantile(by_hand, 0.9) == pytest.approx(shipped.error_row, rel=1e-3)
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/estimate.md"])
+def test_documents_state_the_error_of_the_fit(file: str) -> None:
+    text = (Path(__file__).resolve().parents[2] / file).read_text(encoding="utf-8")
+    fitted = shipped_fit()
+    assert f"{fitted.rows} published" in text
+    for error in (fitted.error_row, fitted.error_device):
+        assert f"{math.exp(error):.2f}" in text
 
 
 def test_every_published_row_says_where_it_comes_from() -> None:
