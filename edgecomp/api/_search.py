@@ -18,13 +18,14 @@ from edgecomp.api._measure import Plan
 from edgecomp.api._progress import Progress, silent
 from edgecomp.api._request import tools
 from edgecomp.api._search_export import Described, Exporter, ModelAsked, baselines_of, describe
-from edgecomp.api._search_judge import AgreementJudge
+from edgecomp.api._search_judge import AgreementJudge, Way
 from edgecomp.api._search_measure import KIND, EstimateThere, MeasureHere, MeasureThere
 from edgecomp.errors import EdgecompError, InvalidSpec
 from edgecomp.evaluation import open_images
 from edgecomp.lock import bundle_lock
 from edgecomp.profiles.machine import Machine, read_machine
 from edgecomp.profiles.monitor import Monitor
+from edgecomp.profiles.state import Watch
 from edgecomp.report.search import SearchPlan
 from edgecomp.resources import source_digest
 from edgecomp.runners import require_threads
@@ -99,6 +100,7 @@ def search(
     on: Sequence[str] = (),
     noise: float = 0.05,
     exhaustive: bool = False,
+    baselines: bool = True,
     keep_bundles: bool = False,
     fresh: bool = False,
     dry_run: bool = False,
@@ -127,6 +129,7 @@ def search(
         on: machines of one kind, as `--on` takes them, which share the measuring.
         noise: share by which a measured time may lie beside its true one.
         exhaustive: measure every candidate.
+        baselines: measure random pruning and pooling beside the winner.
         keep_bundles: of all candidates, not of the winner and the uncompressed model alone.
         fresh: forget what was measured in `out`.
         dry_run: export and measure nothing; return what would be looked at.
@@ -173,7 +176,7 @@ def search(
     subject = described.subject
     own = load_recipe(model.recipe or model.method).defaults.precision
     words = precisions_of(precision, own)
-    taken, refused = baselines_of(described)
+    taken, refused = baselines_of(described) if baselines else ([], [])
     ask = Ask(
         subject=subject,
         limits=limits,
@@ -209,6 +212,7 @@ def _search(
     is_logits = described.output == "logits"
     if asked.data and not is_logits:
         notes.append("the outputs are tokens, so that no class can be compared; --output logits, where there is one")
+    way: Way = "classes" if is_logits else "tokens" if described.is_same_network else "mean token"
     exporter = Exporter(model, subject, folder / _BUNDLES, progress)
     kept: list[str] = []
 
@@ -242,9 +246,7 @@ def _search(
             plan = Plan(runner=asked.runner, threads=asked.threads, duration_s=asked.duration_s, stages=False)
             measure = MeasureHere(plan, say=progress)
         words = [word for word in ask.precisions if not _not_on_target(word, asked)] or list(ask.precisions)
-        judge = AgreementJudge(
-            reference, pictures, is_logits=is_logits, threads=0, keep=folder / _REFERENCE, say=progress
-        )
+        judge = AgreementJudge(reference, pictures, way=way, threads=0, keep=folder / _REFERENCE, say=progress)
         agree: Any = judge
         if not described.is_same_network:
             agree = lambda made: None if made.family.role != "candidate" else judge(made)  # noqa: E731
@@ -322,11 +324,16 @@ def _require_place(asked: _Asked, limits: Limits) -> None:
         )
     with Monitor(interval_ms=50) as monitor:
         time.sleep(_LOOK_S)
-    if monitor.watch.total_energy_mj is None:
+    if total_energy_of(monitor.watch) is None:
         raise InvalidSpec(
             f"--max-energy {limits.max_energy_mj:g}: no power of this machine can be read, so that no energy can be "
             "told; drop it"
         )
+
+
+def total_energy_of(watch: Watch) -> float | None:
+    """Return the energy that was seen; none where no power can be read."""
+    return watch.total_energy_mj
 
 
 def _not_on_target(word: str, asked: _Asked) -> str:
@@ -481,6 +488,10 @@ def _agreement_of(asked: _Asked, ask: Ask, word: str, described: Described, imag
     where = f"on {images} images of {Path(asked.data).resolve().name}" if asked.data else ""
     if described.output == "logits":
         what = f"share of images whose class is that of {reference}"
+    elif described.is_same_network:
+        what = (
+            f"mean cosine of each token of {reference} with what stands for it: its merged token, or the nearest kept"
+        )
     else:
         what = f"cosine of the mean token with that of {reference}"
     return f"{what}, {where or 'a proxy: on the shipped photograph and seeded numbers, not on images of yours'}"

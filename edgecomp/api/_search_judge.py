@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,9 @@ import numpy.typing as npt
 from edgecomp.api._emulate import runnable
 from edgecomp.api._progress import Progress
 from edgecomp.bundle import golden_key, open_bundle
+from edgecomp.errors import InvalidSpec
 from edgecomp.evaluation import Images
+from edgecomp.evaluation.reconstruction import fill_error, unmerge_error
 from edgecomp.images import to_pixels
 from edgecomp.parity import read_goldens
 from edgecomp.profiles.statistics import wilson
@@ -21,9 +24,10 @@ from edgecomp.search.result import Agreement
 from edgecomp.search.run import Made
 from edgecomp.specs.manifest import Bucket, Graph, Manifest
 
-__all__ = ["AgreementJudge"]
+__all__ = ["AgreementJudge", "Way"]
 
 Vectors = npt.NDArray[np.float64]
+Way = Literal["classes", "tokens", "mean token"]
 _RUNNER = "onnxruntime"
 
 
@@ -33,7 +37,9 @@ class AgreementJudge:
     Args:
         reference: gives the graph that all are compared with; asked once.
         images: of the user; none: the shipped photograph and seeded numbers, the golden inputs of the reference.
-        is_logits: the class counts; else the mean token, weighted with sizes where the method tells them.
+        way: what is compared. `classes`: the class. `tokens`: each token of the reference with the one that stands for
+            it, by the method's map, or the kept one that lies nearest; the mean of their cosines. `mean token`: the
+            cosine of the mean tokens, where no map leads from one model's tokens to the other's.
         threads: of the runtime.
         keep: file of the reference's outputs, so that a search that goes on need not make them again.
     """
@@ -43,25 +49,31 @@ class AgreementJudge:
         reference: Callable[[], Made],
         images: Images | None,
         *,
-        is_logits: bool,
+        way: Way,
         threads: int,
         keep: Path,
         say: Progress,
     ) -> None:
         self._reference, self._images, self._keep, self._say = reference, images, keep, say
-        self.is_logits, self._threads = is_logits, threads
+        self._way, self._threads = way, threads
         self._expected: tuple[str, Vectors] | None = None
 
     def __call__(self, made: Made) -> Agreement | None:
         """Return the agreement; none where outputs cannot be compared."""
         name, expected = self._get_expected()
-        if made.name == name:
-            return _of(expected, expected, is_logits=self.is_logits)
         self._say(f"comparing {made.name} with {name}")
-        found = self._vectors(made)
-        if found.shape[1:] != expected.shape[1:]:
-            return None
-        return _of(found, expected, is_logits=self.is_logits)
+        if made.name == name:
+            found = expected
+        else:
+            try:
+                found = self._look(made, expected)
+            except InvalidSpec:  # NaN, other widths, or no place at all
+                return None
+        if self._way == "classes":
+            share = wilson(int(found.sum() if made.name != name else len(expected)), len(expected))
+            return Agreement(share.value, share.low, share.high, len(expected))
+        value = float(found.mean()) if made.name != name else 1.0
+        return Agreement(min(1.0, max(-1.0, value)), None, None, len(expected))
 
     def _get_expected(self) -> tuple[str, Vectors]:
         if self._expected is None:
@@ -70,24 +82,29 @@ class AgreementJudge:
                     self._expected = str(stored["name"]), stored["vectors"]
             else:
                 made = self._reference()
-                self._expected = made.name, self._vectors(made)
+                self._expected = made.name, self._look(made, None)
                 with self._keep.with_suffix(".tmp").open("wb") as file:
                     np.savez(file, name=np.array(made.name), vectors=self._expected[1])
                 self._keep.with_suffix(".tmp").replace(self._keep)
         return self._expected
 
-    def _vectors(self, made: Made) -> Vectors:
-        """Return what each input gives: logits (I, classes), or the mean token (I, D)."""
+    def _look(self, made: Made, expected: Vectors | None) -> Vectors:
+        """Return what each input gives, to be compared with; or, with that, how each agrees (I,)."""
         opened = open_bundle(made.bundle, verify=False)
         graph = next(one for one in opened.manifest.graphs if one.model == made.model)
-        rows: list[Vectors] = []
+        rows: list[Vectors | float] = []
         with (
             runnable(opened, _RUNNER, progress=self._say) as ready,
             open_graph(_RUNNER, ready.bundle, graph, threads=self._threads) as runner,
         ):
             for inputs, count in self._inputs(opened.path, opened.manifest, graph):
                 outputs = runner.infer({name: inputs[name] for name in runner.input_names})
-                rows.extend(_pooled(outputs, graph, is_logits=self.is_logits)[:count])
+                for place in range(count):
+                    own = {name: value[place] for name, value in outputs.items()}
+                    given = _given(own, graph, self._way)
+                    rows.append(
+                        given if expected is None else _agree(own, given, expected[len(rows)], graph, self._way)
+                    )
         return np.asarray(rows)
 
     def _inputs(self, folder: Path, manifest: Manifest, graph: Graph) -> Iterator[tuple[dict[str, Array], int]]:
@@ -110,30 +127,40 @@ class AgreementJudge:
             yield {graph.inputs[0].name: np.concatenate(pixels)}, len(members)
 
 
-def _pooled(outputs: dict[str, Array], graph: Graph, *, is_logits: bool) -> Vectors:
-    """Return one vector an input: its logits, or the mean of its patch tokens."""
+def _given(outputs: dict[str, Array], graph: Graph, way: Way) -> Vectors:
+    """Return what one input gives: logits (classes,), patch tokens (M, D), or their mean (D,)."""
     first = outputs[graph.outputs[0].name].astype(np.float64)
-    if is_logits:
+    if way == "classes":
         return first
-    prefix = graph.budget.num_prefix_tokens if isinstance(graph, Bucket) else 0
-    tokens = first.reshape(first.shape[0], -1, first.shape[-1])[:, prefix:]
-    size = outputs.get("size")
-    if size is None or size.shape[1] != tokens.shape[1] + prefix:
-        mean: Vectors = tokens.mean(1)
-        return mean
-    weights = size.astype(np.float64).reshape(size.shape[0], -1, 1)[:, prefix:]
-    weighted: Vectors = (tokens * weights).sum(1) / weights.sum(1)
-    return weighted
+    tokens = first.reshape(-1, first.shape[-1])
+    if way == "tokens":
+        return tokens
+    prefix = _prefix(graph)
+    mean: Vectors = tokens[prefix:].mean(0)
+    return mean
 
 
-def _of(found: Vectors, expected: Vectors, *, is_logits: bool) -> Agreement:
-    count = len(expected)
-    is_finite = np.isfinite(found).all(1)
-    if is_logits:
-        share = wilson(int(((found.argmax(1) == expected.argmax(1)) & is_finite).sum()), count)
-        return Agreement(share.value, share.low, share.high, count)
-    if found is expected:
-        return Agreement(1.0, None, None, count)
-    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
-    cosines = np.where(is_finite, (np.nan_to_num(found) * expected).sum(1) / np.maximum(lengths, 1e-30), -1.0)
-    return Agreement(float(np.clip(np.nan_to_num(cosines, nan=-1.0), -1.0, 1.0).mean()), None, None, count)
+def _agree(outputs: dict[str, Array], given: Vectors, expected: Vectors, graph: Graph, way: Way) -> float:
+    """Return 1 or 0 for a class, or a cosine."""
+    if given.shape[-1] != expected.shape[-1]:
+        raise InvalidSpec(f"{graph.model} gives {given.shape[-1]} numbers, and the reference {expected.shape[-1]}")
+    if way == "classes":
+        return float(bool(np.isfinite(given).all()) and given.argmax() == expected.argmax())
+    if way == "mean token":
+        if not np.isfinite(given).all():
+            raise InvalidSpec(f"{graph.model} gives NaN or Inf")
+        lengths = np.linalg.norm(given) * np.linalg.norm(expected)
+        return float(given @ expected / max(float(lengths), 1e-30))
+    prefix = _prefix(graph)
+    if "source_map" in outputs:
+        return unmerge_error(expected, given, outputs["source_map"][prefix:]).cosine
+    if "index" in outputs:
+        index, rows = outputs["index"][prefix:].astype(np.int64), given[prefix:]
+        real = outputs["mask"][prefix:].astype(bool) if "mask" in outputs else np.ones(len(index), bool)
+        places = np.where(index < 0, index, index - prefix)[real]
+        return fill_error(expected, rows[real], places, fill="nearest").cosine
+    return unmerge_error(expected, given, np.arange(len(expected))).cosine  # the plain model itself
+
+
+def _prefix(graph: Graph) -> int:
+    return graph.budget.num_prefix_tokens if isinstance(graph, Bucket) else 0

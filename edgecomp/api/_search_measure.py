@@ -99,7 +99,7 @@ class EstimateThere:
                     source="estimated",
                     where=self._target.name,
                     p50_us=Figure(found.mid_us, found.low_us, found.high_us),
-                    note=f"estimated, +{100 * found.error:.0f} %, bound by {found.bound}",
+                    note=f"estimated, -{_percent(1 - found.low_us / found.mid_us)} to +{_percent(found.error)} %",
                 ),
             )
 
@@ -110,7 +110,7 @@ class MeasureThere:
     Args:
         on: addresses, as `--on` takes them.
         runner, threads: as in `profile`; engines are built there first.
-        check: is told the machine that measured, and refuses one that does not fit; called for each host once.
+        check: is told the machine that measured, and refuses one that does not fit; called once.
     """
 
     def __init__(
@@ -192,7 +192,6 @@ class MeasureThere:
         machines: dict[str, Machine] = {}
         for url in self._on:
             machines[url] = self._profile(url, one, _HELLO_S).machine
-            self._check(machines[url])
         first = next(iter(machines))
         for url, machine in machines.items():
             for field in KIND:
@@ -202,4 +201,9 @@ class MeasureThere:
                         f"{self._on[first]} and {self._on[url]} are not of one kind: {field} is {mine!r} and "
                         f"{others!r}. Their times cannot stand in one table; leave one of them out"
                     )
+        self._check(machines[first])
         self.machine = machines[first]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}"

@@ -60,6 +60,9 @@ def command(
     ] = None,
     noise: Annotated[float, typer.Option(help="Share by which a measured time may be off.")] = 0.05,
     exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Measure every candidate.")] = False,
+    baselines: Annotated[
+        bool, typer.Option("--baselines/--no-baselines", help="Random pruning and pooling beside the winner.")
+    ] = True,
     keep_bundles: Annotated[bool, typer.Option("--keep-bundles", help="Of all candidates.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was measured in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be looked at, and how long.")] = False,
@@ -104,6 +107,7 @@ def command(
             on=on or (),
             noise=noise,
             exhaustive=exhaustive,
+            baselines=baselines,
             keep_bundles=keep_bundles,
             fresh=fresh,
             dry_run=dry_run,

@@ -62,6 +62,9 @@ def describe_search(report: SearchResult) -> str:
     """Return the text: the verdict first."""
     subject = f"{report.method}, preset {report.preset}" + (f", {report.backbone}" if report.backbone != "none" else "")
     machine = f" ({report.machine.cpu}, {report.machine.cores} cores)" if report.machine is not None else ""
+    how = "times are estimates"
+    if report.machine is not None:
+        how = f"{report.duration_s:g} s each in {report.runner}, {report.threads or 'its own choice of'} threads"
     shown = [row for row in report.rows if row.latency_us is not None]
     skipped: dict[tuple[str, str], list[str]] = {}
     for row in report.rows:
@@ -71,7 +74,7 @@ def describe_search(report: SearchResult) -> str:
     return "\n".join(
         [
             report.verdict,
-            f"  searched   {subject}; batch {report.batch}, {report.duration_s:g} s each in {report.runner}",
+            f"  searched   {subject}; batch {report.batch}; {how}",
             f"  on         {report.target}{machine}",
             f"  limits     {_limits(report.limits)}",
             f"  agreement  {report.agreement_of}",
@@ -99,7 +102,6 @@ def _rows(rows: Sequence[Row]) -> list[list[str]]:
         known = f"{agreement.value:.4f}" if agreement is not None else "unknown"
         if agreement is not None and agreement.low is not None and agreement.high is not None:
             known += f" ({agreement.low:.4f} to {agreement.high:.4f})"
-        marks = " ".join(filter(None, [measured.note, "" if measured.source == "measured" else "estimated"]))
         found.append(
             [
                 row.name + (" (baseline)" if row.role == "baseline" else ""),
@@ -110,7 +112,7 @@ def _rows(rows: Sequence[Row]) -> list[list[str]]:
                 known,
                 "meets" if row.meets else "; ".join(row.misses),
                 ("front" if row.state == "front" else f"behind {', '.join(row.by[:2])}" if row.by else row.state)
-                + (f"; {marks}" if marks else ""),
+                + (f"; {measured.note}" if measured.note else ""),
             ]
         )
     return found

@@ -312,6 +312,9 @@ class _Search:
         self.journal.add(record)
         for one in made:
             self._take(self.board.known[one.name], record)
+        plain = name_of(Family("plain", "", family.precision), 0)
+        if with_plain and plain not in record.names:
+            self._note(Refused(plain, "cannot be exported", f"{record.bundle} has no uncompressed model"))
         return made
 
     def _note(self, record: Timed | Judged | Refused) -> None:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from PIL import Image
 
+from edgecomp.bundle import open_bundle
 from edgecomp.errors import InvalidSpec, ParityError, RunError
+from edgecomp.profiles.latency import LatencyProfile, percentiles_of
+from edgecomp.profiles.machine import Machine
+from edgecomp.profiles.result import Result
+from edgecomp.profiles.result import Subject as ResultSubject
 from edgecomp.search.outcome import Outcome
-from edgecomp.search.result import Agreement, Figure, Limits, Measured
+from edgecomp.search.result import Agreement, Figure, Limits, Measured, read_search
 from edgecomp.search.run import Ask, Made, Tools, run_search
 from edgecomp.search.space import Family, Subject, name_of
 from edgecomp.search.state import Journal
-from edgecomp.specs import BudgetRule
+from edgecomp.specs import BudgetRule, load_recipe
 
 COUNTS = tuple(range(16, 197, 16))
 SPEED = {"fp32": 1.0, "fp16": 1.4, "int8": 0.5}
@@ -244,3 +255,217 @@ def test_latency_that_is_not_monotone_is_said(tmp_path: Path) -> None:
     found = shop.go(tmp_path, Limits(max_p50_ms=50))
     assert any("latency does not grow with the budget of tome in fp32" in note for note in found.notes)
     assert not found.winner or row(found, found.winner).meets
+
+
+# -- with a real model --------------------------------------------------------------------------------------
+
+Cli = Callable[..., Any]
+LOOK = ("search", "--method", "lookupvit", "--preset", "smoke", "--duration", "0.02", "--threads", "1")
+
+
+@pytest.fixture
+def one_bundle(exported: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Every export gives the budgets that were asked for out of one bundle that is there; returns what was asked."""
+    from edgecomp.api import _search_export
+    from edgecomp.report.export import ExportReport
+
+    asked: list[list[int]] = []
+
+    def export(*, out: Path, budget: list[int], **_: Any) -> ExportReport:
+        asked.append(budget)
+        if not out.is_dir():
+            shutil.copytree(exported, out)
+        manifest = open_bundle(out).manifest
+        buckets = tuple(one for one in manifest.buckets if one.budget.tokens_out in budget)
+        return ExportReport(out, msgspec.structs.replace(manifest, buckets=buckets), False, None, 0.0, 0)
+
+    monkeypatch.setattr(_search_export, "export", export)
+    return asked
+
+
+def test_searches_here_writes_a_recipe_and_goes_on(one_bundle: list[list[int]], cli: Cli, tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    words = (*LOOK, "--max-p50", "10000", "--out", out)
+    said = cli(*words)
+    assert said.code == 0, said.err
+    assert said.out.startswith("lookupvit m9 fp32 wins: 9 of 16 tokens kept")
+    assert "cosine of the mean token with that of lookupvit with its largest budget, 9, in fp32" in said.out
+    assert f"next       edgecomp export --recipe {out}/recipe.toml" in said.out
+    found = read_search(out / "search.json")
+    assert found.row("lookupvit m9 fp32").agreement == Agreement(1.0, None, None, 2)
+    assert found.row("attention-pruning fp32").why.startswith("lookupvit stands in no host here (encoder)")
+    assert found.machine is not None
+    recipe = load_recipe(str(out / "recipe.toml"))
+    assert (recipe.defaults.preset, recipe.rule("searched").default) == ("searched", (9,))
+    assert recipe.preset("searched").params["embed_dim"] == 32
+    exports = len(one_bundle)
+    again = cli(*words, "--json")
+    document = msgspec.json.decode(again.out)
+    assert document["winner"] == "lookupvit m9 fp32"
+    assert any("2 measurements were taken from journal.jsonl" in note for note in document["notes"])
+    assert len(one_bundle) == exports, "nothing was exported again"
+    none = cli(*LOOK, "--max-p50", "0.000001", "--out", out)
+    assert none.code == 1
+    assert none.out.startswith("no candidate meets the limits; the closest is lookupvit m")
+    assert not (out / "recipe.toml").exists(), "the recipe of another limit is not left behind"
+    changed = cli(*LOOK[:-1], "2", "--max-p50", "1", "--out", out)
+    assert changed.code == 2
+    assert "was begun with measuring.threads 1, and this one has 2" in changed.err
+    assert cli(*LOOK[:-1], "2", "--max-p50", "10000", "--out", out, "--fresh").code == 0
+
+
+def test_images_that_cannot_be_read_are_named(one_bundle: list[list[int]], cli: Cli, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 40), (40 * number, 90, 200)).save(data / f"{number}.png")
+    (data / "bad.png").write_bytes(b"no image")
+    said = cli(*LOOK, "--max-p50", "10000", "--data", data, "--out", tmp_path / "found")
+    assert said.code == 0, said.err
+    assert "on 3 images of data" in said.out
+    assert "1 images cannot be read and were left out: bad.png" in said.out
+    assert "the outputs are tokens, so that no class can be compared" in said.out
+    for file in data.glob("[0-9].png"):
+        file.unlink()
+    none = cli(*LOOK, "--max-p50", "10000", "--data", data, "--out", tmp_path / "other")
+    assert none.code == 2
+    assert "none of its 1 images can be read: bad.png" in none.err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "no limit was given; give --max-p50 MS"),
+        (("--max-p50", "0"), "--max-p50 0 is not above 0"),
+        (("--max-p99", "nan"), "--max-p99 nan is not above 0"),
+        (("--max-p50", "1", "--min-agreement", "1.5"), "--min-agreement 1.5 is not above 0 and at most 1"),
+        (("--max-p50", "1", "--duration", "0"), "duration 0.0 s is not above 0"),
+        (("--max-p50", "1", "--step", "3"), "--step 3 is none of 1, 2, 4, 8, 16, 32"),
+        (("--max-p50", "1", "--noise", "0.5"), "noise 0.5 is not from 0"),
+        (("--max-p50", "1", "--images", "0"), "--images 0 is below 1"),
+        (("--max-p50", "1", "--split", "test"), "--split test is of --data"),
+        (("--max-p50", "1", "--target", "orin"), "no target 'orin'"),
+        (("--max-energy", "1", "--target", "t4"), "an estimate for t4 knows no power"),
+        (("--max-p50", "1", "--precision", "int4"), "precision 'int4' is none of fp32"),
+        (("--max-p50", "1", "--budget", "5"), "budget 5 is not possible for lookupvit: it must be one of 4, 9"),
+        (("--max-p50", "1", "--schedule", "linear"), "--schedule linear: lookupvit has no schedules"),
+    ],
+)
+def test_refuses(words: tuple[str, ...], says: str, cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    said = cli(*LOOK, *words, "--out", tmp_path / "found")
+    assert said.code == 2
+    assert says in said.err
+    assert not (tmp_path / "found").exists()
+
+
+def test_refuses_a_folder_of_something_else_and_energy_without_power(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "mine").write_text("x")
+    said = cli(*LOOK, "--max-p50", "1", "--out", tmp_path)
+    assert (said.code, "is there and holds no search" in said.err) == (2, True)
+    monkeypatch.setattr("edgecomp.api._search.total_energy_of", lambda watch: None)
+    said = cli(*LOOK, "--max-energy", "5", "--out", tmp_path / "found")
+    assert "--max-energy 5: no power of this machine can be read" in said.err
+
+
+def test_a_dry_run_says_what_would_be_looked_at(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    said = cli(*LOOK, "--max-p50", "1", "--dry-run", "--out", tmp_path / "found")
+    assert said.code == 0, said.err
+    assert "first      lookupvit m4 fp32, lookupvit m9 fp32" in said.out
+    assert "measuring  2 to 3 times 0.02 s" in said.out
+    assert not (tmp_path / "found").exists()
+
+
+# -- on other machines --------------------------------------------------------------------------------------
+
+
+def result_of(model: str, ms: float, cpu: str) -> bytes:
+    """What `edgecomp profile --json` prints there."""
+    samples = [1000 * ms + place for place in range(30)]
+    profile = LatencyProfile(
+        model=model, runner="onnxruntime 1", threads=1, batch=1, samples_us=tuple(samples), num_samples=30,
+        percentiles=percentiles_of(samples), mean_us=sum(samples) / 30, min_us=min(samples), max_us=max(samples),
+        throughput_per_s=1.0, warmup_runs=1, is_steady=True, loop_overhead_us=0.1,
+    )  # fmt: skip
+    machine = Machine(cpu, 2, "", (), 8.0, 4.0, "Linux", "CPython 3.11", "", "", {})
+    result = Result(
+        created="2026-01-01T00:00:00Z", edgecomp="0", command=(), target="cpu",
+        subject=ResultSubject("b", "0"), machine=machine, profiles=(profile,),
+    )  # fmt: skip
+    return msgspec.json.encode(result)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Machines behind a stand-in for ssh, each with a CPU; a folder of its own on each has a job that answers."""
+    from edgecomp.remote import job
+    from edgecomp.remote.wheel import make_wheel
+
+    programs, home = tmp_path / "bin", tmp_path / "home"
+    programs.mkdir()
+    home.mkdir()
+    wheel = make_wheel()
+    monkeypatch.setattr(job, "make_wheel", lambda: wheel)
+    shutil.copyfile(Path(__file__).with_name("fake_ssh.py"), programs / "fake_ssh.py")
+    plan = {"faults": {}, "home": str(home), "path": os.environ["PATH"], "before": ""}
+    (programs / "plan.json").write_text(json.dumps(plan))
+    program(programs / "ssh", f'exec {sys.executable} -IS {programs}/fake_ssh.py "$@"')
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+
+    def make(**cpus: str) -> list[str]:
+        for name, cpu in cpus.items():
+            for tokens, ms in ((4, 5.0), (9, 8.0)):
+                (home / f"{name}-{tokens}.json").write_bytes(result_of(f"model.m{tokens}.b1.onnx", ms, cpu))
+            answer = f"*--budget=4*) cat {home}/{name}-4.json ;; *) cat {home}/{name}-9.json ;; esac; exit 0"
+            words = f'echo "$*" >> {home}/{name}.asked; case "$*" in {answer}'
+            lines = f'case "$*" in *"-m edgecomp"*) {words} ;; esac\nexec {sys.executable} "$@"'
+            program(home / name / "venv" / "bin" / "python", lines)
+        return [word for name in cpus for word in ("--on", f"ssh://{name}/~/{name}")]
+
+    return make
+
+
+def program(path: Path, lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{lines}\n", encoding="utf-8")
+    path.chmod(0o755)
+
+
+def test_hosts_of_one_kind_share_the_work(
+    one_bundle: list[list[int]], hosts: Callable[..., list[str]], cli: Cli, tmp_path: Path
+) -> None:
+    on = hosts(nano="A", orin="A")
+    out = tmp_path / "found"
+    said = cli(*LOOK, *on, "--max-p50", "6", "--out", out)
+    assert said.code == 0, said.err
+    assert said.out.startswith("lookupvit m4 fp32 wins: 4 of 16 tokens kept")
+    found = read_search(out / "search.json")
+    assert found.row("lookupvit m9 fp32").misses == ("p50 8.014 ms is above 6",)
+    assert {row.measured.where for row in found.rows if row.measured is not None} <= {"nano", "orin"}
+    assert found.machine is not None
+    assert found.machine.cpu == "A"
+    asked = {name: (tmp_path / "home" / f"{name}.asked").read_text().splitlines() for name in ("nano", "orin")}
+    assert all(asked.values()), "each was asked what it is"
+    assert "--duration=0.02" in "".join(asked["nano"] + asked["orin"])
+    words = cli(*LOOK, *hosts(agx="B"), "--max-p50", "9", "--budget", "4", "--out", out).code
+    assert words == 0, "nothing is left to measure, so that no other machine is asked"
+
+
+def test_hosts_of_different_kinds_are_refused(
+    one_bundle: list[list[int]], hosts: Callable[..., list[str]], cli: Cli, tmp_path: Path
+) -> None:
+    on = hosts(nano="A", agx="B")
+    said = cli(*LOOK, *on, "--max-p50", "6", "--out", tmp_path / "found")
+    assert said.code == 2
+    assert "nano and agx are not of one kind: cpu is 'A' and 'B'" in said.err
+    alone = cli(*LOOK, *on[:2], "--max-energy", "6", "--out", tmp_path / "energy")
+    assert "--max-energy 6: no power of nano is known" in alone.err
+    begun = cli(*LOOK, *on[:2], "--max-p50", "6", "--budget", "4", "--out", tmp_path / "two")
+    assert begun.code == 0, begun.err
+    other = cli(*LOOK, *on[2:], "--max-p50", "6", "--budget", "9", "--out", tmp_path / "two")
+    assert other.code == 2
+    assert "was begun on a machine with cpu 'A', and this one has 'B'" in other.err
