@@ -114,7 +114,17 @@ def test_words_that_are_nearly_a_list(cli: Cli, words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["", *VERBS, "list methods", "list targets", "list backbones", "plugin build", "plugin list", "plugin check"],
+    [
+        "",
+        *VERBS,
+        "list methods",
+        "list targets",
+        "list backbones",
+        "plugin build",
+        "plugin list",
+        "plugin check",
+        "target calibrate",
+    ],
 )
 def test_help(cli: Cli, verb: str) -> None:
     said = cli(*verb.split(), "--help")

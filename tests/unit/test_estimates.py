@@ -95,6 +95,8 @@ def test_scores_that_others_read_break_the_attention() -> None:
     ]
     broken = fuse(chain(*ops, op("reduce", "p", "r"), inputs=("q", "k", "v"), outputs=("o", "r")), plugin=False)
     assert [kernel.kind for kernel in broken] == ["matmul", "softmax", "matmul", "reduce"]
+    early = fuse(chain(*ops, op("reduce", "s", "r"), inputs=("q", "k", "v"), outputs=("o", "r")), plugin=False)
+    assert [kernel.kind for kernel in early] == ["matmul", "softmax", "matmul", "reduce"]
     given_out = fuse(chain(*ops, inputs=("q", "k", "v"), outputs=("o", "p")), plugin=False)
     assert len(given_out) == 3
 
