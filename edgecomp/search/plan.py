@@ -122,8 +122,10 @@ def is_monotone(seen: Mapping[int, Seen], *, noise: float = 0.05) -> bool:
 def _skipped(open_: Sequence[int], seen: Mapping[int, Seen], min_agreement: float, noise: float) -> dict[int, str]:
     """Return the budgets that cannot win, with the rule."""
     factor = (1 + noise) / (1 - noise)
-    above = min((count for count, one in seen.items() if one.load > factor), default=None)
     met = max((count for count, one in seen.items() if one.load <= 1), default=None)
+    # one above the limit below one that meets it proves rule 1 wrong there, so that nothing is left out by it
+    slow = (count for count, one in seen.items() if one.load > factor and (met is None or count > met))
+    above = min(slow, default=None)
     poor = max(
         (count for count, one in seen.items() if one.agreement is not None and one.agreement < min_agreement),
         default=None,

@@ -21,11 +21,12 @@ from edgecomp.profiles.machine import Machine
 from edgecomp.profiles.result import Result
 from edgecomp.profiles.result import Subject as ResultSubject
 from edgecomp.search.outcome import Outcome
-from edgecomp.search.result import Agreement, Figure, Limits, Measured, read_search
+from edgecomp.search.recipe import recipe_text, winner_recipe
+from edgecomp.search.result import Agreement, Figure, Limits, Measured, SearchResult, read_search
 from edgecomp.search.run import Ask, Made, Tools, run_search
 from edgecomp.search.space import Family, Subject, name_of
 from edgecomp.search.state import Journal
-from edgecomp.specs import BudgetRule, load_recipe
+from edgecomp.specs import BudgetRule, load_recipe, method_names
 
 COUNTS = tuple(range(16, 197, 16))
 SPEED = {"fp32": 1.0, "fp16": 1.4, "int8": 0.5}
@@ -469,3 +470,82 @@ def test_hosts_of_different_kinds_are_refused(
     other = cli(*LOOK, *on[2:], "--max-p50", "6", "--budget", "9", "--out", tmp_path / "two")
     assert other.code == 2
     assert "was begun on a machine with cpu 'A', and this one has 'B'" in other.err
+
+
+def test_a_host_that_answers_something_else_is_told(
+    one_bundle: list[list[int]], hosts: Callable[..., list[str]], cli: Cli, tmp_path: Path
+) -> None:
+    on = hosts(nano="A")
+    answer = tmp_path / "home" / "nano-9.json"
+    words = (*LOOK, *on, "--max-p50", "6", "--budget", "9", "--out", tmp_path / "found")
+    answer.write_bytes(result_of("model.m4.b1.onnx", 5.0, "A"))
+    assert "nano measured model.m4.b1.onnx, not model.m9.b1.onnx" in cli(*words).err
+    answer.write_bytes(b'{"rows": []}')
+    assert "nano answered with a result of another edgecomp" in cli(*words).err
+    ends = f'case "$*" in *"-m edgecomp"*) exit 2 ;; esac\nexec {sys.executable} "$@"'
+    program(tmp_path / "home" / "nano" / "venv" / "bin" / "python", ends)
+    assert "nano: `edgecomp profile` ended with 2" in cli(*words).err
+
+
+# -- the recipe ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_a_recipe_that_is_written_is_the_recipe_that_was_read(method: str, tmp_path: Path) -> None:
+    recipe = load_recipe(method)
+    strange = {**recipe.unread, 'a "key".\x7f\n*': "tab\tquote' back\\slash \u20ac and a reason"}
+    recipe = msgspec.structs.replace(recipe, unread=strange)
+    (tmp_path / "r.toml").write_text(recipe_text(recipe, said="two\nlines"), encoding="utf-8")
+    assert load_recipe(str(tmp_path / "r.toml")) == recipe
+
+
+def test_a_recipe_holds_what_the_export_ended_with(exported: Path, tmp_path: Path) -> None:
+    manifest = open_bundle(exported).manifest
+    manifest = msgspec.structs.replace(manifest, precision="int8", rest="bf16", fp32=("a.b",), input_dtype="uint8")
+    own = manifest.recipe.defaults
+    asked = msgspec.structs.replace(own, weights="/w.pt", calibration="/images", calibration_images=9)
+    recipe = winner_recipe(manifest, manifest.buckets[0], asked=asked)
+    (tmp_path / "r.toml").write_text(recipe_text(recipe, said="x"), encoding="utf-8")
+    found = load_recipe(str(tmp_path / "r.toml")).defaults
+    assert (found.precision, found.rest, found.fp32, found.input_dtype) == ("int8", "bf16", ("a.b",), "uint8")
+    assert (found.weights, found.calibration, found.calibration_images) == ("/w.pt", "/images", 9)
+    assert (found.preset, found.batch, found.image_size) == ("searched", (1,), 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["attention-pruning", "lookupvit", "tome", "visionzip"])
+def test_the_recipe_exports_the_very_graph_that_won(method: str, tmp_path: Path) -> None:
+    from edgecomp import api
+    from edgecomp.api._search_export import Exporter, ModelAsked, describe
+
+    preset = {"attention-pruning": "smoke-inside", "visionzip": ""}.get(method, "smoke")
+    host = {"visionzip": "test_vit"}.get(method, "")
+    asked = ModelAsked(method=method, preset=preset, backbone=host)
+    described = describe(asked)
+    assert described.is_same_network == (method != "lookupvit")
+    family = Family("candidate", method, "fp32", "linear" if method == "attention-pruning" else "")
+    exporter = Exporter(asked, described.subject, tmp_path, lambda line: None)
+    opened = exporter.open(family, 9, "")
+    recipe = winner_recipe(opened.manifest, opened.manifest.buckets[0], asked=opened.manifest.recipe.defaults)
+    (tmp_path / "r.toml").write_text(recipe_text(recipe, said="x"), encoding="utf-8")
+    report = api.export(recipe=tmp_path / "r.toml", out=tmp_path / "again")
+    (bucket,) = report.manifest.buckets
+    name = bucket.model
+    assert next(one.sha256 for one in report.manifest.files if one.name == name) == opened.file(name).sha256
+
+
+@pytest.mark.slow
+def test_a_real_search_has_every_baseline_in_its_front_or_behind_it(tmp_path: Path) -> None:
+    from edgecomp import api
+
+    found = api.search(
+        "tome", preset="smoke", max_p50_ms=1e-6, duration_s=0.02, threads=1, out=tmp_path / "s", budget=(5, 9)
+    )
+    assert isinstance(found, SearchResult)
+    assert not found
+    assert {(row.role, row.method) for row in found.rows} == {
+        ("plain", ""), ("candidate", "tome"), ("baseline", "attention-pruning"), ("baseline", "token-pooling"),
+    }  # fmt: skip
+    assert all(row.state in ("front", "dominated") for row in found.rows)
+    assert all(row.agreement is not None and 0.3 < row.agreement.value <= 1 for row in found.rows)
+    assert found.row("plain fp32").agreement == Agreement(1.0, None, None, 2)

@@ -153,6 +153,13 @@ def test_it_says_by_which_rule_a_budget_is_left_out() -> None:
     ), "8 % above may be noise"
 
 
+def test_a_rule_that_was_seen_to_fail_leaves_nothing_out() -> None:
+    known = {16: Seen(2.0, 0.1, 20), 80: Seen(0.9, 0.4, 9), 192: Seen(1.5, 0.9, 15)}
+    step = next_budgets(COUNTS, known)
+    assert set(step.budgets) <= set(range(96, 177, 16))
+    assert not set(range(96, 177, 16)) & set(step.skipped), "16 is slow, and yet 80 is fast: more may be fast, too"
+
+
 def test_of_equal_agreement_the_fewest_tokens_are_sought() -> None:
     def of(count: int) -> Seen:
         return Seen(count / 1000, 1.0 if count >= 48 else 0.9, float(count))
