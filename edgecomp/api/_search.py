@@ -188,6 +188,7 @@ def search(
         noise=noise,
         width=max(2, len(asked.on)),
         exhaustive=exhaustive,
+        control=asked.target == "local" or bool(asked.on),
     )
     folder = Path(out) if str(out) else Path(f"search-{subject.method}-{preset or subject.backbone}")
     if dry_run:

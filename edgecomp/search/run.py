@@ -25,6 +25,9 @@ from edgecomp.specs.precision import PRECISIONS
 __all__ = ["Ask", "Export", "Judge", "Made", "Measure", "Tools", "run_search"]
 
 
+_WORTH_A_CONTROL = 4  # measurements
+
+
 class Made(msgspec.Struct, frozen=True):
     """A graph that can be measured: `model` of `bundle`, which keeps `tokens`; `flops` of a run."""
 
@@ -90,6 +93,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
         baselines: methods, each with the word that tells its form; the budget is the winner's.
         refused_baselines: methods that cannot stand there, with the reason.
         noise, width, exhaustive: see `next_budgets`.
+        control: measure the first plain model once more at the end, to see how far the machine drifted.
     """
 
     subject: Subject
@@ -102,6 +106,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     noise: float = 0.05
     width: int = 2
     exhaustive: bool = False
+    control: bool = False
 
 
 def run_search(
@@ -125,7 +130,8 @@ class _Search:
         self.stopped: list[str] = []
         self.notes: list[str] = []
         self.precisions: dict[str, PrecisionVerdict] = {}
-        self.taken = 0
+        self.taken = self.measured_now = 0
+        self.control: Made | None = None
         self.old: dict[str, list[Record]] = {}
         for record in journal.records:
             names = record.names if isinstance(record, Exported) else (getattr(record, "name", ""),)
@@ -157,7 +163,9 @@ class _Search:
             if not is_fast and place + 1 < len(ranked):
                 self.stopped.append(f"{word} is the fastest precision, and misses the limits of time already")
                 break
-        return self._conclude(self._compare(ranked[0]))
+        rows = self._compare(ranked[0])
+        self._look_again()
+        return self._conclude(rows)
 
     def _family(self, word: str, schedule: str) -> Family:
         return Family("candidate", self.ask.subject.method, word, schedule)
@@ -259,6 +267,27 @@ class _Search:
             for method, why in self.ask.refused_baselines
         ]
 
+    def _look_again(self) -> None:
+        """Measure the plain model once more, where this run measured it and others after it."""
+        made = self.control
+        if made is None or not self.ask.control or self.measured_now < _WORTH_A_CONTROL:
+            return
+        first = self.board.known[made.name].measured
+        started = self.clock()
+        for _, again in self.tools.measure([made]):
+            self.journal.add(Timed(f"{made.name} again", again, self.clock() - started, made.flops))
+            if first is None:
+                return
+            times = [one.p50_us.value / 1000 for one in (first, again)]
+            share = times[1] / times[0] - 1
+            said = f"{made.name} took {times[0]:.3f} ms at the beginning and {times[1]:.3f} at the end ({share:+.1%})"
+            if abs(share) > self.ask.noise:
+                said += (
+                    f": the machine drifted by more than --noise {self.ask.noise:g}, so that candidates are not "
+                    "measured alike; repeat it on a quiet one, with --fresh"
+                )
+            self.notes.append(said)
+
     def _skip_all(self, word: str, why: str) -> None:
         for schedule in self.ask.schedules:
             for count in self.ask.budgets:
@@ -285,6 +314,7 @@ class _Search:
         flops = {one.name: one.flops for one in todo}
         for name, measured in self.tools.measure(todo) if todo else ():
             self._note(Timed(name, measured, self.clock() - started, flops[name]))
+            self.measured_now += 1
             self.say(f"{name}: p50 {measured.p50_us.value / 1000:.3f} ms, {measured.source}")
             started = self.clock()
         for graph in made:
@@ -312,6 +342,8 @@ class _Search:
         self.journal.add(record)
         for one in made:
             self._take(self.board.known[one.name], record)
+            if one.family.role == "plain" and self.control is None:
+                self.control = one
         plain = name_of(Family("plain", "", family.precision), 0)
         if with_plain and plain not in record.names:
             self._note(Refused(plain, "cannot be exported", f"{record.bundle} has no uncompressed model"))

@@ -31,6 +31,7 @@ VERBS = (
     "profile",
     "compare",
     "estimate",
+    "search",
     "evaluate",
     "check",
     "inspect",

@@ -220,6 +220,31 @@ def test_another_limit_takes_what_was_measured(tmp_path: Path) -> None:
     assert found.measuring_s <= found.total_s
 
 
+def test_a_machine_that_drifts_is_told(tmp_path: Path) -> None:
+    shop = Shop()
+    found = shop.go(tmp_path, Limits(max_p50_ms=50), control=True)
+    assert shop.measured.count("plain fp32") == 2
+    assert shop.measured[-1] == "plain fp32"
+    assert "plain fp32 took 72.000 ms at the beginning and 72.000 at the end (+0.0%)" in found.notes
+    assert found.measuring_s > 0
+    again = shop.go(tmp_path, Limits(max_p50_ms=50), control=True)
+    assert shop.measured.count("plain fp32") == 2, "nothing was measured, so that nothing is held to it"
+    assert again.winner == found.winner
+    factors = iter([1.0, 1.2])
+    usual = shop.measure
+
+    def drifting(made: Sequence[Made]) -> Iterator[tuple[str, Measured]]:
+        for name, one in usual(made):
+            factor = next(factors) if name.startswith("plain") else 1.0
+            p50 = Figure(one.p50_us.value * factor, one.p50_us.low, one.p50_us.high)
+            yield name, msgspec.structs.replace(one, p50_us=p50)
+
+    shop.measure = drifting  # type: ignore[method-assign]
+    (tmp_path / "journal.jsonl").unlink()
+    notes = shop.go(tmp_path, Limits(max_p50_ms=50), control=True).notes
+    assert any("86.400 at the end (+20.0%): the machine drifted by more than --noise 0.05" in note for note in notes)
+
+
 def test_schedules_are_searched_each_and_the_better_wins(tmp_path: Path) -> None:
     shop = Shop()
     shop.agreement = lambda family, n: n / 200 + (0.1 if family.schedule == "linear" else 0)
