@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,14 @@ import msgspec
 from edgecomp import __version__
 from edgecomp.api._measure import Plan
 from edgecomp.api._progress import Progress, silent
-from edgecomp.api._request import tools
+from edgecomp.api._search_asked import (
+    SearchAsked,
+    agreement_of,
+    command_of,
+    depends_on,
+    not_on_target,
+    plan_of,
+)
 from edgecomp.api._search_export import Described, Exporter, ModelAsked, baselines_of, describe
 from edgecomp.api._search_judge import AgreementJudge, Way
 from edgecomp.api._search_measure import KIND, EstimateThere, MeasureHere, MeasureThere
@@ -27,7 +33,6 @@ from edgecomp.profiles.machine import Machine, read_machine
 from edgecomp.profiles.monitor import Monitor
 from edgecomp.profiles.state import Watch
 from edgecomp.report.search import SearchPlan
-from edgecomp.resources import source_digest
 from edgecomp.runners import require_threads
 from edgecomp.search.limits import require_limits
 from edgecomp.search.outcome import Outcome
@@ -35,10 +40,9 @@ from edgecomp.search.plan import coarse
 from edgecomp.search.recipe import recipe_text, winner_recipe
 from edgecomp.search.result import Limits, Measured, SearchResult, write_search
 from edgecomp.search.run import Ask, Made, Measure, Tools, run_search
-from edgecomp.search.space import STEPS, Family, budgets_of, name_of, precisions_of, schedules_of
-from edgecomp.search.state import Journal, Where, flat
+from edgecomp.search.space import STEPS, Family, budgets_of, precisions_of, schedules_of
+from edgecomp.search.state import Journal, Where
 from edgecomp.specs import load_recipe, load_target
-from edgecomp.specs.origin import file_sha256
 from edgecomp.specs.recipe import Defaults
 
 __all__ = ["search"]
@@ -46,21 +50,6 @@ __all__ = ["search"]
 _JOURNAL, _DOCUMENT, _RECIPE = "journal.jsonl", "search.json", "recipe.toml"
 _REFERENCE, _BUNDLES = "reference.npz", "bundles"
 _LOOK_S = 0.2
-_NO_CPU_KERNELS = ("bf16", "fp8")
-
-
-class _Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What a search was asked for beside its model."""
-
-    target: str
-    runner: str
-    threads: int
-    duration_s: float
-    on: tuple[str, ...]
-    data: str
-    split: str
-    images: int
-    seed: int
 
 
 def search(
@@ -148,7 +137,7 @@ def search(
     )
     _require_in_range(duration_s=duration_s, noise=noise, step=step, images=images)
     require_threads(threads)
-    asked = _Asked(
+    asked = SearchAsked(
         target=target, runner=runner, threads=threads, duration_s=duration_s, on=tuple(on), data=str(data), split=split,
         images=images, seed=seed,
     )  # fmt: skip
@@ -192,14 +181,14 @@ def search(
     )
     folder = Path(out) if str(out) else Path(f"search-{subject.method}-{preset or subject.backbone}")
     if dry_run:
-        return _plan(ask, asked)
+        return plan_of(ask, asked)
     with bundle_lock(folder, "search", say=progress):
         _open_folder(folder, fresh=fresh)
         return _search(folder, ask, asked, model, described, keep_bundles=keep_bundles, progress=progress)
 
 
 def _search(
-    folder: Path, ask: Ask, asked: _Asked, model: ModelAsked, described: Described, *, keep_bundles: bool,
+    folder: Path, ask: Ask, asked: SearchAsked, model: ModelAsked, described: Described, *, keep_bundles: bool,
     progress: Progress,
 ) -> SearchResult:  # fmt: skip
     """Search in a folder that is open to us alone."""
@@ -227,7 +216,7 @@ def _search(
                     return next(one for one in made if one.family.role == "plain")
         return exporter(family, ask.budgets[-1:], with_plain=False)[0]
 
-    with Journal(folder / _JOURNAL, _depends_on(asked, model, ask, machine)) as journal:
+    with Journal(folder / _JOURNAL, depends_on(asked, model, ask, machine)) as journal:
         if journal.dropped:
             notes.append(f"{_JOURNAL} ended within a line ({journal.dropped} bytes); what that said was done again")
         measure: Measure
@@ -246,7 +235,7 @@ def _search(
         else:
             plan = Plan(runner=asked.runner, threads=asked.threads, duration_s=asked.duration_s, stages=False)
             measure = MeasureHere(plan, say=progress)
-        words = [word for word in ask.precisions if not _not_on_target(word, asked)] or list(ask.precisions)
+        words = [word for word in ask.precisions if not not_on_target(word, asked)] or list(ask.precisions)
         judge = AgreementJudge(reference, pictures, way=way, threads=0, keep=folder / _REFERENCE, say=progress)
         agree: Any = judge
         if not described.is_same_network:
@@ -255,7 +244,7 @@ def _search(
             export=exporter,
             measure=lambda made: _with_power(measure(made), ask.limits),
             judge=agree,
-            not_on_target=lambda word: _not_on_target(word, asked),
+            not_on_target=lambda word: not_on_target(word, asked),
             ties=is_logits,
         )
         outcome = run_search(ask, kit, journal, say=progress)
@@ -267,7 +256,7 @@ def _search(
     result = SearchResult(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
         edgecomp=__version__,
-        command=_command(asked, model, ask),
+        command=command_of(asked, model, ask),
         method=subject.method,
         preset=subject.preset,
         backbone=subject.backbone,
@@ -279,7 +268,7 @@ def _search(
         machine=on_machine,
         limits=ask.limits,
         latency_of=outcome.latency_of,
-        agreement_of=_agreement_of(asked, ask, words[0], described, len(pictures.indices) if pictures else 0),
+        agreement_of=agreement_of(asked, ask, words[0], described, len(pictures.indices) if pictures else 0),
         is_proxy=not (asked.data and is_logits),
         rows=outcome.rows,
         winner=outcome.winner,
@@ -311,7 +300,7 @@ def _require_in_range(*, duration_s: float, noise: float, step: int, images: int
         raise InvalidSpec(f"--images {images} is below 1; leave it out for 128")
 
 
-def _require_place(asked: _Asked, limits: Limits) -> None:
+def _require_place(asked: SearchAsked, limits: Limits) -> None:
     if asked.target != "local":
         load_target(asked.target)
     if asked.split and not asked.data:
@@ -335,72 +324,6 @@ def _require_place(asked: _Asked, limits: Limits) -> None:
 def total_energy_of(watch: Watch) -> float | None:
     """Return the energy that was seen; none where no power can be read."""
     return watch.total_energy_mj
-
-
-def _not_on_target(word: str, asked: _Asked) -> str:
-    if asked.target != "local":
-        spec = load_target(asked.target)
-        if word not in spec.precisions:
-            return f"{spec.title} computes in {', '.join(spec.precisions)}"
-    is_run = asked.target == "local" or asked.on
-    if is_run and asked.runner == "onnxruntime" and word in _NO_CPU_KERNELS:
-        return "ONNX Runtime has no kernels for it on the CPU"
-    return ""
-
-
-def _plan(ask: Ask, asked: _Asked) -> SearchPlan:
-    families = [
-        Family("candidate", ask.subject.method, word, schedule)
-        for word in ask.precisions
-        if not _not_on_target(word, asked)
-        for schedule in ask.schedules
-    ]
-    plain = [f"plain {word}" for word in dict.fromkeys(family.precision for family in families)]
-    names = [name_of(family, count) for family in families for count in ask.budgets]
-    first = coarse(ask.budgets)
-    return SearchPlan(
-        subject=ask.subject,
-        limits=ask.limits,
-        first=tuple(name_of(family, count) for family in families[:1] for count in first),
-        candidates=(*plain, *names),
-        baselines=tuple(name for name, _ in ask.baselines),
-        refused_baselines=ask.refused_baselines,
-        least=len(plain) + 1,
-        most=len(plain) + len(names) + len(ask.baselines),
-        duration_s=asked.duration_s,
-        hosts=max(1, len(asked.on)),
-    )
-
-
-def _depends_on(asked: _Asked, model: ModelAsked, ask: Ask, machine: Machine | None) -> dict[str, Any]:
-    """Return what every number of a search depends on."""
-    given = msgspec.to_builtins(model)
-    for field in ("weights", "backbone_weights", "recipe"):
-        if given[field] not in ("", "random", "pretrained"):
-            given[field] = file_sha256(Path(given[field]))
-    given["calibration"] = _listing(model.calibration)
-    fields = {
-        "edgecomp": f"{__version__} {source_digest()[:16]}",
-        "tools": tools() | ({} if machine is None else machine.versions),
-        "model": given | {"preset": ask.subject.preset, "backbone": ask.subject.backbone},
-        "measuring": {
-            "target": asked.target, "there": bool(asked.on), "runner": asked.runner, "threads": asked.threads,
-            "duration_s": asked.duration_s,
-        },
-        "data": {"files": _listing(asked.data), "split": asked.split, "images": asked.images, "seed": asked.seed},
-        "reference": ask.precisions[0],
-        "machine": {} if machine is None else {field: getattr(machine, field) for field in KIND},
-    }  # fmt: skip
-    return flat(fields)
-
-
-def _listing(folder: str) -> str:
-    """Return what names and sizes of a folder's files say."""
-    if not folder:
-        return ""
-    files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
-    told = "\n".join(f"{file.relative_to(folder)} {file.stat().st_size}" for file in files)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _check_machine(journal: Journal, found: Machine) -> None:
@@ -475,40 +398,3 @@ def _write_recipe(folder: Path, outcome: Outcome, exporter: Exporter, model: Mod
 
 def _absolute(value: str) -> str:
     return value if value in ("random", "pretrained") else str(Path(value).resolve())
-
-
-# -- words --------------------------------------------------------------------------------------------------
-
-
-def _agreement_of(asked: _Asked, ask: Ask, word: str, described: Described, images: int) -> str:
-    subject = described.subject
-    if described.is_same_network:
-        reference = f"the uncompressed model in {word}"
-    else:
-        reference = f"{subject.method} with its largest budget, {ask.budgets[-1]}, in {word}"
-    where = f"on {images} images of {Path(asked.data).resolve().name}" if asked.data else ""
-    if described.output == "logits":
-        what = f"share of images whose class is that of {reference}"
-    elif described.is_same_network:
-        what = (
-            f"mean cosine of each token of {reference} with what stands for it: its merged token, or the nearest kept"
-        )
-    else:
-        what = f"cosine of the mean token with that of {reference}"
-    return f"{what}, {where or 'a proxy: on the shipped photograph and seeded numbers, not on images of yours'}"
-
-
-def _command(asked: _Asked, model: ModelAsked, ask: Ask) -> tuple[str, ...]:
-    """Return the words that repeat the search; files by their names, hosts not at all."""
-    limits = ask.limits
-    words: dict[str, Any] = {
-        "method": ask.subject.method, "preset": model.preset, "backbone": model.backbone,
-        "target": "" if asked.target == "local" else asked.target, "max-p50": limits.max_p50_ms,
-        "max-p99": limits.max_p99_ms, "max-energy": limits.max_energy_mj, "min-agreement": limits.min_agreement,
-        "data": Path(asked.data).name, "images": asked.images if asked.data else "", "duration": asked.duration_s,
-        "threads": asked.threads or "", "runner": "" if asked.runner == "onnxruntime" else asked.runner,
-        "output": model.output,
-    }  # fmt: skip
-    many = [f"--precision={word}" for word in ask.precisions] + [f"--schedule={word}" for word in ask.schedules if word]
-    named = [f"--{name}={value}" for name, value in words.items() if value not in ("", None)]
-    return ("edgecomp", "search", *named, *many)
