@@ -102,7 +102,8 @@ def elsewhere(tmp_path: Path) -> Path:
 
 
 def expected_members(repository: tuple[str, ...]) -> set[str]:
-    package = {name for name in repository if re.fullmatch(r"edgecomp/.*\.py|edgecomp/py\.typed", name)}
+    shipped = r"edgecomp/.*\.py|edgecomp/py\.typed|edgecomp/report/templates/.*"
+    package = {name for name in repository if re.fullmatch(shipped, name)}
     data = {
         name.replace(source, place, 1)
         for source, place in DATA.items()
@@ -121,6 +122,7 @@ def test_wheel_holds_exactly_the_package_and_its_data(repository: tuple[str, ...
     for name in (
         "edgecomp/__init__.py",
         "edgecomp/py.typed",
+        "edgecomp/report/templates/page.html",
         "edgecomp/_data/export/recipes/lookupvit.toml",
         "edgecomp/_data/export/ops/tensorrt-10.toml",
         "edgecomp/_data/export/photograph/photograph.jpg",

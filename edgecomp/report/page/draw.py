@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import io
 import math
-import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from edgecomp.errors import MissingDependency
 from edgecomp.report.page.colours import LIGHT, SERIES
+from edgecomp.report.page.frame import Frame, Key, Room, Scale, cut, key_rows, nice_ticks, open_frame, text_width
+from edgecomp.report.page.numbers import figure
 from edgecomp.report.page.values import (
+    Bar,
     BarsPlot,
     EcdfPlot,
     HistogramPlot,
@@ -28,46 +30,28 @@ from edgecomp.report.page.values import (
     Series,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 __all__ = ["MARKER", "Pen", "open_pen", "require_matplotlib"]
 
 MARKER = "edgecomp report"  # by which a picture of ours is known again
 
-_WIDTH = 5.6  # inches of 72 units: a page on paper or a phone shows it whole, with text that can be read
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (2, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (1, 1)), (0, (8, 2)))
-_LINE = 0.17  # inches of a legend's row
-_NAME = 30  # letters of a lying bar's name
+_NAME = 28  # letters of a lying bar's name
 _SHORT = 6  # letters of a standing bar's name that need not be turned
+_LEGEND = 54  # letters of a name in a legend
 _FADED = 0.55
-_LIMIT: Any = {"color": LIGHT["warn"], "linewidth": 1.2, "linestyle": (0, (4, 2))}
+_LIMIT: dict[str, Any] = {"color": LIGHT["warn"], "linewidth": 1.2, "linestyle": (0, (4, 2))}
+_INTERVAL: dict[str, Any] = {"linewidth": 3.2, "alpha": 0.45, "solid_capstyle": "butt"}
 _SHAPES = {"p50": "o", "p90": "s", "p99": "D"}
 _POINTS = ("o", "s", "D", "^", "v", "P")
+_KINDS = {"method": ("blue", "o"), "plain": ("plain", "s"), "baseline": ("orange", "^"), "part": ("teal", "v")}
+_KIND_NAMES = {"method": "compressed", "plain": "plain model", "baseline": "baseline", "part": "part"}
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "edgecomp",
     "text.parse_math": False,
-    "axes.unicode_minus": False,
     "font.family": ["DejaVu Sans"],
-    "font.size": 8.5,
-    "axes.edgecolor": LIGHT["line"],
-    "axes.labelcolor": LIGHT["ink"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": LIGHT["grid"],
-    "grid.linewidth": 0.8,
-    "xtick.color": LIGHT["line"],
-    "ytick.color": LIGHT["line"],
-    "xtick.labelcolor": LIGHT["quiet"],
-    "ytick.labelcolor": LIGHT["quiet"],
     "text.color": LIGHT["ink"],
     "figure.facecolor": "none",
-    "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
 
@@ -91,19 +75,19 @@ class Pen:
         """Return a plot as matplotlib's SVG, in the light colours; the same plot gives the same text."""
         from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-        out = io.StringIO()
-        FigureCanvasSVG(_figure(plot)).print_svg(out, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        out, nothing = io.StringIO(), dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        FigureCanvasSVG(_drawn(plot).figure).print_svg(out, metadata=nothing)
         return out.getvalue()
 
     def png(self, plot: Plot) -> bytes:
         """Return a plot as PNG on white."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-        figure = _figure(plot)
-        figure.set_facecolor(LIGHT["paper"])
-        figure.set_dpi(160)
+        drawn = _drawn(plot).figure
+        drawn.set_facecolor(LIGHT["paper"])
+        drawn.set_dpi(160)
         out = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(out, metadata={"Software": MARKER})
+        FigureCanvasAgg(drawn).print_png(out, metadata={"Software": MARKER})
         return out.getvalue()
 
 
@@ -120,149 +104,71 @@ def open_pen(needed_for: str) -> Iterator[Pen]:
         yield Pen()
 
 
-class _Room(NamedTuple):
-    """Inches around the axes, their height, and the lines of the legend below."""
-
-    left: float
-    height: float
-    above: float = 0.12
-    below: float = 0.42
-    right: float = 0.12
-    legend: tuple[tuple[_Key, ...], ...] = ()
-
-
-class _Key(NamedTuple):
-    """An entry of the legend: what it looks like, and its name."""
-
-    look: dict[str, Any]
-    name: str
-
-
-def _figure(plot: Plot) -> Figure:
-    """Lay a plot out by its own numbers, which costs a third of what matplotlib's layout does, and draw it."""
-    from matplotlib.figure import Figure
-
-    ways: dict[type, tuple[Callable[[Any], _Room], Callable[[Axes, Any], None]]] = {
-        EcdfPlot: (_ecdf_room, _draw_ecdf),
-        HistogramPlot: (_histogram_room, _draw_histogram),
-        BarsPlot: (_bars_room, _draw_bars),
-        PointsPlot: (_points_room, _draw_points),
-        RooflinePlot: (_roofline_room, _draw_roofline),
-    }
-    measure, draw = ways[type(plot)]
-    room = measure(plot)
-    below = room.below + _LINE * len(room.legend) + (0.06 if room.legend else 0)
-    height = room.above + room.height + below
-    figure = Figure(figsize=(_WIDTH, height))
-    wide = _WIDTH - room.left - room.right
-    axes = figure.add_axes((room.left / _WIDTH, below / height, wide / _WIDTH, room.height / height))
-    draw(axes, plot)
-    _draw_legend(figure, room.legend, height)
-    return figure
-
-
-def _draw_legend(figure: Figure, rows: Sequence[Sequence[_Key]], height: float) -> None:
-    """Write the legend's rows at the foot of the figure."""
-    from matplotlib.lines import Line2D
-
-    for place, row in enumerate(rows):
-        x, y = 0.08, (_LINE * (len(rows) - 1 - place) + 0.11) / height
-        for key in row:
-            ends = [x, x + 0.24] if "marker" not in key.look else [x + 0.12]
-            figure.add_artist(Line2D([end / _WIDTH for end in ends], [y] * len(ends), **key.look))
-            figure.text((x + 0.32) / _WIDTH, y, key.name, fontsize=8, va="center_baseline")
-            x += 0.5 + _text_width(key.name, 8)
-
-
-def _rows(keys: Sequence[_Key]) -> tuple[tuple[_Key, ...], ...]:
-    """Return keys in rows that fit."""
-    rows: list[list[_Key]] = []
-    x = _WIDTH
-    for key in keys:
-        wide = 0.5 + _text_width(key.name, 8)
-        if x + wide > _WIDTH:
-            rows.append([])
-            x = 0.08
-        rows[-1].append(key)
-        x += wide
-    return tuple(map(tuple, rows))
-
-
-def _text_width(text: str, size: float) -> float:
-    """Return about how many inches a text takes; wide letters count twice."""
-    wide = sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
-    return 0.6 * size * wide / 72
-
-
-def _mark_keys() -> list[_Key]:
-    quiet = {"color": LIGHT["quiet"], "linestyle": "", "markersize": 4.6}
-    keys = [_Key({**quiet, "marker": shape}, name) for name, shape in _SHAPES.items()]
-    keys.append(_Key({**quiet, "marker": "o", "markerfacecolor": LIGHT["paper"]}, "hollow: indicative"))
-    return [*keys, _Key({"color": LIGHT["quiet"], "linewidth": 3.2, "alpha": 0.45}, "95 % interval")]
-
-
-def _colour(place: int, role: str) -> str:
-    return LIGHT["plain"] if role == "plain" else LIGHT[SERIES[place % len(SERIES)]]
+def _drawn(plot: Plot) -> Frame:
+    if isinstance(plot, EcdfPlot):
+        return _draw_ecdf(plot)
+    if isinstance(plot, HistogramPlot):
+        return _draw_histogram(plot)
+    if isinstance(plot, BarsPlot):
+        return _draw_lying_bars(plot) if plot.is_flat else _draw_standing_bars(plot)
+    return _draw_points(plot) if isinstance(plot, PointsPlot) else _draw_roofline(plot)
 
 
 def _colours(roles: Sequence[str]) -> list[str]:
     """Return a colour for each role in order: grey for the plain model, the others in turn."""
     found, place = [], 0
     for role in roles:
-        found.append(_colour(place, role))
+        found.append(LIGHT["plain"] if role == "plain" else LIGHT[SERIES[place % len(SERIES)]])
         place += role != "plain"
     return found
 
 
-def _cut(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f"{text[: longest - 1]}\u2026"
+# -- distributions --------------------------------------------------------------------------------------------
 
 
-def _time_axis(axes: Axes, low: float, high: float, *, is_log: bool) -> None:
-    room = (high / low) ** 0.03 if is_log else (high - low) * 0.03
-    if is_log:
-        axes.set_xscale("log")
-        axes.set_xlim(low / room, high * room)
-        _plain_ticks(axes.xaxis, low, high)
-    else:
-        axes.set_xlim(low - room, high + room)
-    axes.set_xlabel("time of a run, ms" + (" (logarithmic)" if is_log else ""))
+def _time_scale(plot: EcdfPlot | HistogramPlot) -> Scale:
+    low, high = plot.low_ms, plot.high_ms
+    room = (high / low) ** 0.03 if plot.is_log else (high - low) * 0.03
+    ends = (low / room, high * room) if plot.is_log else (low - room, high + room)
+    label = "time of a run, ms" + (" (logarithmic)" if plot.is_log else "")
+    return Scale(*ends, nice_ticks(*ends, is_log=plot.is_log), label, is_log=plot.is_log)
 
 
-def _plain_ticks(axis: Any, low: float, high: float) -> None:
-    """Put numbers as people write them on a logarithmic axis."""
-    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
-
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = (1, 2, 5) if high / low < 300 else (1,)
-    ticks = [step * 10.0**decade for decade in decades for step in steps]
-    ticks = [tick for tick in ticks if low * 0.9 <= tick <= high * 1.1]
-    thin = max(1, math.ceil(len(ticks) / 8))
-    axis.set_major_locator(FixedLocator(ticks[::thin]))
-    axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
+def _mark_keys() -> list[Key]:
+    quiet = {"color": LIGHT["quiet"], "linestyle": "", "markersize": 4.6}
+    keys = [Key({**quiet, "marker": shape}, name) for name, shape in _SHAPES.items()]
+    keys.append(Key({**quiet, "marker": "o", "markerfacecolor": LIGHT["paper"]}, "hollow: indicative"))
+    return [*keys, Key({"color": LIGHT["quiet"], **_INTERVAL}, "95 % interval")]
 
 
-def _ecdf_room(plot: EcdfPlot) -> _Room:
-    colours = _colours([series.role for series in plot.series])
-    keys = [
-        _Key({"color": colour, "linewidth": 1.5, "linestyle": _DASHES[place % 6]}, _cut(series.label, 60))
-        for place, (series, colour) in enumerate(zip(plot.series, colours, strict=True))
+def _mark(frame: Frame, quantiles: Sequence[Quantile], ys: Sequence[float], colour: str) -> None:
+    """Draw percentiles: hollow where they are indicative, with their intervals as bars."""
+    bars = [
+        (one.ms if one.low_ms is None else one.low_ms, one.ms if one.high_ms is None else one.high_ms, math.nan)
+        for one in quantiles
     ]
-    return _Room(left=0.62, height=2.1, legend=(*((key,) for key in keys), *_rows(_mark_keys())))
+    frame.line([x for bar in bars for x in bar], [one for y in ys for one in (y, y, y)], color=colour, **_INTERVAL)
+    for one, y in zip(quantiles, ys, strict=True):
+        fill = LIGHT["paper"] if one.is_indicative else colour
+        look = {"marker": _SHAPES[one.name], "markersize": 4.6, "markerfacecolor": fill, "linestyle": ""}
+        frame.line([one.ms], [y], color=colour, **look)
 
 
-def _draw_ecdf(axes: Axes, plot: EcdfPlot) -> None:
+def _draw_ecdf(plot: EcdfPlot) -> Frame:
     colours = _colours([series.role for series in plot.series])
-    for place, (series, colour) in enumerate(zip(plot.series, colours, strict=True)):
-        xs, ys = _stairs(series, plot.low_ms, plot.high_ms)
-        axes.plot(xs, ys, color=colour, linewidth=1.5, linestyle=_DASHES[place % len(_DASHES)])
-        for one in series.quantiles:
-            _mark(axes, one, one.share, colour)
-    axes.set_ylim(-0.02, 1.03)
-    axes.set_yticks([0, 0.5, 0.9, 1.0], ["0", "50 %", "90 %", "100 %"])
-    _time_axis(axes, plot.low_ms, plot.high_ms, is_log=plot.is_log)
+    looks = [
+        {"color": colour, "linewidth": 1.5, "linestyle": _DASHES[place % len(_DASHES)]}
+        for place, colour in enumerate(colours)
+    ]
+    keys = [(Key(look, cut(series.label, _LEGEND)),) for look, series in zip(looks, plot.series, strict=True)]
+    room = Room(left=0.7, height=2.1, legend=(*keys, *key_rows(_mark_keys())))
+    ticks = ((0.0, "0"), (0.5, "50 %"), (0.9, "90 %"), (1.0, "100 %"))
+    frame = open_frame(room, _time_scale(plot), Scale(-0.02, 1.03, ticks))
+    for series, colour, look in zip(plot.series, colours, looks, strict=True):
+        frame.line(*_stairs(series, plot.low_ms, plot.high_ms), **look)
+        there = [one for one in series.quantiles if one.ms <= plot.high_ms]
+        _mark(frame, there, [one.share for one in there], colour)
+    return frame
 
 
 def _stairs(series: Series, low: float, high: float) -> tuple[list[float], list[float]]:
@@ -277,103 +183,118 @@ def _stairs(series: Series, low: float, high: float) -> tuple[list[float], list[
     return [*xs, high], [*ys, before]
 
 
-def _mark(axes: Axes, one: Quantile, y: float, colour: str) -> None:
-    """Draw a percentile: hollow where it is indicative, with its interval as a bar."""
-    low, high = (one.ms if end is None else end for end in (one.low_ms, one.high_ms))
-    axes.plot([low, high], [y, y], color=colour, linewidth=3.2, alpha=0.45, solid_capstyle="butt")
-    fill = LIGHT["paper"] if one.is_indicative else colour
-    axes.plot([one.ms], [y], marker=_SHAPES[one.name], markersize=4.6, color=colour, markerfacecolor=fill, linestyle="")
-
-
-def _histogram_room(plot: HistogramPlot) -> _Room:
-    return _Room(left=0.12, height=0.62 * len(plot.series) + 0.12, above=0.05, legend=_rows(_mark_keys()))
-
-
-def _draw_histogram(axes: Axes, plot: HistogramPlot) -> None:
+def _draw_histogram(plot: HistogramPlot) -> Frame:
     colours = _colours([series.role for series in plot.series])
     count = len(plot.series)
+    room = Room(left=0.16, height=0.66 * count + 0.05, above=0.05, legend=key_rows(_mark_keys()))
+    frame = open_frame(room, _time_scale(plot), Scale(-0.28, count - 0.05, ()), has_left=False)
     for place, (series, colour) in enumerate(zip(plot.series, colours, strict=True)):
         base = float(count - 1 - place)
-        most = max(series.ys) or 1.0
-        heights = [base + 0.58 * value / most for value in series.ys]
-        axes.stairs(heights, series.xs, baseline=base, fill=True, color=colour, alpha=0.38, linewidth=0)
-        axes.stairs(heights, series.xs, baseline=base, color=colour, linewidth=1.0)
-        for one in series.quantiles:
-            if one.ms <= plot.high_ms:
-                _mark(axes, one, base - 0.1, colour)
+        outline, most = [(series.xs[0], base)], max(series.ys) or 1.0
+        for left, right, value in zip(series.xs, series.xs[1:], series.ys, strict=False):
+            outline += [(left, base + 0.58 * value / most), (right, base + 0.58 * value / most)]
+        outline.append((series.xs[-1], base))
+        frame.areas([outline], facecolor=colour, alpha=0.38, linewidth=0)
+        frame.line(*zip(*outline, strict=True), color=colour, linewidth=1.0)
+        there = [one for one in series.quantiles if one.ms <= plot.high_ms]
+        _mark(frame, there, [base - 0.1] * len(there), colour)
         beyond = f"  ({series.beyond:,} beyond)" if series.beyond else ""
-        axes.annotate(
-            _cut(series.label, 60) + beyond,
-            (0, base + 0.62),
-            xycoords=("axes fraction", "data"),
-            fontsize=8,
-            va="bottom",
-        )
-    axes.set_ylim(-0.28, count - 0.08)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    _time_axis(axes, plot.low_ms, plot.high_ms, is_log=plot.is_log)
+        frame.write(plot.low_ms, base + 0.62, cut(series.label, _LEGEND) + beyond, right=-4, va="bottom")
+    return frame
 
 
-def _bars_room(plot: BarsPlot) -> _Room:
+# -- bars -----------------------------------------------------------------------------------------------------
+
+
+def _bar_looks(plot: BarsPlot) -> list[dict[str, Any]]:
     colours = _colours([role for _, role, _ in plot.series])
-    looks = [
-        {"color": colour, "marker": "s", "markersize": 6, "linestyle": "", "alpha": _FADED if role == "plain" else 1}
+    return [
+        {"facecolor": colour, "linewidth": 0, "alpha": _FADED if role == "plain" else 1}
         for (_, role, _), colour in zip(plot.series, colours, strict=True)
     ]
-    keys = [_Key(look, _cut(label, 60)) for look, (label, _, _) in zip(looks, plot.series, strict=True)]
-    legend = _rows(keys) if len(keys) > 1 else ()
-    if plot.is_flat:
-        longest = max((_text_width(_cut(name, _NAME), 8.5) for name in plot.categories), default=0)
-        thick = 0.1 + 0.19 * (1 if plot.is_stacked else len(plot.series))
-        return _Room(left=0.12 + longest, height=0.15 + thick * len(plot.categories), legend=legend)
-    turned = 0.35 if max((len(name) for name in plot.categories), default=0) > _SHORT else 0
-    return _Room(left=0.7, height=1.9, below=0.45 + turned, legend=legend)
 
 
-def _draw_bars(axes: Axes, plot: BarsPlot) -> None:
-    colours = _colours([role for _, role, _ in plot.series])
-    count, wide = len(plot.categories), 0.8 / (1 if plot.is_stacked else max(1, len(plot.series)))
-    for place, ((_, role, bars), colour) in enumerate(zip(plot.series, colours, strict=True)):
-        shift = 0.0 if plot.is_stacked else (place - (len(plot.series) - 1) / 2) * wide
-        there = [(at + shift, bar) for at, bar in enumerate(bars) if bar is not None]
-        where, values = [at for at, _ in there], [bar.value for _, bar in there]
-        look: dict[str, Any] = {"color": colour, "linewidth": 0}
-        look |= {"alpha": _FADED} if role == "plain" else {}
-        if plot.is_flat:
-            axes.barh(where, values, wide * 0.92, **look)
-            for at, bar in there:
-                axes.annotate(
-                    f"{bar.value:,.4g}",
-                    (max(bar.value, bar.high or 0, 0), at),
-                    (3, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=7.5,
-                )
-        else:
-            axes.bar(where, values, wide * 0.92, **look)
-        for at, bar in there:
-            if bar.low is not None and bar.high is not None:
-                xs, ys = ([bar.low, bar.high], [at, at]) if plot.is_flat else ([at, at], [bar.low, bar.high])
-                axes.plot(xs, ys, color=LIGHT["ink"], linewidth=0.9)
-    if plot.is_flat:
-        axes.set_yticks(range(count), [_cut(name, _NAME) for name in plot.categories])
-        axes.set_ylim(count - 0.4, -0.6)
-        axes.margins(x=0.12)
-        axes.set_xlabel(plot.axis)
-        axes.grid(visible=False, axis="y")
-    else:
-        thin = max(1, math.ceil(count / 26))
-        names = [_cut(name, 12) if place % thin == 0 else "" for place, name in enumerate(plot.categories)]
-        axes.set_xticks(range(count), names, rotation=45 if max(map(len, names), default=0) > _SHORT else 0)
-        axes.set_ylabel(plot.axis)
-        axes.set_xlabel(plot.names)
-        axes.grid(visible=False, axis="x")
+def _bar_legend(plot: BarsPlot) -> tuple[tuple[Key, ...], ...]:
+    square = {"marker": "s", "markersize": 6, "linestyle": ""}
+    keys = [
+        Key({**square, "color": look["facecolor"], "alpha": look["alpha"]}, cut(label, _LEGEND))
+        for look, (label, _, _) in zip(_bar_looks(plot), plot.series, strict=True)
+    ]
+    return key_rows(keys) if len(keys) > 1 else ()
 
 
-_KINDS = {"method": ("blue", "o"), "plain": ("plain", "s"), "baseline": ("orange", "^"), "part": ("teal", "v")}
-_KIND_NAMES = {"method": "compressed", "plain": "plain model", "baseline": "baseline", "part": "part"}
+def _bar_ends(plot: BarsPlot, room: float) -> tuple[float, float]:
+    """Return the ends of the axis: 0, and all bars with their intervals."""
+    values = [0.0]
+    for _, _, bars in plot.series:
+        for bar in bars:
+            values += [] if bar is None else [bar.value, *(end for end in (bar.low, bar.high) if end is not None)]
+    low, high = min(values), max(values)
+    return low * (1 + room), high * (1 + room) if high > low else 1.0
+
+
+def _placed(plot: BarsPlot, place: int) -> tuple[list[tuple[float, Bar]], float]:
+    """Return the bars of a series with the middle of each, and half of a bar's width."""
+    wide = 0.8 / (1 if plot.is_stacked else len(plot.series))
+    shift = 0.0 if plot.is_stacked else (place - (len(plot.series) - 1) / 2) * wide
+    return [(at + shift, bar) for at, bar in enumerate(plot.series[place][2]) if bar is not None], 0.46 * wide
+
+
+def _intervals(there: Sequence[tuple[float, Bar]]) -> tuple[list[float], list[float]]:
+    """Return the intervals as places and values, with gaps between."""
+    at, values = [], []
+    for place, bar in there:
+        if bar.low is not None and bar.high is not None:
+            at += [place, place, math.nan]
+            values += [bar.low, bar.high, math.nan]
+    return at, values
+
+
+def _draw_lying_bars(plot: BarsPlot) -> Frame:
+    names = [_squeezed(name) for name in plot.categories]
+    count, low_high = len(names), _bar_ends(plot, 0.16)
+    left = 0.16 + max((text_width(name, 9) for name in names), default=0)
+    thick = 0.11 + 0.2 * (1 if plot.is_stacked else len(plot.series))
+    room = Room(left=left, height=0.15 + thick * count, legend=_bar_legend(plot))
+    most = 7 if left < 2 else 4
+    x = Scale(*low_high, nice_ticks(*low_high, most=most), plot.axis)
+    ticks = tuple((float(count - 1 - place), name) for place, name in enumerate(names))
+    frame = open_frame(room, x, Scale(-0.6, count - 0.4, ticks, has_grid=False))
+    for place, look in enumerate(_bar_looks(plot)):
+        there, half = _placed(plot, place)
+        there = [(count - 1 - at, bar) for at, bar in there]
+        frame.boxes([(min(0.0, bar.value), max(0.0, bar.value), at - half, at + half) for at, bar in there], **look)
+        at, values = _intervals(there)
+        if at:
+            frame.line(values, at, color=LIGHT["ink"], linewidth=0.9)
+        for up, bar in there:
+            frame.write(max(bar.value, bar.high or 0, 0), up, figure(bar.value), right=3, fontsize=8.5)
+    return frame
+
+
+def _draw_standing_bars(plot: BarsPlot) -> Frame:
+    count, low_high = len(plot.categories), _bar_ends(plot, 0.05)
+    thin = max(1, math.ceil(count / 26))
+    ticks = tuple((float(at), cut(name, 12)) for at, name in enumerate(plot.categories) if at % thin == 0)
+    turned = max((len(name) for _, name in ticks), default=0) > _SHORT
+    room = Room(left=0.74, height=1.9, below=0.5 + (0.35 if turned else 0), legend=_bar_legend(plot))
+    x = Scale(-0.6, count - 0.4, ticks, plot.names, has_grid=False)
+    frame = open_frame(room, x, Scale(*low_high, nice_ticks(*low_high, most=5), plot.axis), turned=turned)
+    for place, look in enumerate(_bar_looks(plot)):
+        there, half = _placed(plot, place)
+        frame.boxes([(at - half, at + half, min(0.0, bar.value), max(0.0, bar.value)) for at, bar in there], **look)
+        at, values = _intervals(there)
+        if at:
+            frame.line(at, values, color=LIGHT["ink"], linewidth=0.9)
+    return frame
+
+
+def _squeezed(text: str) -> str:
+    """Return a text without its middle where it is long: both ends tell graphs apart."""
+    return text if len(text) <= _NAME else f"{text[: _NAME // 2 - 1]}\u2026{text[-_NAME // 2 :]}"
+
+
+# -- points ---------------------------------------------------------------------------------------------------
 
 
 def _point_look(one: Point) -> dict[str, Any]:
@@ -382,100 +303,94 @@ def _point_look(one: Point) -> dict[str, Any]:
     return {"marker": shape, "markersize": 6, "linestyle": "", "color": LIGHT[name], "markerfacecolor": fill}
 
 
-def _points_room(plot: PointsPlot) -> _Room:
+def _ends(values: Sequence[float | None], room: float) -> tuple[float, float]:
+    there = [value for value in values if value is not None]
+    low, high = min(there), max(there)
+    spare = (high - low) * room or abs(high) * room or 1.0
+    return low - spare, high + spare
+
+
+def _draw_points(plot: PointsPlot) -> Frame:
     looks = {_KIND_NAMES[p.role] + (", estimated" if p.is_estimate else ""): _point_look(p) for p in plot.points}
-    keys = [_Key(look, name) for name, look in looks.items()]
-    if sum(point.is_front for point in plot.points) > 1:
-        keys.append(_Key({"color": LIGHT["green"], "linewidth": 1.4}, "front"))
-    if plot.limit is not None:
-        keys.append(_Key(_LIMIT, f"limit {plot.limit:g}"))
-    return _Room(left=0.7, height=2.9, legend=_rows(keys))
-
-
-def _draw_points(axes: Axes, plot: PointsPlot) -> None:
+    keys = [Key(look, name) for name, look in looks.items()]
     front = sorted(((one.x, one.y) for one in plot.points if one.is_front), key=lambda xy: (xy[0], -xy[1]))
+    line: dict[str, Any] = {"color": LIGHT["green"], "linewidth": 1.4}
+    keys += [Key(line, "front")] if len(front) > 1 else []
+    keys += [Key(_LIMIT, f"limit {plot.limit:g}")] if plot.limit is not None else []
+    x_ends = _ends([v for p in plot.points for v in (p.x, p.x_low, p.x_high)] + [plot.limit], 0.1)
+    y_ends = _ends([v for p in plot.points for v in (p.y, p.y_low, p.y_high)], 0.1)
+    ticks = nice_ticks(*y_ends, most=6)
+    room = Room(left=0.34 + max(text_width(words, 9) for _, words in ticks), height=2.9, legend=key_rows(keys))
+    x, y = Scale(*x_ends, nice_ticks(*x_ends), plot.x_axis), Scale(*y_ends, ticks, plot.y_axis)
+    frame = open_frame(room, x, y)
     if len(front) > 1:
-        axes.step(*zip(*front, strict=True), where="post", color=LIGHT["green"], linewidth=1.4)
+        corners = [front[0]]
+        for x_at, y_at in front[1:]:
+            corners += [(x_at, corners[-1][1]), (x_at, y_at)]
+        frame.line(*zip(*corners, strict=True), **line)
     for one in plot.points:
-        _spread(axes, one, LIGHT[_KINDS[one.role][0]])
-        axes.plot([one.x], [one.y], zorder=3, **_point_look(one))
+        faint: dict[str, Any] = {"color": LIGHT[_KINDS[one.role][0]], "linewidth": 1, "alpha": 0.6}
+        if one.x_low is not None and one.x_high is not None:
+            frame.line([one.x_low, one.x_high], [one.y, one.y], **faint)
+        if one.y_low is not None and one.y_high is not None:
+            frame.line([one.x, one.x], [one.y_low, one.y_high], **faint)
+        frame.line([one.x], [one.y], zorder=3, **_point_look(one))
     if plot.limit is not None:
-        axes.axvline(plot.limit, **_LIMIT)
-    axes.margins(x=0.14, y=0.12)
-    axes.set_xlabel(plot.x_axis)
-    axes.set_ylabel(plot.y_axis)
-    _name_points(axes, [one for one in plot.points if one.is_front or one.role != "method"])
+        frame.line([plot.limit, plot.limit], y_ends, **_LIMIT)
+    _name_points(frame, [one for one in plot.points if one.is_front or one.role != "method"], x, y)
+    return frame
 
 
-def _spread(axes: Axes, one: Point, colour: str) -> None:
-    if one.x_low is not None and one.x_high is not None:
-        axes.plot([one.x_low, one.x_high], [one.y, one.y], color=colour, linewidth=1, alpha=0.6)
-    if one.y_low is not None and one.y_high is not None:
-        axes.plot([one.x, one.x], [one.y_low, one.y_high], color=colour, linewidth=1, alpha=0.6)
-
-
-def _name_points(axes: Axes, points: Sequence[Point]) -> None:
-    """Write names beside points, most important first, and leave out those that would lie upon another."""
-    width, height = 0.46, 0.05
-    xs, ys = axes.get_xlim(), axes.get_ylim()
+def _name_points(frame: Frame, points: Sequence[Point], x: Scale, y: Scale) -> None:
+    """Write names beside points, those of the front first, and leave out those that would lie upon another."""
     taken: list[tuple[float, float]] = []
     for one in sorted(points, key=lambda point: (not point.is_front, point.x)):
-        x = (one.x - xs[0]) / ((xs[1] - xs[0]) or 1)
-        y = (one.y - ys[0]) / ((ys[1] - ys[0]) or 1)
-        if any(abs(x - other[0]) < width * 0.5 and abs(y - other[1]) < height for other in taken):
+        at = (x.part(one.x), y.part(one.y))
+        if any(abs(at[0] - other[0]) < 0.3 and abs(at[1] - other[1]) < 0.06 for other in taken):
             continue
-        taken.append((x, y))
-        left = x > 0.62
-        axes.annotate(
-            _cut(one.label, 34),
-            (one.x, one.y),
-            (-6 if left else 6, 3),
-            textcoords="offset points",
-            fontsize=7.5,
-            ha="right" if left else "left",
+        taken.append(at)
+        is_right = at[0] > 0.55
+        frame.write(
+            one.x,
+            one.y,
+            cut(one.label, 34),
+            right=-6 if is_right else 6,
+            up=4,
+            ha="right" if is_right else "left",
             va="bottom",
+            fontsize=8.5,
         )
 
 
-def _roofline_looks(plot: RooflinePlot) -> dict[str, dict[str, Any]]:
+def _draw_roofline(plot: RooflinePlot) -> Frame:
     kinds = list(dict.fromkeys(point.label for point in plot.points))
+    there = [point for point in plot.points if point.x > 0 and point.y > 0]
+    ridges = [roof.peak_gflops / roof.bandwidth_gb_s for roof in plot.roofs]
+    xs = [*(point.x for point in there), *ridges]
+    x_ends = (min(xs) / 2, max(xs) * 2)
+    walls = [min(roof.peak_gflops, x_ends[0] * roof.bandwidth_gb_s) for roof in plot.roofs]
+    ys = [*(roof.peak_gflops for roof in plot.roofs), *(point.y for point in there), *walls]
+    y_ends = (min(ys) / 1.6, max(ys) * 1.6)
     looks: dict[str, dict[str, Any]] = {}
     for place, kind in enumerate(kinds):
         colour = LIGHT[SERIES[place % len(SERIES)]]
         fill = LIGHT["paper"] if all(point.is_estimate for point in plot.points if point.label == kind) else colour
-        shape = _POINTS[place % len(_POINTS)]
-        looks[kind] = {"marker": shape, "markersize": 4.5, "linestyle": "", "color": colour, "markerfacecolor": fill}
-    return looks
-
-
-def _roofline_room(plot: RooflinePlot) -> _Room:
-    roofs = [
-        _Key({"color": LIGHT["ink"], "linewidth": 1.4, "linestyle": _DASHES[place % 6]}, _cut(roof.label, 60))
-        for place, roof in enumerate(plot.roofs)
+        shape = {"marker": _POINTS[place % len(_POINTS)], "markersize": 4.5, "linestyle": ""}
+        looks[kind] = {**shape, "color": colour, "markerfacecolor": fill}
+    lines: list[dict[str, Any]] = [
+        {"color": LIGHT["ink"], "linewidth": 1.4, "linestyle": _DASHES[place % len(_DASHES)]}
+        for place in range(len(plot.roofs))
     ]
-    keys = [_Key(look, _cut(kind, 40)) for kind, look in _roofline_looks(plot).items()]
-    return _Room(left=0.85, height=3.0, legend=(*((roof,) for roof in roofs), *_rows(keys)))
-
-
-def _draw_roofline(axes: Axes, plot: RooflinePlot) -> None:
-    ridges = [roof.peak_gflops / roof.bandwidth_gb_s for roof in plot.roofs]
-    there = [point for point in plot.points if point.x > 0 and point.y > 0]
-    xs = [*(point.x for point in there), *ridges]
-    low, high = min(xs) / 2, max(xs) * 2
-    heights = [roof.peak_gflops for roof in plot.roofs] + [point.y for point in there]
-    for place, (roof, ridge) in enumerate(zip(plot.roofs, ridges, strict=True)):
-        path = [low, ridge, high]
-        ys = [min(roof.peak_gflops, x * roof.bandwidth_gb_s) for x in path]
-        axes.plot(path, ys, color=LIGHT["ink"], linewidth=1.4, linestyle=_DASHES[place % 6])
-        heights.append(ys[0])
-    for kind, look in _roofline_looks(plot).items():
+    roofs = [(Key(line, cut(roof.label, _LEGEND)),) for line, roof in zip(lines, plot.roofs, strict=True)]
+    rows = key_rows([Key(look, cut(kind, 40)) for kind, look in looks.items()])
+    ticks = nice_ticks(*y_ends, is_log=True)
+    x = Scale(*x_ends, nice_ticks(*x_ends, is_log=True), "FLOP a byte moved (logarithmic)", is_log=True)
+    y = Scale(*y_ends, ticks, "GFLOP/s (logarithmic)", is_log=True)
+    left = 0.34 + max((text_width(words, 9) for _, words in ticks), default=0.3)
+    frame = open_frame(Room(left=left, height=3.0, legend=(*roofs, *rows)), x, y)
+    for roof, ridge, wall, line in zip(plot.roofs, ridges, walls, lines, strict=True):
+        frame.line([x_ends[0], ridge, x_ends[1]], [wall, roof.peak_gflops, roof.peak_gflops], **line)
+    for kind, look in looks.items():
         chosen = [point for point in there if point.label == kind]
-        axes.plot([point.x for point in chosen], [point.y for point in chosen], **look)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(low, high)
-    axes.set_ylim(min(heights) / 1.6, max(heights) * 1.6)
-    _plain_ticks(axes.xaxis, low, high)
-    _plain_ticks(axes.yaxis, *axes.get_ylim())
-    axes.set_xlabel("FLOP a byte moved")
-    axes.set_ylabel("GFLOP/s")
+        frame.line([point.x for point in chosen], [point.y for point in chosen], **look)
+    return frame

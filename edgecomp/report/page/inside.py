@@ -53,6 +53,7 @@ def stages_section(group: Group, slugs: set[str]) -> Section | None:
         title="Stages",
         tables=(Table("Median time of each stage", columns, rows, foot),),
         plots=tuple(plots),
+        plots_first=True,
     )
 
 
@@ -88,6 +89,7 @@ def blocks_section(group: Group, slugs: set[str]) -> Section | None:
         tables=tuple(table for part in parts for table in part.tables),
         plots=tuple(plot for part in parts for plot in part.plots),
         lines=tuple(dict.fromkeys(line for part in parts for line in part.lines)),
+        plots_first=True,
     )
 
 
@@ -143,7 +145,12 @@ def _blocks_of(group: Group, file: str, result: Result, slugs: set[str]) -> Sect
         else ("The plain model was not measured with it: export with --with-plain to see what each block gained.",)
     )
     return Section(
-        slug=slug("blocks", slugs), title="Encoder blocks", lines=lines, tables=tuple(tables), plots=tuple(plots)
+        slug=slug("blocks", slugs),
+        title="Encoder blocks",
+        lines=lines,
+        tables=tuple(tables),
+        plots=tuple(plots),
+        plots_first=True,
     )
 
 
@@ -273,7 +280,7 @@ def memory_section(group: Group, slugs: set[str]) -> Section | None:
         held: Bars = ("held", "method", tuple(_bar(mib) for _, _, mib, _ in served))
         peak: Bars = ("peak", "baseline", tuple(_bar(mib) for _, _, _, mib in served))
         plots.append(_memory_plot("Memory of a process that serves buckets", names, (held, peak), slugs))
-    return Section(slug=slug("memory", slugs), title="Memory", tables=tuple(tables), plots=tuple(plots))
+    return Section(slug("memory", slugs), "Memory", tables=tuple(tables), plots=tuple(plots), plots_first=True)
 
 
 def _memory_plot(

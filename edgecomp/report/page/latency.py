@@ -30,6 +30,7 @@ __all__ = ["findings", "latency_section"]
 
 _MARKED = ("p50", "p90", "p99")
 _CURVES = 6  # a plot; more do not tell apart
+_MOST_CURVES = 24  # a group; a page of more is long, and its histograms say the same
 _CURVE_POINTS = 160
 _BINS = 44
 _ROWS = 24
@@ -39,6 +40,7 @@ _WIDE = 6.0  # from this ratio of longest to shortest median on, time is drawn o
 def latency_section(group: Group, slugs: set[str]) -> Section:
     """Return the section: percentiles for each graph, then how they are spread."""
     plots: list[Plot] = list(_overview(group, slugs))
+    has_curves = len(group.entries) <= _MOST_CURVES
     for entries, where in _figures(group):
         low, high, is_log = _range(entries)
         words = f"{where}: {group.title}" if where else group.title
@@ -53,6 +55,8 @@ def latency_section(group: Group, slugs: set[str]) -> Section:
                 is_log=is_log,
             )
         )
+        if not has_curves:
+            continue
         plots.append(
             EcdfPlot(
                 slug=slug(f"ecdf {where}", slugs),
@@ -67,6 +71,7 @@ def latency_section(group: Group, slugs: set[str]) -> Section:
     return Section(
         slug=slug("latency", slugs),
         title="Latency",
+        lines=() if has_curves else (f"Cumulative plots are left out: there are more than {_MOST_CURVES} graphs.",),
         tables=(_main(group), _more(group)),
         plots=tuple(plots),
     )
@@ -78,13 +83,9 @@ def _main(group: Group) -> Table:
     columns = [
         Column("Graph"),
         *([Column("File")] if several else []),
-        Column("Batch", is_number=True),
-        Column("Precision"),
         *(Column(f"{name}, ms", is_number=True) for name in _MARKED),
-        Column("Mean, ms", is_number=True),
-        Column("Items/s", is_number=True),
-        Column("Samples", is_number=True),
-        Column("Time over plain", is_number=True),
+        *(Column(name, is_number=True) for name in ("Time over plain", "Mean, ms", "Items/s", "Samples", "Batch")),
+        Column("Precision"),
     ]
     rows = []
     for entry in entries:
@@ -93,13 +94,13 @@ def _main(group: Group) -> Table:
             (
                 word(entry.label, shown(profile.model, longest=48)),
                 *([word(entry.file)] if several else []),
-                number(profile.batch),
-                word(shown(profile.precision or entry.result.subject.precision) or "unknown"),
                 *(percentile_cell(entry, name) for name in _MARKED),
+                ratio_cell(entry),
                 milliseconds(profile.mean_us, entry.marks),
                 number(profile.throughput_per_s, 1, marks=entry.marks),
                 number(profile.num_samples),
-                ratio_cell(entry),
+                number(profile.batch),
+                word(shown(profile.precision or entry.result.subject.precision) or "unknown"),
             )
         )
     foot = ["Small figures are 95 % intervals by order statistics; an end that the samples do not bound is left open."]

@@ -218,7 +218,10 @@ class Picture(msgspec.Struct, frozen=True):
 
 
 class Section(msgspec.Struct, frozen=True):
-    """A heading with what stands below it; `parts` are one level deeper."""
+    """A heading with what stands below it; `parts` are one level deeper.
+
+    Plots stand behind the first table, or before it where `plots_first`: where the table is long and says no more.
+    """
 
     slug: str
     title: str
@@ -227,6 +230,7 @@ class Section(msgspec.Struct, frozen=True):
     plots: tuple[Plot, ...] = ()
     pictures: tuple[Picture, ...] = ()
     parts: tuple[Section, ...] = ()
+    plots_first: bool = False
 
 
 class Page(msgspec.Struct, frozen=True):
