@@ -548,3 +548,22 @@ def test_a_form_that_rounds_otherwise_is_said(evit):
     found = picture_of(opened, bucket, photograph_path(), {"index": index}).patches
     assert "its index is not the one of the outputs, and the picture is of that form" in found.notes[0]
     assert [one.name for one in found.layers] == ["block 1", "block 3"]
+
+
+def test_report_has_the_patches_in_its_page(evit, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; pip install -e '.[dev]' brings it")
+    from made_result import made_result
+
+    from edgecomp import api
+    from edgecomp.profiles.result import write_result
+
+    write_result(made_result(), tmp_path / "r.json")
+    outcome = api.report([tmp_path / "r.json"], html=tmp_path / "p.html", plot=tmp_path / "plots", bundle=evit)
+    text = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert '<figure id="patch-picture"' in text
+    assert "b&lt;b&gt;" in text
+    assert "b<b>" not in text
+    assert not re.search(r"\sstyle=", text)
+    (picture,) = (picture for one in outcome.page.sections for picture in one.pictures)
+    assert picture.title == "evit on photograph.jpg: b<b>"
+    assert {"patches.svg", "patches.png"} <= {path.name for path in (tmp_path / "plots").iterdir()}

@@ -258,7 +258,7 @@ def test_what_is_absent_is_said_with_the_way_to_get_it(tmp_path: Path) -> None:
     page = api.report([written(tmp_path / "r", made_result())]).page
     assert [part.title for part in page.sections[0].parts] == ["Latency"]
     said = "\n".join(page.absent)
-    for words in ("No stages", "No time by encoder block", "No memory", "No Pareto front", "No histogram of buckets"):
+    for words in ("No stages", "No time by block", "No memory", "No Pareto front", "No histogram of buckets"):
         assert words in said
     assert "edgecomp evaluate BUNDLE" in said
     only = tmp_path / "only.json"
@@ -643,3 +643,8 @@ def test_state_of_the_device_stands_beside_each_graph(tmp_path: Path) -> None:
     assert latency.rows[0][1].marks == ("unstable",)
     assert latency.rows[1][1].marks == (), "that clocks cannot be read is no mark against a number"
     assert any("the GPU's clock fell by 39 %" in line for line in latency.foot)
+
+
+def test_an_image_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSpec, match=r"--image a\.png is drawn on in a bundle; name one with --bundle"):
+        api.report([written(tmp_path / "r", made_result())], image="a.png")

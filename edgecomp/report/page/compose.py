@@ -34,15 +34,14 @@ _INSIDE = {
 }
 
 
-def compose_page(sources: Sources, *, pictures: tuple[Picture, ...] = (), pictured: str = "") -> Page:
+def compose_page(sources: Sources, *, pictures: tuple[Picture, ...] = ()) -> Page:
     """Return the page.
 
     Args:
         sources: what was read.
         pictures: of patches, drawn from a bundle and an image.
-        pictured: what the pictures show, in a sentence.
     """
-    slugs: set[str] = {"top", "contents"}
+    slugs: set[str] = {"top", "main", *(picture.slug for picture in pictures)}
     groups = group_results(sources.files)
     sections = [_group_section(group, place, slugs, several=len(groups) > 1) for place, group in enumerate(groups, 1)]
     accuracy = evaluation_sections(sources.files, slugs)
@@ -52,7 +51,7 @@ def compose_page(sources: Sources, *, pictures: tuple[Picture, ...] = (), pictur
     estimates = estimate_sections(sources.files, slugs)
     sections += [*comparisons, *searches, *accuracy, *buckets, *estimates]
     if pictures:
-        sections.append(Section(slug("patches", slugs), "Patches", lines=(pictured,), pictures=pictures))
+        sections.append(Section(slug("patches", slugs), "Patches", pictures=pictures))
     plots = [plot for one in (*comparisons, *searches, *accuracy, *estimates) for plot in one.plots]
     conditions = conditions_section(sources.files, slugs)
     if conditions is not None:
@@ -118,7 +117,7 @@ def _absent(sections: list[Section], *, has_front: bool, has_roofline: bool, has
     ways = {
         "Latency": "No latency: `edgecomp profile BUNDLE --out FILE.json`.",
         "Stages": "No stages: `edgecomp profile BUNDLE --stages --out FILE.json`.",
-        "Encoder blocks": "No time by encoder block: no result holds times of layers or blocks.",
+        "Encoder blocks": "No time by block: `edgecomp profile BUNDLE --per-layer --out FILE.json`, or --ablate.",
         "Memory": "No memory: profile a bundle of several budgets with `edgecomp profile BUNDLE --out FILE.json`.",
     }
     lines = [line for title, line in ways.items() if title not in there]

@@ -38,6 +38,8 @@ def _text(section: Section) -> Iterator[str]:
         yield ""
         yield table([column.name for column in one.columns], [[_said(cell) for cell in row] for row in one.rows])
         yield from one.foot
+    for picture in section.pictures:
+        yield f"{picture.title}. {picture.alt}"
     for part in section.parts:
         yield ""
         yield part.title
@@ -70,6 +72,7 @@ def _markdown(section: Section, level: int) -> Iterator[str]:
         yield from ("", f"**{markdown(one.caption)}**", "")
         yield from _markdown_table(one)
         yield from ("", *(f"{markdown(line)}  " for line in one.foot))
+    yield from (f"{markdown(picture.title)}. {markdown(picture.alt)}  " for picture in section.pictures)
     for part in section.parts:
         yield from _markdown(part, level + 1)
 
