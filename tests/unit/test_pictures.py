@@ -223,6 +223,16 @@ def test_groups_beyond_the_budget_are_dropped(fake):
     assert (end.tokens, end.counts) == (6, (0, 12, 4))
 
 
+def test_prefix_tokens_are_no_patches(fake):
+    source_map = np.asarray([[0, *range(1, 9), *range(1, 9)]], np.int32)  # the class token, then 16 patches
+    (end,) = join_layers(*fake(8), {"source_map": source_map}).layers
+    assert end.rows.tolist() == [*range(8), *range(8)]
+    few = np.asarray([[3, 0, -1, -1, -1]], np.int32)  # of a method that hands on no class token, rows by the data
+    (end,) = join_layers(*fake(5, "after"), {"index": few, "mask": np.arange(5)[None] < 3}).layers
+    assert np.flatnonzero(~end.dropped).tolist() == [0, 3]
+    assert end.rows[[0, 3]].tolist() == [1, 0]
+
+
 def test_choices_that_are_not_the_map_are_not_drawn(fake):
     node, made = top_k(0, list(range(16)), 4)
     index = np.asarray([[0, 1, 2, 3, 4]], np.int32)
