@@ -21,6 +21,7 @@ from edgecomp.evaluation.reconstruction import Reconstruction
 from edgecomp.profiles.ratios import paired_ratio
 from edgecomp.profiles.statistics import median_interval
 from edgecomp.report.methods import METHODS_KIND, MethodRow, MethodsReport, describe_methods_report
+from edgecomp.runners.layers import Layer
 from edgecomp.specs import TensorSpec, TokenBudget, method_names
 from edgecomp.specs.manifest import Bucket
 
@@ -99,20 +100,16 @@ def test_resamplers_are_read_back_and_what_has_no_error_says_why() -> None:
 # -- the method's own part ----------------------------------------------------------------------------------------
 
 
-def event(name: str, us: float) -> dict[str, Any]:
-    return {"cat": "Node", "name": f"{name}_kernel_time", "dur": us}
+def layer(name: str, us: float) -> Layer:
+    return Layer(name, "MatMul", "", "", "", us)
 
 
 def test_share_of_own_nodes() -> None:
-    events = [
-        *(event("n0", us) for us in (900, 900, 900, 30, 30)),  # three runs to warm up are not counted
-        *(event("n1/Fused/", us) for us in (0, 0, 0, 10, 10)),
-        *(event("Transpose_token_7", us) for us in (0, 0, 0, 60, 60)),  # made by the runtime: not the method's
-        {"cat": "Session", "name": "model_run", "dur": 1e6},
-    ]
+    # the last was made by the runtime: it is not the method's
+    layers = [layer("n0", 30.0), layer("n1/Fused/", 10.0), layer("Transpose_token_7", 60.0)]
     names = {"n0": "encoded", "n1": "chosen"}
-    assert share_of(events, names, {"chosen"}) == pytest.approx(0.1)
-    assert share_of(events, names, {"chosen", "encoded"}) == pytest.approx(0.4)
+    assert share_of(layers, names, {"chosen"}) == pytest.approx(0.1)
+    assert share_of(layers, names, {"chosen", "encoded"}) == pytest.approx(0.4)
     assert share_of([], names, {"chosen"}) == 0
 
 
@@ -138,7 +135,7 @@ def test_own_share_of_a_graph(tmp_path: Path) -> None:
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     share = own_share(path, {"x": RANDOM.standard_normal((1, 64, 64)).astype(np.float32)}, threads=1)
     assert 0.6 < share < 1
-    with pytest.raises(RunError, match=r"cannot profile .*m\.onnx"):
+    with pytest.raises(RunError, match=r"layers of m\.onnx cannot be timed"):
         own_share(path, {"wrong": np.zeros(1, np.float32)}, threads=1)
 
 
