@@ -6,7 +6,7 @@ from edgecomp.profiles.comparison import NOT_INTERLEAVED, Comparison, Contestant
 from edgecomp.profiles.ratios import Ratio
 from edgecomp.report.text import flops, size, table
 
-__all__ = ["describe_comparison", "describe_ratio"]
+__all__ = ["describe_comparison", "describe_interval", "describe_ratio"]
 
 _HEADER = ["model", "kept", "p50 ms", "95 %", "time over base", "95 %", "", "FLOPs", "size", "outputs", "parity"]
 
@@ -68,7 +68,12 @@ def describe_ratio(ratio: Ratio | None) -> list[str]:
     if ratio is None:
         return ["base", "", ""]
     mark = "*" if ratio.way == "unpaired" else ""
-    return [f"{ratio.value:.3f}x{mark}", f"({ratio.low:.3f} to {ratio.high:.3f})", ratio.pace]
+    return [f"{ratio.value:.3f}x{mark}", describe_interval(ratio), ratio.pace]
+
+
+def describe_interval(ratio: Ratio) -> str:
+    """Return the interval; that there is none, where so few carry none."""
+    return "no interval" if ratio.pace == "too few to tell" else f"({ratio.low:.3f} to {ratio.high:.3f})"
 
 
 def _agreement(one: Contestant, comparison: Comparison) -> str:

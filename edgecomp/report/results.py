@@ -8,6 +8,7 @@ import msgspec
 
 from edgecomp.profiles.ratios import Ratio
 from edgecomp.profiles.regression import Metric, Regression
+from edgecomp.report.compare import describe_interval
 from edgecomp.report.text import table
 
 __all__ = [
@@ -170,4 +171,4 @@ def _change(change: float, ratio: Ratio | None) -> list[str]:
     if ratio is None:
         return [f"{change:.3f}x", "no interval", ""]
     words = {"faster": "better", "slower": "worse"}
-    return [f"{change:.3f}x", f"({ratio.low:.3f} to {ratio.high:.3f})", words.get(ratio.pace, ratio.pace)]
+    return [f"{change:.3f}x", describe_interval(ratio), words.get(ratio.pace, ratio.pace)]
