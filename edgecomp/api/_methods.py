@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from edgecomp import __version__
@@ -32,7 +33,7 @@ from edgecomp.resources import cache_dir, photograph_path
 from edgecomp.runners import Array, Runner, require_threads
 from edgecomp.runners.chain import open_graph
 from edgecomp.serving.memory import measure_memory
-from edgecomp.specs import method_names
+from edgecomp.specs import load_recipe, method_names
 from edgecomp.specs.manifest import Bucket, PlainGraph
 
 __all__ = ["compare_methods"]
@@ -42,12 +43,13 @@ _PLAIN = "plain"
 
 
 class _Placed(NamedTuple):
-    """A graph with what it is given."""
+    """A graph with what it is given; `layer` is the host's that it reads, counted from the end."""
 
     bundle: Bundle
     graph: Bucket | PlainGraph
     inputs: dict[str, Array]
     notes: tuple[str, ...]
+    layer: int = -1
 
 
 def compare_methods(
@@ -104,29 +106,38 @@ def compare_methods(
     }
     root = Path(cache) if str(cache) else cache_dir() / "compare"
     placed: dict[str, _Placed] = {}
+    plains: dict[int, _Placed] = {}  # by the host's layer that is compressed
     left_out: dict[str, str] = {}
     for name in names:
         progress(f"exporting {name}")
         try:
-            bundle = _export(name, root, words, with_plain=_PLAIN not in placed)
+            layer = load_recipe(name).defaults.feature_layer
+            bundle = _export(name, root, words, with_plain=layer not in plains)
         except EdgecompError as error:
             left_out[name] = str(error)
             continue
         given = partial(_inputs, picture=picture)
-        if _PLAIN not in placed:
-            placed[_PLAIN] = given(bundle, bundle.manifest.plain[0])
-        placed[name] = given(bundle, bundle.manifest.buckets[0])
+        if layer not in plains:
+            plains[layer] = given(bundle, bundle.manifest.plain[0])
+        placed[name] = given(bundle, bundle.manifest.buckets[0])._replace(layer=layer)
     if not placed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise InvalidSpec(f"no method can be placed on {backbone} with budget {budget}: {reasons}")
+    main = max(plains)  # the whole host, where one of the methods reads its last layer
+    placed = {_PLAIN: plains[main]._replace(layer=main), **placed}
     machine = read_machine()
+    references = {layer: _tokens(one, runner=runner, threads=threads) for layer, one in plains.items()}
     turns, outputs, version = _run(
         placed, runner=runner, threads=threads, rounds=rounds, duration_s=duration_s, seed=seed, progress=progress
     )
     rows = []
     for name, one in placed.items():
         progress(f"memory and own part of {name}")
-        rows.append(_row(name, one, turns, outputs, runner=runner, threads=threads))
+        row = _row(name, one, turns, outputs.get(name, {}), references[one.layer], runner=runner, threads=threads)
+        if one.layer != main:
+            said = f"it reads the host's layer {one.layer}, and its error is to that; the plain model runs to {main}"
+            row = msgspec.structs.replace(row, notes=(*row.notes, said))
+        rows.append(row)
     manifest = placed[_PLAIN].bundle.manifest
     weights = str(manifest.backbone_weights or manifest.weights)
     report = MethodsReport(
@@ -231,13 +242,13 @@ def _row(
     name: str,
     one: _Placed,
     turns: Interleaved,
-    outputs: Mapping[str, Mapping[str, Array]],
+    outputs: Mapping[str, Array],
+    tokens: Array,
     *,
     runner: str,
     threads: int,
 ) -> MethodRow:
     samples = turns.samples_us[name]
-    tokens = int(outputs[_PLAIN]["tokens"].shape[1])
     words: dict[str, Any] = {
         "method": name,
         "flops": one.graph.flops // one.graph.batch,
@@ -247,9 +258,14 @@ def _row(
         "notes": one.notes,
     }
     if not isinstance(one.graph, Bucket):
-        return MethodRow(**words, tokens_in=tokens, tokens_out=tokens)
-    found, note = _reconstructions(one.graph, outputs[name], outputs[_PLAIN]["tokens"][0])
-    count = outputs[name].get("count")
+        return MethodRow(**words, tokens_in=len(tokens), tokens_out=len(tokens))
+    found, note = _reconstructions(one.graph, outputs, tokens)
+    kept = int(outputs["count"][0]) - _prefix(one.graph, outputs) if "count" in outputs else None
+    room = one.graph.budget.tokens_out
+    if kept is not None and kept > room:
+        words["notes"] += (
+            f"it found {kept} tokens to keep on this image, and the budget holds {room}: it lost the rest",
+        )
     share, own_note = _own(one, runner=runner, threads=threads)
     return MethodRow(
         **words,
@@ -257,7 +273,7 @@ def _row(
         preset=one.bundle.manifest.preset,
         tokens_in=one.graph.budget.tokens_in,
         tokens_out=one.graph.budget.tokens_out,
-        kept=None if count is None else int(count[0]),
+        kept=None if kept is None else min(kept, room),
         reconstructions=found,
         reconstruction_note=note,
         overhead_share=share,
@@ -265,6 +281,19 @@ def _row(
         overhead_note=own_note,
         ratio=paired_ratio(samples, turns.samples_us[_PLAIN]),
     )
+
+
+def _tokens(one: _Placed, *, runner: str, threads: int) -> Array:
+    """Return the tokens of a plain model, of the first item."""
+    with open_graph(runner, one.bundle, one.graph, threads=threads) as loaded:
+        tokens: Array = loaded.infer(one.inputs)["tokens"][0]
+        return tokens
+
+
+def _prefix(graph: Bucket, outputs: Mapping[str, Array]) -> int:
+    """Return how many prefix tokens stand in front of what was kept."""
+    rows = next((outputs[spec.name].shape[1] for spec in graph.outputs if spec.kind == "tokens"), 0)
+    return max(0, int(rows) - graph.budget.tokens_out)
 
 
 def _own(one: _Placed, *, runner: str, threads: int) -> tuple[float | None, str]:
@@ -296,12 +325,13 @@ def _reconstructions(
     compressed = next((outputs[spec.name][0] for spec in graph.outputs if spec.kind == "tokens"), None)
     if compressed is None or compressed.ndim != 2:
         return (), "it gives no tokens of one image"
-    prefix = len(compressed) - graph.budget.tokens_out
+    prefix = _prefix(graph, outputs)
     if "count" in outputs:  # rows behind it are filled up
-        compressed = compressed[: max(0, prefix) + int(outputs["count"][0])]
+        compressed = compressed[: int(outputs["count"][0])]
     try:
         if "source_map" in outputs:
             rows = outputs["source_map"][0]
+            rows = np.where(rows < len(compressed), rows, -1)  # what found no room was dropped
             return (unmerge_error(tokens, compressed, rows[len(rows) - len(tokens) :]),), ""
         if "index" in outputs:
             places = outputs["index"][0][prefix : len(compressed)]

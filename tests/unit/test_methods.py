@@ -79,6 +79,15 @@ def test_prunes_are_filled_in_both_ways_without_their_prefix_and_padding() -> No
     assert zero.unplaced == 13
 
 
+def test_groups_that_found_no_room_are_dropped() -> None:
+    rows = np.minimum(np.arange(16), 9).astype(np.int32)  # ten groups, and room for four
+    graph = bucket(("merged", "tokens"), ("count", "indices"), ("source_map", "indices"))
+    outputs = {"merged": X[None, :4], "count": np.array([10]), "source_map": rows[None]}
+    (found,), _ = _reconstructions(graph, outputs, X)
+    assert found.unplaced == 12
+    assert found.error == pytest.approx((X[4:] ** 2).sum() / (X**2).sum(), rel=1e-6)
+
+
 def test_resamplers_are_read_back_and_what_has_no_error_says_why() -> None:
     graph = bucket(("latents", "tokens"))
     (found,), _ = _reconstructions(graph, {"latents": X[None, :4]}, X)
@@ -295,14 +304,24 @@ def test_text_of_a_report() -> None:
 @pytest.mark.slow
 def test_three_methods_and_one_that_has_no_place(cli: Cli, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    words = ["--methods", "tome,attention-pruning,lookupvit,perceiver", "--backbone", "test_vit", "--image-size", 64]
+    words = [
+        "--methods",
+        "tome,attention-pruning,lookupvit,perceiver,fastervlm",
+        "--backbone",
+        "test_vit",
+        "--image-size",
+        64,
+    ]
     words += ["--budget", 8, "--threads", 1, "--rounds", 6, "--cache", tmp_path / "cache"]
     said = cli("compare", *words, "--json", "--out", tmp_path / "m.json")
     assert said.code == 0, said.err
     found = json.loads(said.out, parse_constant=pytest.fail)
     assert found["kind"] == METHODS_KIND
     rows = {row["method"]: row for row in found["rows"]}
-    assert list(rows) == ["plain", "tome", "attention-pruning", "lookupvit"]
+    assert list(rows) == ["plain", "tome", "attention-pruning", "lookupvit", "fastervlm"]
+    assert rows["fastervlm"]["notes"] == [
+        "it reads the host's layer -2, and its error is to that; the plain model runs to -1"
+    ]
     assert "perceiver" in found["left_out"]  # its recipe starts at 16
     assert rows["tome"]["placement"] == "inside"
     assert (
@@ -317,7 +336,11 @@ def test_three_methods_and_one_that_has_no_place(cli: Cli, tmp_path: Path) -> No
         "tome": ["unmerge"],
         "attention-pruning": ["zero fill", "nearest fill"],
         "lookupvit": ["read-back"],
+        "fastervlm": ["zero fill", "nearest fill"],
     }
+    # kept tokens are those of their own layer, unchanged: what is lost is the norm of the others, and nothing else
+    assert rows["fastervlm"]["reconstructions"][0]["error"] < 0.9
+    assert rows["fastervlm"]["flops"] < rows["plain"]["flops"]
     # the last norm gives every token one length: half of them is half of the norm
     assert rows["attention-pruning"]["reconstructions"][0]["error"] == pytest.approx(0.5, abs=0.02)
     assert 0 < rows["tome"]["reconstructions"][0]["error"] < 1
