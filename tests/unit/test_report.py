@@ -20,10 +20,15 @@ from report_cases import calibration, comparison, estimate, evaluation, inside_r
 
 from edgecomp import api
 from edgecomp.errors import EdgecompError, InvalidSpec, MissingDependency, RunError
-from edgecomp.profiles.result import Result, Subject, write_result
+from edgecomp.evaluation.reconstruction import Reconstruction
+from edgecomp.profiles.ratios import Ratio
+from edgecomp.profiles.result import BlockTime, Result, Subject, write_result
 from edgecomp.profiles.state import DeviceState, GpuState, Stability, Watch
+from edgecomp.profiles.statistics import Estimate
+from edgecomp.report.methods import MethodRow, MethodsReport
 from edgecomp.report.page.accuracy import mark_front
 from edgecomp.report.page.colours import DARK, LIGHT, contrast
+from edgecomp.report.page.frame import nice_ticks
 from edgecomp.report.page.groups import group_results
 from edgecomp.report.page.numbers import figure
 from edgecomp.report.page.sources import Source
@@ -349,12 +354,19 @@ def test_text_markdown_and_csv_need_no_package(tmp_path: Path, kinds: Path) -> N
     done = subprocess.run(plain, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "o.md").stat().st_size > 1000
-    for option, package in (("--html", "matplotlib"), ("--plot", "matplotlib")):
-        done = subprocess.run([*run, option, str(tmp_path / "x")], capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert f"the package '{package}'" in done.stderr
-        assert "pip install 'edgecomp[report]'" in done.stderr
-        assert not (tmp_path / "x").exists()
+    done = subprocess.run([*run, "--html", str(tmp_path / "x")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "an HTML report needs the package 'matplotlib'" in done.stderr
+    assert "pip install 'edgecomp[report]'" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_matplotlib_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = written(tmp_path / "r", made_result())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingDependency, match=r"--plot needs the package 'matplotlib'.*edgecomp\[report\]"):
+        api.report([folder], plot=tmp_path / "x")
 
 
 def test_jinja2_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -648,3 +660,70 @@ def test_state_of_the_device_stands_beside_each_graph(tmp_path: Path) -> None:
 def test_an_image_alone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSpec, match=r"--image a\.png is drawn on in a bundle; name one with --bundle"):
         api.report([written(tmp_path / "r", made_result())], image="a.png")
+
+
+def test_methods_stand_beside_the_plain_model(tmp_path: Path) -> None:
+    base = {"flops": 10**9, "latency_us": Estimate(1000.0, 990.0, 1010.0), "samples_us": (1000.0,), "tokens_in": 196}
+    lost = Reconstruction("unmerge", 0.25, 0.9)
+    faster = Ratio(0.6, 0.58, 0.62, "faster", "paired", 30)
+    report = MethodsReport(
+        created="2026-11-22T12:00:00Z",
+        edgecomp="0.1.0",
+        image="photograph.jpg",
+        backbone="vit",
+        image_size=224,
+        weights="random",
+        budget="0.25",
+        batch=1,
+        runner="onnxruntime 1.27.0",
+        threads=1,
+        rounds=30,
+        seed=0,
+        machine=MACHINE,
+        rows=(
+            MethodRow(method="plain", tokens_out=196, **base),
+            MethodRow(method="tome", tokens_out=49, ratio=faster, reconstructions=(lost,), **base),
+        ),
+        left_out={"perceiver": "stands alone"},
+    )
+    (tmp_path / "m.json").write_bytes(msgspec.json.encode(report))
+    one = section(api.report([tmp_path]).page, "Methods on vit")
+    cells = rows(one.tables[0])["tome"]
+    assert (cells["N / M"].text, cells["(N/M)^2"].text) == ("4.00", "16.00")
+    assert (cells["Time over plain"].text, cells["Reconstruction error"].text) == ("0.600", "unmerge 0.2500")
+    assert "Left out: perceiver: stands alone." in one.lines
+    assert one.plots[0].categories == ("plain", "tome")
+
+
+EXTREMES = {
+    "one sample": [made_profile([1000.0])],
+    "all equal": [made_profile([1000.0] * 5), made_profile([1000.0] * 5, role="plain", model="p")],
+    "all zero": [made_profile([0.0] * 3), made_profile([0.0] * 3, role="plain", model="p")],
+    "far apart": [made_profile([1.0] * 30), made_profile([1e11] * 30, role="plain", model="p")],
+    "letters that the font lacks": [made_profile(model="\u6a21\u578b" * 40, role="model", tokens_out=0)],
+    "no memory": [made_profile(host_peak_mib=0.0)],
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes_are_drawn(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; pip install -e '.[dev]' brings it")
+    blocks = (BlockTime("model.m4.b1.onnx", "blocks.\u00b2", -5.0, -9.0, 1.0, 10.0),)
+    folder = written(tmp_path / "r", made_result(*EXTREMES[name], blocks=blocks))
+    outcome = api.report([folder], html=tmp_path / "p.html")
+    text = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert text.count('role="img"') == len(outcome.page.plots) >= 2
+    assert not re.search(r"\b(nan|inf)\b", "".join(re.findall(r" d=\"[^\"]*\"", text)))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "is_log", "words"),
+    [
+        (0.0, 100.0, False, ["0", "20", "40", "60", "80", "100"]),
+        (0.12, 0.31, False, ["0.15", "0.20", "0.25", "0.30"]),
+        (0.9, 120.0, True, ["1", "2", "5", "10", "20", "50", "100"]),
+        (1.0, 1e6, True, ["1", "10", "100", "1,000", "10,000", "100,000", "1,000,000"]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, is_log: bool, words: list[str]) -> None:
+    assert [word for _, word in nice_ticks(low, high, is_log=is_log)] == words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edgecomp.profiles.comparison import Comparison
 from edgecomp.profiles.result import Result
+from edgecomp.report.methods import MethodsReport
 from edgecomp.report.page.accuracy import calibration_sections, evaluation_sections
 from edgecomp.report.page.compared import comparison_sections
 from edgecomp.report.page.conditions import conditions_section
@@ -17,6 +18,7 @@ from edgecomp.report.page.inside import (
     stages_section,
 )
 from edgecomp.report.page.latency import findings, latency_section
+from edgecomp.report.page.methods import methods_sections
 from edgecomp.report.page.searches import search_sections
 from edgecomp.report.page.sources import Sources
 from edgecomp.report.page.values import Page, Picture, PointsPlot, RooflinePlot, Section
@@ -49,7 +51,7 @@ def compose_page(sources: Sources, *, pictures: tuple[Picture, ...] = ()) -> Pag
     searches = search_sections(sources.files, slugs)
     comparisons = comparison_sections(sources.files, slugs)
     estimates = estimate_sections(sources.files, slugs)
-    sections += [*comparisons, *searches, *accuracy, *buckets, *estimates]
+    sections += [*comparisons, *methods_sections(sources.files, slugs), *searches, *accuracy, *buckets, *estimates]
     if pictures:
         sections.append(Section(slug("patches", slugs), "Patches", pictures=pictures))
     plots = [plot for one in (*comparisons, *searches, *accuracy, *estimates) for plot in one.plots]
@@ -81,7 +83,11 @@ def _group_section(group: Group, place: int, slugs: set[str], *, several: bool) 
 
 
 def _lead(sources: Sources, groups: tuple[Group, ...]) -> tuple[str, ...]:
-    results = [source.value for source in sources.files if isinstance(source.value, Result | SearchResult | Comparison)]
+    results = [
+        source.value
+        for source in sources.files
+        if isinstance(source.value, Result | SearchResult | Comparison | MethodsReport)
+    ]
     count = len(sources.files)
     lines = [f"Made of {count} file{'s' if count != 1 else ''}: {_named([source.name for source in sources.files])}."]
     if results:

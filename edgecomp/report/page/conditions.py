@@ -9,6 +9,7 @@ from edgecomp.profiles.machine import Machine
 from edgecomp.profiles.result import Result
 from edgecomp.report.calibrate import CalibrationReport
 from edgecomp.report.estimate import EstimateReport
+from edgecomp.report.methods import MethodsReport
 from edgecomp.report.page.device import device_table
 from edgecomp.report.page.groups import graph_label, reasons_of
 from edgecomp.report.page.numbers import word
@@ -64,7 +65,7 @@ def conditions_section(sources: Sequence[Source], slugs: set[str]) -> Section | 
 
 
 def _measured(value: object) -> tuple[Cell, ...]:
-    if isinstance(value, SearchResult | Comparison):
+    if isinstance(value, SearchResult | Comparison | MethodsReport):
         return (word(shown(value.created), f"edgecomp {shown(value.edgecomp)}"), word("see its table"))
     if not isinstance(value, Result):
         return (Cell("unknown"), Cell("unknown"))

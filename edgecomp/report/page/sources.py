@@ -19,6 +19,7 @@ from edgecomp.profiles.result import Result, read_result
 from edgecomp.report.calibrate import CalibrationReport
 from edgecomp.report.estimate import EstimateReport
 from edgecomp.report.evaluate import EvaluationReport
+from edgecomp.report.methods import MethodsReport
 from edgecomp.report.page.words import file_label
 from edgecomp.search.result import SearchResult, read_search
 
@@ -29,7 +30,7 @@ _MOST_FILES = 2_000
 _LONGEST_US = 1e12  # eleven days
 
 
-Document = Result | Comparison | SearchResult | EstimateReport | EvaluationReport | CalibrationReport
+Document = Result | Comparison | MethodsReport | SearchResult | EstimateReport | EvaluationReport | CalibrationReport
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -109,6 +110,8 @@ def _read(path: Path, *, is_named: bool) -> Document | None:
         return _require_rows(path, read_search(path))
     if bytes(head.kind) == b'"edgecomp comparison"':
         return _decode(path, content, Comparison)
+    if bytes(head.kind) == b'"edgecomp methods"':
+        return _decode(path, content, MethodsReport)
     if bytes(head.kind).startswith(b'"edgecomp '):
         return _require_times(path, read_result(path))
     if bytes(head.evaluation):
@@ -140,7 +143,7 @@ def _require_rows(path: Path, found: SearchResult) -> SearchResult:
     return found
 
 
-Kind = TypeVar("Kind", Comparison, EstimateReport, EvaluationReport, CalibrationReport)
+Kind = TypeVar("Kind", Comparison, MethodsReport, EstimateReport, EvaluationReport, CalibrationReport)
 
 
 def _decode(path: Path, content: bytes, kind: type[Kind]) -> Kind:
@@ -155,10 +158,12 @@ def _decode(path: Path, content: bytes, kind: type[Kind]) -> Kind:
     return value
 
 
-def _figures(value: Comparison | EstimateReport | EvaluationReport | CalibrationReport) -> Sized:
+def _figures(value: Comparison | MethodsReport | EstimateReport | EvaluationReport | CalibrationReport) -> Sized:
     """Return what the document is about."""
     if isinstance(value, Comparison):
         return value.contestants
+    if isinstance(value, MethodsReport):
+        return value.rows
     if isinstance(value, EstimateReport):
         return value.graphs
     return value.evaluation.scores if isinstance(value, EvaluationReport) else value.buckets
