@@ -42,6 +42,7 @@ class Shop:
         self.fails: dict[str, Exception] = {}
         self.ms: Callable[[Family, int], float] = lambda family, n: (20 + n / 4) * SPEED[family.precision]
         self.agreement: Callable[[Family, int], float | None] = lambda family, n: n / 200
+        self.plain = 0.6  # agreement of the plain model in another precision than fp32
         self.die_at = -1
 
     def export(self, family: Family, budgets: Sequence[int], *, with_plain: bool) -> list[Made]:
@@ -70,7 +71,7 @@ class Shop:
     def judge(self, made: Made) -> Agreement | None:
         self.judged.append(made.name)
         if made.family.role == "plain":
-            return Agreement(1.0 if made.family.precision == "fp32" else 0.6, None, None, 2)
+            return Agreement(1.0 if made.family.precision == "fp32" else self.plain, None, None, 2)
         found = self.agreement(made.family, made.tokens)
         return None if found is None else Agreement(found, None, None, 2)
 
@@ -157,10 +158,16 @@ def test_the_fastest_precision_that_passes_parity_is_taken(tmp_path: Path) -> No
 
 def test_a_slower_precision_is_tried_where_the_fastest_agrees_too_little(tmp_path: Path) -> None:
     shop = Shop()
+    shop.plain = 0.4
     shop.agreement = lambda family, n: n / 200 * (0.5 if family.precision == "int8" else 1)
-    found = shop.go(tmp_path, Limits(max_p50_ms=60, min_agreement=0.7), precisions=("fp32", "int8"))
-    assert found.winner == "tome m144 fp32"  # 56 ms; int8 is faster, and its largest agrees by 0.48
-    assert row(found, "plain int8").misses == ("agreement 0.6000 is below 0.7",)
+    found = shop.go(tmp_path, Limits(max_p50_ms=50, min_agreement=0.5), precisions=("fp32", "int8"))
+    assert found.winner == "tome m112 fp32"  # int8 is faster, and its largest agrees by 0.48
+    assert row(found, "plain int8").misses == ("agreement 0.4000 is below 0.5",)
+    fast = Shop()
+    fast.ms = lambda family, n: 90.0
+    slow = fast.go(tmp_path / "..", Limits(max_p50_ms=10, min_agreement=0.5), precisions=("fp32", "int8"))
+    (tmp_path / ".." / "journal.jsonl").unlink()
+    assert "misses the limits of time already" in " ".join(slow.stopped)
 
 
 def test_a_budget_that_cannot_be_is_refused_and_the_others_are_searched(tmp_path: Path) -> None:
@@ -490,6 +497,13 @@ def test_hosts_of_different_kinds_are_refused(
     assert "nano and agx are not of one kind: cpu is 'A' and 'B'" in said.err
     alone = cli(*LOOK, *on[:2], "--max-energy", "6", "--out", tmp_path / "energy")
     assert "--max-energy 6: no power of nano is known" in alone.err
+
+
+@pytest.mark.slow
+def test_a_search_does_not_go_on_on_another_machine(
+    one_bundle: list[list[int]], hosts: Callable[..., list[str]], cli: Cli, tmp_path: Path
+) -> None:
+    on = hosts(nano="A", agx="B")
     begun = cli(*LOOK, *on[:2], "--max-p50", "6", "--budget", "4", "--out", tmp_path / "two")
     assert begun.code == 0, begun.err
     other = cli(*LOOK, *on[2:], "--max-p50", "6", "--budget", "9", "--out", tmp_path / "two")
