@@ -182,9 +182,8 @@ def test_data_folders_hold_no_python(folder: str) -> None:
 
 
 def test_no_text_names_a_command_that_there_is_not() -> None:
-    from edgecomp.cli.app import app
+    from edgecomp.cli.app import VERBS
 
-    known = {one.name for one in (*app.registered_commands, *app.registered_groups)}
     kinds = {".py", ".md", ".toml", ".txt", ".cpp", ".h"}
     named = re.compile(r"(?:[`'$] ?|\buse |\brun )edgecomp ([a-z]+)\b")
     wrong = [
@@ -192,16 +191,29 @@ def test_no_text_names_a_command_that_there_is_not() -> None:
         for path in repository_files()
         if path.suffix in kinds and not path.is_relative_to(ROOT / "tests")
         for word in named.findall(path.read_text(encoding="utf-8"))
-        if word not in known
+        if word not in VERBS
     ]
     assert wrong == []
 
 
+def test_every_verb_is_a_file_and_its_line_of_help() -> None:
+    from edgecomp.cli.app import VERBS, load_verb
+
+    for verb, line in VERBS.items():
+        module = load_verb(verb)
+        if not hasattr(module, "app"):
+            assert inspect.getdoc(module.command).partition("\n")[0] == line
+    shared = {"__init__", "app", "listing", "on", "talk"}
+    files = {path.stem for path in (ROOT / "edgecomp" / "cli").glob("*.py")}
+    assert files - shared == set(VERBS) - {"list"}
+
+
 @pytest.mark.parametrize("file", ["README.md", "docs/remote.md"])
 def test_all_verbs_that_run_elsewhere_are_named(file: str) -> None:
-    from edgecomp.cli.app import app
+    from edgecomp.cli.app import VERBS, load_verb
 
-    takes = {one.name for one in app.registered_commands if "on" in inspect.signature(one.callback).parameters}
+    commands = {verb: getattr(load_verb(verb), "command", None) for verb in VERBS}
+    takes = {verb for verb, one in commands.items() if one is not None and "on" in inspect.signature(one).parameters}
     text = (ROOT / file).read_text(encoding="utf-8")
     (line,) = (line for line in text.splitlines() if re.search(r"`build`.*`--on ssh://", line))
     assert set(re.findall(r"`([a-z]+)`", line.partition("`--on")[0])) == takes

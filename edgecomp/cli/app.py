@@ -2,69 +2,85 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 import traceback
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from edgecomp import __version__
-from edgecomp.cli import (
-    build,
-    bundle,
-    calibrate,
-    check,
-    compare,
-    doctor,
-    estimate,
-    evaluate,
-    export,
-    inspect,
-    listing,
-    parity,
-    plugin,
-    profile,
-    report,
-    results,
-    run,
-    search,
-    target,
-    verify,
-)
 from edgecomp.errors import EdgecompError, ParityError
 
-__all__ = ["app", "main"]
+__all__ = ["VERBS", "app", "load_verb", "main"]
 
 _GATE_FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 
+VERBS = {
+    "export": "Rewrite a compressor for static shapes, export it to ONNX, prove it, and write a bundle.",
+    "parity": "Compare a bundle's outputs with the goldens of the PyTorch original; exit 1 when a threshold is missed.",
+    "build": "Build TensorRT engines, strongly typed, from a bundle.",
+    "run": "Run an image, or named tensors, through a bundle once.",
+    "profile": "Measure the latency of a bundle's graphs, or of an ONNX file, on this machine.",
+    "compare": "Compare models side by side, in turns in one run; or, with --methods, many methods on one image.",
+    "estimate": "Compute what a model would take on hardware that is not here: a band, its bound, and whether it fits.",
+    "search": "Search the budget that agrees most with the uncompressed model, under limits of time and energy.",
+    "evaluate": "Measure accuracy on labelled images, beside the plain model's, and the speed of both.",
+    "calibrate": "Set a router's thresholds from real images, so that a target holds.",
+    "check": "Hold every node of a graph to a target, without building; exit 1 at the verdict of --fail-on, or worse.",
+    "inspect": "Show what is in a bundle, an ONNX file or an engine; exit 1 when an engine is not as its record says.",
+    "doctor": "Say what is installed here, what is missing, and what conflicts; exit 1 when something conflicts.",
+    "verify": "Prove a bundle on this machine: hashes, engines, parity, latency; exit 1 when a stage fails.",
+    "report": "Make tables, plots and a page of results; with no option the tables are printed.",
+    "list": "List methods, targets, backbones or routers.",
+    "bundle": "Pack a bundle into one file, or unpack one.",
+    "results": "List, show, compare or check results of `profile`.",
+    "target": "Fit what estimates of a target compute with.",
+    "plugin": "Compile, list or check TensorRT plugins.",
+}
+"""Each verb is a file of its name and its line in `--help`; the file is imported when its verb is asked for."""
+
+_FILES = {"list": "listing"}
+
+
+def load_verb(name: str) -> Any:
+    """Return the module of a verb: it holds `command`, or `app` with commands of its own."""
+    return importlib.import_module(f"edgecomp.cli.{_FILES.get(name, name)}")
+
+
+class _Verbs(TyperGroup):
+    """Imports the verb that is asked for, and no other: all of them would take longer than `--help` may."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - the signature of the base class
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        module = load_verb(cmd_name)
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        if hasattr(module, "app"):
+            alone.add_typer(module.app, name=cmd_name)
+        else:
+            alone.command(cmd_name)(module.command)
+        return typer.main.get_group(alone).get_command(ctx, cmd_name)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - likewise
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
 # rich_markup_mode=None: rich alone would cost half of the 0.3 s that --help may take.
 app = typer.Typer(
-    name="edgecomp", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+    name="edgecomp",
+    cls=_Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
 )
-app.add_typer(listing.app, name="list", help="List methods, targets, backbones or routers.")
-for _module in (
-    export,
-    parity,
-    build,
-    run,
-    profile,
-    compare,
-    estimate,
-    search,
-    evaluate,
-    calibrate,
-    check,
-    inspect,
-    doctor,
-    verify,
-    report,
-):
-    app.command(name=_module.__name__.rpartition(".")[2])(_module.command)
-app.add_typer(bundle.app, name="bundle", help="Pack a bundle into one file, or unpack one.")
-app.add_typer(results.app, name="results", help="List, show, compare or check results of `profile`.")
-app.add_typer(target.app, name="target", help="Fit what estimates of a target compute with.")
-app.add_typer(plugin.app, name="plugin", help="Compile, list or check TensorRT plugins.")
 
 
 def _print_version(asked: bool) -> None:
@@ -91,7 +107,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleaned up after like Ctrl-C
     try:
         # typer hands Ctrl-C back as 130, without a word
-        code = 0 if listing.answer(sys.argv[1:]) else app(prog_name="edgecomp", standalone_mode=False)
+        code = 0 if _answer_list(sys.argv[1:]) else app(prog_name="edgecomp", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Exception as error:  # noqa: BLE001 - a traceback would exit with 1, which means that a gate failed
@@ -102,6 +118,11 @@ def main() -> None:
     if code == _INTERRUPTED:
         typer.echo("interrupted; nothing half-written was left", err=True)
     sys.exit(code or 0)
+
+
+def _answer_list(words: list[str]) -> bool:
+    """Answer `list WHAT` without typer's parser, where that is all there is to answer."""
+    return words[:1] == ["list"] and bool(load_verb("list").answer(words))
 
 
 def _describe(error: Exception) -> str:

@@ -44,7 +44,7 @@ def command(
     ] = "",
     json: JSON = False,
 ) -> None:
-    """Compute what a model would take on hardware that is not here: a band, what bounds it, and whether it fits."""
+    """Compute what a model would take on hardware that is not here: a band, its bound, and whether it fits."""
     with progress("estimate") as say:
         report = api.estimate(
             path,

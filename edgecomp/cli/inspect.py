@@ -15,7 +15,7 @@ __all__ = ["command"]
 def command(
     path: Annotated[str, typer.Argument(help="A bundle, an .onnx file or an .engine file.")], json: JSON = False
 ) -> None:
-    """Show what is inside a bundle, an ONNX file or an engine; exit 1 when an engine is not what its record says."""
+    """Show what is in a bundle, an ONNX file or an engine; exit 1 when an engine is not as its record says."""
     report = api.inspect(path)
 
     def text() -> str:

@@ -20,7 +20,6 @@ import msgspec
 import typer
 
 from edgecomp import api
-from edgecomp.profiles.result import Result, write_result
 
 __all__ = ["ON", "run_on"]
 
@@ -41,6 +40,8 @@ def run_on(context: typer.Context) -> NoReturn:
     run = api.remote(verb, given["bundle"], _options(context), on=given["on"], progress=_say)
     if run.document is not None:
         if given.get("out"):
+            from edgecomp.profiles.result import Result, write_result
+
             write_result(_read(run.document, Result), Path(given["out"]))
         if given["json"]:
             typer.echo(msgspec.json.encode(run.document).decode())
