@@ -16,7 +16,7 @@ import numpy as np
 from edgecomp import __version__
 from edgecomp.api._compare import now, require_rounds, settle_of
 from edgecomp.api._export import export
-from edgecomp.api._overhead import own_share
+from edgecomp.api._overhead import NodeShares, node_shares
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import Bundle, golden_key, open_bundle
 from edgecomp.errors import EdgecompError, InvalidSpec, UnknownName
@@ -257,6 +257,9 @@ def _row(
         "memory_mib": _memory(one, runner=runner, threads=threads),
         "notes": one.notes,
     }
+    shares, words["overhead_note"] = _shares(one, runner=runner, threads=threads)
+    p50_us = words["latency_us"].value
+    words["attention_us"] = None if shares is None else shares.attention * p50_us
     if not isinstance(one.graph, Bucket):
         return MethodRow(**words, tokens_in=len(tokens), tokens_out=len(tokens))
     found, note = _reconstructions(one.graph, outputs, tokens)
@@ -266,7 +269,6 @@ def _row(
         words["notes"] += (
             f"it found {kept} tokens to keep on this image, and the budget holds {room}: it lost the rest",
         )
-    share, own_note = _own(one, runner=runner, threads=threads)
     return MethodRow(
         **words,
         placement=one.bundle.manifest.placement,
@@ -276,9 +278,8 @@ def _row(
         kept=None if kept is None else min(kept, room),
         reconstructions=found,
         reconstruction_note=note,
-        overhead_share=share,
-        overhead_us=None if share is None else share * words["latency_us"].value,
-        overhead_note=own_note,
+        overhead_share=None if shares is None else shares.own,
+        overhead_us=None if shares is None else shares.own * p50_us,
         ratio=paired_ratio(samples, turns.samples_us[_PLAIN]),
     )
 
@@ -296,12 +297,12 @@ def _prefix(graph: Bucket, outputs: Mapping[str, Array]) -> int:
     return max(0, int(rows) - graph.budget.tokens_out)
 
 
-def _own(one: _Placed, *, runner: str, threads: int) -> tuple[float | None, str]:
-    """Return the share of the method's own nodes, or why nothing tells."""
+def _shares(one: _Placed, *, runner: str, threads: int) -> tuple[NodeShares | None, str]:
+    """Return the shares of the method's own nodes and of attention, or why nothing tells."""
     if runner != "onnxruntime":
         return None, f"the runner {runner} does not tell nodes apart here; ONNX Runtime on the CPU does"
     try:
-        return own_share(one.bundle.path / one.graph.model, one.inputs, threads=threads), ""
+        return node_shares(one.bundle.path / one.graph.model, one.inputs, threads=threads), ""
     except EdgecompError as error:
         return None, str(error)
 

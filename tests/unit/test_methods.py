@@ -15,7 +15,7 @@ from made_result import MACHINE
 from edgecomp import api
 from edgecomp.api import _methods
 from edgecomp.api._methods import _export, _names, _reconstructions
-from edgecomp.api._overhead import own_share, share_of
+from edgecomp.api._overhead import node_shares, share_of
 from edgecomp.errors import InvalidSpec, RunError, UnknownName
 from edgecomp.evaluation.reconstruction import Reconstruction
 from edgecomp.profiles.ratios import paired_ratio
@@ -122,14 +122,21 @@ def test_share_of_own_nodes() -> None:
     assert share_of([], names, {"chosen"}) == 0
 
 
-def test_own_share_of_a_graph(tmp_path: Path) -> None:
-    """The compressor's product is 64 times the encoder's."""
+def test_shares_of_a_graph(tmp_path: Path) -> None:
+    """The compressor's product is 64 times the encoder's; its own attention is not the encoder's."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     helper = onnx.helper
     wide = RANDOM.standard_normal((64, 4096)).astype(np.float32)
-    nodes = [helper.make_node("MatMul", ["x", "a"], ["y"]), helper.make_node("MatMul", ["y", "b"], ["z"])]
-    for node, module in zip(nodes, ("backbone.blocks.0", "compressor.layer"), strict=True):
+    nodes = [
+        helper.make_node("MatMul", ["x", "x"], ["s"]),
+        helper.make_node("Softmax", ["s"], ["p"]),
+        helper.make_node("MatMul", ["p", "a"], ["y"]),
+        helper.make_node("Softmax", ["y"], ["q"]),
+        helper.make_node("MatMul", ["q", "b"], ["z"]),
+    ]
+    modules = (*("backbone.blocks.0",) * 3, *("compressor.layer",) * 2)
+    for node, module in zip(nodes, modules, strict=True):
         entry = node.metadata_props.add()
         entry.key, entry.value = "edgecomp.module", module
     value = helper.make_tensor_value_info
@@ -142,10 +149,12 @@ def test_own_share_of_a_graph(tmp_path: Path) -> None:
     )
     path = tmp_path / "m.onnx"
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    share = own_share(path, {"x": RANDOM.standard_normal((1, 64, 64)).astype(np.float32)}, threads=1)
-    assert 0.6 < share < 1
+    shares = node_shares(path, {"x": RANDOM.standard_normal((1, 64, 64)).astype(np.float32)}, threads=1)
+    assert 0.5 < shares.own < 1
+    assert 0 < shares.attention < 0.5
+    assert shares.own + shares.attention < 1, "the encoder's projection is neither"
     with pytest.raises(RunError, match=r"layers of m\.onnx cannot be timed"):
-        own_share(path, {"wrong": np.zeros(1, np.float32)}, threads=1)
+        node_shares(path, {"wrong": np.zeros(1, np.float32)}, threads=1)
 
 
 # -- names, and what cannot be placed -----------------------------------------------------------------------------
@@ -231,9 +240,9 @@ def made_row(method: str, us: float, **changes: Any) -> MethodRow:
 
 
 def made_report() -> MethodsReport:
-    plain = made_row("plain", 1000.0, placement="", tokens_out=196, flops=1_000_000_000, ratio=None)
+    plain = made_row("plain", 1000.0, placement="", tokens_out=196, flops=1_000_000_000, ratio=None, attention_us=120.0)
     error = Reconstruction("unmerge", 0.25, 0.8)
-    tome = made_row("tome", 500.0, reconstructions=(error,), overhead_us=50.0, overhead_share=0.1)
+    tome = made_row("tome", 500.0, reconstructions=(error,), overhead_us=50.0, overhead_share=0.1, attention_us=16.0)
     odd = made_row(
         "odd",
         2000.0,
@@ -264,9 +273,11 @@ def made_report() -> MethodsReport:
 
 
 def test_figures_of_a_row() -> None:
-    plain, tome, _ = made_report().rows
+    plain, tome, odd = made_report().rows
     assert (tome.keep_ratio, tome.compression, tome.attention_rule) == (0.25, 4.0, 16.0)
     assert tome.speed_up == pytest.approx(2.0)
+    assert tome.attention_speed_up(plain) == pytest.approx(7.5)
+    assert odd.attention_speed_up(plain) is None
     assert tome.efficiency_score == pytest.approx(3.0)  # the mean of 4 and 2
     assert (plain.speed_up, plain.attention_rule) == (1.0, 1.0)
 
@@ -282,6 +293,7 @@ def test_text_of_a_report() -> None:
         "0.50x",
         "4.00x",
         "16.00x",
+        "7.50x",
         "(10.0 %)",
         "0.500x",
         "faster",
