@@ -28,6 +28,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return _group_of(nodeid)
 
+        def _assign_work_unit(self, node: Any) -> None:
+            """Begin with whole programs: few tests and many minutes, behind which one process would end alone."""
+            long = next((group for group in self.workqueue if re.fullmatch(r"(tests/)?test_\w+\.py", group)), None)
+            if long is not None:
+                self.workqueue.move_to_end(long, last=False)
+            super()._assign_work_unit(node)
+
     return ByGroup(config, log)
 
 

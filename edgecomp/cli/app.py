@@ -53,8 +53,9 @@ def load_verb(name: str) -> Any:
 class _Verbs(TyperGroup):
     """Imports the verb that is asked for, and no other: all of them would take longer than `--help` may."""
 
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - the signature of the base class
-        return list(VERBS)
+    def __init__(self, **words: Any) -> None:
+        super().__init__(**words)
+        self.commands = dict.fromkeys(VERBS)  # type: ignore[assignment] # the names that typer lists and suggests
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in VERBS:

@@ -68,12 +68,11 @@ def test_scales_come_from_the_images_that_are_given(tmp_path: Path) -> None:
     )
     assert api.export("lookupvit", out=tmp_path / "out", calibration_images=2, **words).reused
     profile = api.profile(report.bundle, duration_s=0.02)
-    (types,) = profile.types
-    assert (types.model, types.precision) == ("model.m4.b1.onnx", "int8")
-    assert types.products["int8"] == len(report.manifest.buckets[0].quantized)
-    assert (
-        f"int8 in the file; ONNX Runtime runs its matrix products in int8 ({types.products['int8']})"
-        in describe_profile(profile)
+    ((model, types),) = profile.types.items()
+    assert (model, profile.subject.precision) == ("model.m4.b1.onnx", "int8")
+    assert types["int8"] == len(report.manifest.buckets[0].quantized)
+    assert f"int8 in the file; ONNX Runtime runs its matrix products in int8 ({types['int8']})" in describe_profile(
+        profile
     )
     Image.new("RGB", (80, 70)).save(folder / "0.png")
     with pytest.raises(EdgecompError, match="--force"):
