@@ -125,7 +125,7 @@ def mask(text: str) -> str:
 
     1. Lines of a profile that tell of the machine (`on <processor>, N cores; ...`) and of what is installed there
        (`with numpy 2.1, ...`) keep their first word alone, and of its clocks (`device state ...`) two.
-    2. `warm-up did not settle` behind a row is dropped: it tells of the machine's quiet.
+    2. `warm-up did not settle` and `unstable: ...` behind a row are dropped: they tell of the machine's quiet.
     3. Hex digests of 8 digits and more, versions (1.26.0+cpu), and numbers, with sign, decimals, thousands and
        exponent, become `#`.
     4. The unit of a time (us, ms, s, min) becomes `t`: a faster machine prints another.
@@ -136,6 +136,7 @@ def mask(text: str) -> str:
     text = re.sub(r"^(\s*)with numpy \d.*$", r"\1with #", text)
     text = re.sub(r"^device state .*$", "device state #", text)
     text = text.replace("warm-up did not settle", "")
+    text = re.sub(r"\bunstable: .*$", "", text)
     text = re.sub(r"\b(?=\w*\d)(?=\w*[a-f])[0-9a-f]{8,64}\b", "#", text)
     text = re.sub(r"\b\d+(?:\.\d+){2,}(?:[.+]?[a-z]+[0-9.]*)*", "#", text)
     text = re.sub(r"(?:(?<![\w.)-])[-+])?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][-+]?\d+)?", "#", text)

@@ -146,7 +146,13 @@ def measure_opened(
         profile,
         load_us=load_us,
         watch=watch,
-        stability=judge_state(watch.before, watch.after, watch, device="gpu" if plan.on_gpu else "cpu"),
+        stability=judge_state(
+            watch.before,
+            watch.after,
+            watch,
+            device="gpu" if plan.on_gpu else "cpu",
+            times_us=profile.samples_us if plan.mode != "offline" else (),  # there streams end in any order
+        ),
         energy_mj=energy_per_run_mj(watch, runs=inferences),
         host_peak_mib=peak,
         device_peak_mib=max((mib for mib in in_use if mib is not None), default=None) if plan.on_gpu else None,

@@ -9,6 +9,9 @@
    display limits them; or one of the kernel's cooling devices that hold clocks was at work; or a count of thermal
    throttling (x86) or of over-current (Jetson) rose.
 4. *Heat*: it came within 3 degrees of where the clocks begin to fall.
+5. *Times*: of the medians over tenths of the timed runs, the highest and the lowest have 95 % intervals that lie more
+   than 5 % apart. It is what shows where no clock can be read: a guest of a hypervisor, for example. Fewer than 90
+   runs do not say.
 
 With fewer than nine samples that hold a clock, one of them could move a median; then the clocks before and after are
 compared by the same 5 % instead.
@@ -20,6 +23,7 @@ not decide.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +31,7 @@ from typing import Literal
 
 from edgecomp.profiles.nvml import HARMLESS_REASONS, is_gpu_reason
 from edgecomp.profiles.state import DeviceState, Stability, Watch
+from edgecomp.profiles.statistics import median_interval
 
 __all__ = ["DIP_SHARE", "DRIFT_PERCENT", "FEWEST_SAMPLES", "NEAR_LIMIT_C", "judge_state"]
 
@@ -39,13 +44,22 @@ NEAR_LIMIT_C = 3.0
 FEWEST_SAMPLES = 9
 """Samples with a clock below which before and after are compared instead."""
 
+_TENTHS = 10
+_FEWEST_TIMES = 90
 _BUSY_CORES = 0.5
 _STOLEN_CORES = 0.05
 
 Device = Literal["gpu", "cpu"]
 
 
-def judge_state(before: DeviceState, after: DeviceState, watch: Watch | None = None, *, device: Device) -> Stability:
+def judge_state(
+    before: DeviceState,
+    after: DeviceState,
+    watch: Watch | None = None,
+    *,
+    device: Device,
+    times_us: Sequence[float] = (),
+) -> Stability:
     """Say whether the conditions of a measurement stood still; the module states the rule.
 
     Args:
@@ -53,6 +67,7 @@ def judge_state(before: DeviceState, after: DeviceState, watch: Watch | None = N
         after: the device after the last one.
         watch: what was seen between them, where something watched.
         device: what the model ran on, whose clocks decide.
+        times_us: microseconds of the timed runs, in the order in which they ran.
     """
     clocks = _clocks(watch, device)
     if len(clocks) >= FEWEST_SAMPLES:
@@ -61,7 +76,7 @@ def judge_state(before: DeviceState, after: DeviceState, watch: Watch | None = N
         ends = [clock for clock in (_clock(before, device), _clock(after, device)) if clock]
         moved = [_drift(ends[0], ends[1], f"{device} clock before and after")] if len(ends) == 2 else []
         clocks = ends if len(ends) == 2 else []
-    seen = (*moved, *_throttling(before, after, watch, device), *_heat(after, watch, device))
+    seen = (*moved, *_throttling(before, after, watch, device), *_heat(after, watch, device), _step(times_us))
     reasons = tuple(reason for reason in seen if reason)
     notes = _notes(before, after, watch)
     if reasons:
@@ -102,6 +117,20 @@ def _drift(first: float, last: float, where: str) -> str:
     if abs(first - last) <= DRIFT_PERCENT / 100 * max(first, last):
         return ""
     return f"{where}: {first:.0f} MHz to {last:.0f} MHz, {100 * (last - first) / first:+.1f} %"
+
+
+def _step(times_us: Sequence[float]) -> str:
+    """Return the reason where parts of the run took other times than others, "" where not."""
+    if len(times_us) < _FEWEST_TIMES:
+        return ""
+    cuts = [len(times_us) * part // _TENTHS for part in range(_TENTHS + 1)]
+    parts = [median_interval(times_us[begin:end]) for begin, end in itertools.pairwise(cuts)]
+    least, most = min(parts, key=lambda part: part.value), max(parts, key=lambda part: part.value)
+    if most.low <= least.high * (1 + DRIFT_PERCENT / 100):
+        return ""
+    return (
+        f"the times moved: medians over tenths of the runs from {least.value / 1000:.3f} to {most.value / 1000:.3f} ms"
+    )
 
 
 def _throttling(before: DeviceState, after: DeviceState, watch: Watch | None, device: Device) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from edgecomp.profiles.nvml import throttle_words
@@ -190,3 +192,35 @@ def test_energy_of_a_run() -> None:
     assert energy_per_run_mj(watch, runs=400) == 3
     assert energy_per_run_mj(watch, runs=0) is None
     assert energy_per_run_mj(watched([1740]), runs=400) is None
+
+
+def times(*parts: tuple[int, float]) -> list[float]:
+    """Runs of so many, around so many microseconds, with 2 % of scatter."""
+    return [us * (1 + 0.02 * math.sin(7.3 * number)) for count, us in parts for number in range(count)]
+
+
+def judge_times(times_us: list[float]) -> Stability:
+    watch = watched([1740] * 20)
+    return judge_state(watch.before, watch.after, watch, device="cpu", times_us=times_us)
+
+
+def test_times_that_move_are_unstable_though_clocks_stand() -> None:
+    said = judge_times(times((30, 54_500), (270, 67_000)))
+    assert said.verdict == "unstable"
+    assert said.reasons == ("the times moved: medians over tenths of the runs from 54.550 to 67.061 ms",)
+
+
+@pytest.mark.parametrize(
+    "times_us",
+    [times((300, 54_500)), times((150, 54_500), (150, 55_500)), times((20, 54_500), (60, 67_000)), []],
+    ids=["still", "2 % apart", "too few", "none"],
+)
+def test_times_that_say_nothing(times_us: list[float]) -> None:
+    assert judge_times(times_us).verdict == "stable"
+
+
+def test_scatter_without_a_trend_is_no_move() -> None:
+    """Skewed times of one distribution, 400 draws of 300: hardly ever called unstable."""
+    generator = np.random.default_rng(0)
+    called = sum(judge_times(list(1000 * generator.lognormal(0, 0.2, 300))).verdict == "unstable" for _ in range(400))
+    assert called <= 8
