@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from edgecomp.api._search_judge import AgreementJudge, Way
 from edgecomp.api._search_measure import KIND, EstimateThere, MeasureHere, MeasureThere
 from edgecomp.errors import EdgecompError, InvalidSpec
 from edgecomp.evaluation import open_images
+from edgecomp.files import write_whole
 from edgecomp.lock import bundle_lock
 from edgecomp.profiles.machine import Machine, read_machine
 from edgecomp.profiles.monitor import Monitor
@@ -208,13 +208,9 @@ def _search(
 
     def reference() -> Made:
         family = Family("candidate", subject.method, words[0], ask.schedules[0])
-        if described.is_same_network:
-            first = coarse(ask.budgets)
-            for count in (first[len(first) // 2], *first):
-                with suppress(EdgecompError):
-                    made = exporter(family, (count,), with_plain=True)
-                    return next(one for one in made if one.family.role == "plain")
-        return exporter(family, ask.budgets[-1:], with_plain=False)[0]
+        if not described.is_same_network:
+            return exporter(family, ask.budgets[-1:], with_plain=False)[0]
+        return exporter.plain(family, coarse(ask.budgets))
 
     with Journal(folder / _JOURNAL, depends_on(asked, model, ask, machine)) as journal:
         if journal.dropped:
@@ -391,7 +387,7 @@ def _write_recipe(folder: Path, outcome: Outcome, exporter: Exporter, model: Mod
         **{name: _absolute(value) for name, value in of_files.items() if value},
     )  # fmt: skip
     recipe = winner_recipe(opened.manifest, bucket, asked=given)
-    path.write_text(recipe_text(recipe, said=f"edgecomp search: {outcome.verdict}"), encoding="utf-8")
+    write_whole(path, recipe_text(recipe, said=f"edgecomp search: {outcome.verdict}").encode(), noun="recipe")
     load_recipe(str(path))  # what cannot be read back is told now
     return path.name
 

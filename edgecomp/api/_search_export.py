@@ -14,7 +14,7 @@ from edgecomp.api._export import export
 from edgecomp.api._progress import Progress
 from edgecomp.api._request import read_order
 from edgecomp.bundle import Bundle, open_bundle
-from edgecomp.errors import InvalidSpec, MissingDependency
+from edgecomp.errors import ExportError, InvalidSpec, MissingDependency, SpecError
 from edgecomp.search.run import Made
 from edgecomp.search.space import Family, Subject, name_of
 from edgecomp.specs import load_recipe
@@ -136,6 +136,21 @@ class Exporter:
             progress=self.say,
         )
         return made_of(family, out, report.manifest)
+
+    def plain(self, family: Family, budgets: Sequence[int]) -> Made:
+        """Return the uncompressed model, as it comes beside the first of these budgets that can be exported.
+
+        Raises:
+            ExportError, SpecError: none of them can.
+        """
+        problem: ExportError | SpecError | None = None
+        for count in dict.fromkeys((budgets[len(budgets) // 2], *budgets)):
+            try:
+                return next(one for one in self(family, (count,), with_plain=True) if one.family.role == "plain")
+            except (ExportError, SpecError) as error:
+                self.say(f"budget {count} gives no uncompressed model: {error}")
+                problem = error
+        raise problem or InvalidSpec(f"{family.method} has no budget to search")
 
     def _of(self, family: Family) -> dict[str, Any]:
         asked = self.asked

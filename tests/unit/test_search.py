@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from PIL import Image
 
+from edgecomp.api._search_export import Exporter
 from edgecomp.bundle import open_bundle
 from edgecomp.errors import InvalidSpec, ParityError, RunError
 from edgecomp.profiles.latency import LatencyProfile, percentiles_of
@@ -588,3 +589,30 @@ def test_a_real_search_has_every_baseline_in_its_front_or_behind_it(tmp_path: Pa
     assert all(row.state in ("front", "dominated") for row in found.rows)
     assert all(row.agreement is not None and 0.3 < row.agreement.value <= 1 for row in found.rows)
     assert found.row("plain fp32").agreement == Agreement(1.0, None, None, 2)
+
+
+class ShopExporter(Exporter):
+    """An exporter that makes nothing, and knows where it fails."""
+
+    def __init__(self, shop: Shop) -> None:
+        self.shop, self.said = shop, []
+        self.say = self.said.append
+
+    def __call__(self, family: Family, budgets: Sequence[int], *, with_plain: bool) -> list[Made]:
+        return self.shop.export(family, budgets, with_plain=with_plain)
+
+
+def test_the_reference_tells_each_budget_that_does_not_give_it() -> None:
+    shop, family = Shop(), Family("candidate", "tome", "fp32")
+    shop.fails = {name_of(family, 96): ParityError("x is off by 3")}
+    exporter = ShopExporter(shop)
+    assert exporter.plain(family, (16, 96, 192)).family.role == "plain"
+    assert exporter.said == ["budget 96 gives no uncompressed model: x is off by 3"]
+    assert [budgets for _, budgets in shop.exported] == [(96,), (16,)]
+
+
+def test_a_reference_that_cannot_be_made_is_an_error() -> None:
+    shop, family = Shop(), Family("candidate", "tome", "fp32")
+    shop.fails = {name_of(family, count): InvalidSpec(f"no {count}") for count in (16, 96)}
+    with pytest.raises(InvalidSpec, match="no 16"):
+        ShopExporter(shop).plain(family, (16, 96))
