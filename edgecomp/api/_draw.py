@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +11,8 @@ import numpy as np
 from edgecomp.api._forced import forced_graph
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import Bundle, open_bundle
-from edgecomp.errors import InvalidSpec, MissingDependency, RunError
+from edgecomp.errors import InvalidSpec, MissingDependency
+from edgecomp.files import write_whole
 from edgecomp.images import read_image, to_pixels
 from edgecomp.inputs import read_tensors, require_inputs
 from edgecomp.parity.forced import Recorded, own_choices
@@ -144,7 +143,7 @@ def write_picture(path: Path, picture: Picture) -> None:
     """Write a picture by the suffix of its file, which appears whole or not at all.
 
     Raises:
-        RunError: it cannot be written there.
+        EdgecompError: it cannot be written there.
     """
     from edgecomp.report.pictures import picture_html, picture_png, picture_svg
 
@@ -153,18 +152,7 @@ def write_picture(path: Path, picture: Picture) -> None:
         content = picture_png(picture)
     else:
         content = (picture_svg if suffix == ".svg" else picture_html)(picture).encode()
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        try:
-            beside.write_bytes(content)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(
-            f"picture {path} cannot be written: {error.strerror or error}; give a path in a folder that exists and "
-            "that you may write to"
-        ) from None
+    write_whole(path, content, noun="picture")
 
 
 def _differing(outputs: Mapping[str, Array], seen: Mapping[str, Array]) -> list[str]:

@@ -16,7 +16,7 @@ from edgecomp.report.page.sources import read_sources
 from edgecomp.report.page.svg import clean_svg, standalone_svg
 from edgecomp.report.page.values import Page, Picture
 from edgecomp.report.page.words import shown
-from edgecomp.report.page.write import require_free, write_whole
+from edgecomp.report.page.write import require_free, write_report
 from edgecomp.report.report import ReportOutcome
 
 if TYPE_CHECKING:
@@ -76,18 +76,18 @@ def report(
     written: list[str] = []
     if str(html):
         progress("drawing the page")
-        written.append(str(write_whole(Path(html), render_html(page))))
+        written.append(str(write_report(Path(html), render_html(page))))
     if str(markdown):
-        written.append(str(write_whole(Path(markdown), render_markdown(page))))
+        written.append(str(write_report(Path(markdown), render_markdown(page))))
     if str(csv):
-        written.append(str(write_whole(Path(csv), render_csv(sources.files))))
+        written.append(str(write_report(Path(csv), render_csv(sources.files))))
     if str(plot):
         with open_pen("--plot") as pen:
             for one in page.plots:
                 progress(f"drawing {one.slug}")
                 clean = clean_svg(pen.svg(one), name=one.slug, title=one.title, alt=one.alt)
-                written.append(str(write_whole(Path(plot) / f"{one.slug}.svg", standalone_svg(clean))))
-                written.append(str(write_whole(Path(plot) / f"{one.slug}.png", pen.png(one))))
+                written.append(str(write_report(Path(plot) / f"{one.slug}.svg", standalone_svg(clean))))
+                written.append(str(write_report(Path(plot) / f"{one.slug}.png", pen.png(one))))
         if picture is not None:
             written += _write_picture(picture, Path(plot), force=force)
     return ReportOutcome(tuple(source.name for source in sources.files), sources.left_out, page, tuple(written))
@@ -119,7 +119,7 @@ def _write_picture(picture: Drawn, folder: Path, *, force: bool) -> list[str]:
     for file, content in files.items():
         if file.exists() and file.read_bytes() != content and not force:
             raise InvalidSpec(f"{file} is there and is another picture; name another folder, or --force to lose it")
-    return [str(write_whole(file, content)) for file, content in files.items()]
+    return [str(write_report(file, content)) for file, content in files.items()]
 
 
 def _require_apart(files: dict[str, Path]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from edgecomp.errors import InvalidSpec, RunError, UnknownName
+from edgecomp.files import JSON_ERRORS
 from edgecomp.profiles.comparison import COMPARISON_KIND, machine_differences, subject_differences, version_differences
 from edgecomp.profiles.regression import METRICS, Pair, judge_pair, matched, read_share
 from edgecomp.profiles.result import Result, read_result
@@ -146,7 +147,7 @@ def _other(path: Path, name: str, problem: str) -> ListedFile:
     """Return what a file is that is no result."""
     try:
         raw = msgspec.json.decode(path.read_bytes()) if path.stat().st_size <= _LARGEST else {"kind": _KIND}
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (OSError, *JSON_ERRORS):
         return ListedFile(name, "damaged", problem)
     if not isinstance(raw, dict):
         return ListedFile(name, "other", "JSON, and not of edgecomp")

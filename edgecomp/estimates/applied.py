@@ -5,9 +5,7 @@ A calibration is one JSON file a target in the user's config folder (`resources.
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +16,7 @@ from msgspec import Meta
 
 from edgecomp.errors import InvalidSpec
 from edgecomp.estimates.efficiency import Efficiency, Observed, fit, log_error, shipped_fit
+from edgecomp.files import JSON_ERRORS, encode_document, write_whole
 from edgecomp.resources import config_dir
 
 __all__ = ["Applied", "Calibration", "applied_for", "calibrate", "calibration_path", "clear", "save", "shipped_for"]
@@ -72,7 +71,7 @@ def applied_for(target: str) -> Applied:
         return shipped_for(target)
     try:
         found = msgspec.json.decode(path.read_bytes(), type=Calibration)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise InvalidSpec(
             f"the calibration {path} cannot be read ({error}); remove it with: edgecomp target calibrate "
             f"{target} --clear"
@@ -123,15 +122,7 @@ def calibration_path(target: str) -> Path:
 
 def save(calibration: Calibration) -> Path:
     """Write a calibration in place of the one before; whole, or not at all."""
-    path = calibration_path(calibration.target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(calibration)) + b"\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return write_whole(calibration_path(calibration.target), encode_document(calibration), noun="calibration")
 
 
 def clear(target: str) -> bool:

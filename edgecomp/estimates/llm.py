@@ -19,6 +19,7 @@ from edgecomp.errors import InvalidSpec, UnknownName
 from edgecomp.estimates.applied import applied_for
 from edgecomp.estimates.efficiency import Load, modelled_us
 from edgecomp.estimates.peaks import rate_of, require_precision
+from edgecomp.files import JSON_ERRORS
 from edgecomp.specs.target import Target
 
 __all__ = [
@@ -141,7 +142,7 @@ def load_shape(name: str) -> LlmShape:
         document = msgspec.json.decode(path.read_bytes())
     except OSError as error:
         raise InvalidSpec(f"--llm {name} cannot be read: {error.strerror}; give the model's config.json") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise InvalidSpec(f"--llm {name} is not JSON ({error}); give the model's config.json") from None
     if not isinstance(document, dict):
         raise InvalidSpec(f"--llm {name} holds no object; give the model's config.json")

@@ -10,18 +10,8 @@ from msgspec.structs import replace
 from edgecomp.errors import InvalidSpec, UnknownName
 from edgecomp.specs.target import Peak, PowerMode, Precision, Target
 
-__all__ = ["PRECISION_OF", "Rate", "at_power_mode", "rate_of", "require_precision"]
+__all__ = ["Rate", "at_power_mode", "rate_of", "require_precision"]
 
-PRECISION_OF: dict[str, Precision] = {
-    "float32": "fp32",
-    "float16": "fp16",
-    "bfloat16": "bf16",
-    "int8": "int8",
-    "uint8": "int8",
-    "float8e4m3fn": "fp8",
-    "float8e5m2": "fp8",
-    "float4e2m1": "fp4",
-}
 _FIRST_TF32 = 80  # compute capability
 _FP32_OF_FP16 = {72: 8, 75: 8}  # 64 FP32 cores (128 FLOP a clock) beside tensor cores of 1024 FLOP a clock in each SM
 

@@ -12,8 +12,8 @@ from edgecomp.errors import InvalidSpec
 from edgecomp.estimates.applied import Applied, applied_for
 from edgecomp.estimates.efficiency import Load, modelled_us
 from edgecomp.estimates.fusion import Kernel, fuse
-from edgecomp.estimates.peaks import PRECISION_OF, Rate, rate_of, require_precision
-from edgecomp.specs.costs import ELEMENT_BYTES, FLOATS, GraphCosts, Kind, Role, ValueCost
+from edgecomp.estimates.peaks import Rate, rate_of, require_precision
+from edgecomp.specs.costs import ELEMENT_BYTES, FLOATS, PRECISION_OF, GraphCosts, Kind, Role, ValueCost
 from edgecomp.specs.target import Precision, Target
 
 __all__ = ["Bound", "Estimate", "KernelTime", "Work", "estimate_graph", "load_of", "prepare"]

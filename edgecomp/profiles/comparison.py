@@ -6,16 +6,14 @@ model and one machine; anything else is refused, or with `force` said in the com
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
 
-from edgecomp.errors import EdgecompError, InvalidSpec
+from edgecomp.errors import InvalidSpec
+from edgecomp.files import JSON_ERRORS, encode_document, write_whole
 from edgecomp.profiles.latency import LatencyProfile
 from edgecomp.profiles.machine import Machine
 from edgecomp.profiles.ratios import Ratio
@@ -206,17 +204,9 @@ def write_comparison(document: msgspec.Struct, path: Path, *, kind: str) -> None
     """
     if path.suffix != ".json":
         raise InvalidSpec(f"--out {path} must end in .json")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        if path.exists() and not _is_of(path, kind):
-            raise InvalidSpec(f"--out {path} is there and is no {kind}; name another file")
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise EdgecompError(f"--out {path} cannot be written: {error.strerror}; name another place") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    if path.exists() and not _is_of(path, kind):
+        raise InvalidSpec(f"--out {path} is there and is no {kind}; name another file")
+    write_whole(path, encode_document(document), noun="--out")
 
 
 class _Kind(msgspec.Struct, frozen=True):
@@ -226,5 +216,5 @@ class _Kind(msgspec.Struct, frozen=True):
 def _is_of(path: Path, kind: str) -> bool:
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Kind).kind == kind
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (OSError, *JSON_ERRORS):
         return False

@@ -6,17 +6,16 @@ one whose figures contradict each other is refused with its name, never read in 
 
 from __future__ import annotations
 
-import os
+import math
 import re
-import secrets
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from edgecomp.errors import EdgecompError, InvalidSpec, RunError
+from edgecomp.errors import InvalidSpec, RunError
+from edgecomp.files import encode_document, read_document, write_whole
 from edgecomp.profiles.latency import LatencyProfile
 from edgecomp.profiles.machine import Machine
 
@@ -33,8 +32,8 @@ __all__ = [
 ]
 
 SCHEMA: Final = 1
-_KIND: Final = "edgecomp result"
 _LARGEST = 256 << 20  # bytes; raw samples of an hour of short runs fit
+_LONGEST_US = 1e12  # eleven days
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
 
 Time = Annotated[float, Meta(ge=0)]
@@ -159,7 +158,7 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     schema: Literal[1] = SCHEMA
-    kind: Literal["edgecomp result"] = _KIND
+    kind: Literal["edgecomp result"] = "edgecomp result"
     created: str
     edgecomp: str
     command: tuple[str, ...]
@@ -180,43 +179,15 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return not any(profile.marks for profile in self.profiles)
 
 
-class _Head(msgspec.Struct, frozen=True):
-    """The fields that tell whether a document is a result of a schema that is known."""
-
-    kind: str = ""
-    schema: int = 0
-
-
 def read_result(path: Path) -> Result:
     """Read a result file.
 
     Raises:
         RunError: it cannot be read, is truncated or no result, is of a newer schema, or contradicts itself.
     """
-    try:
-        size = path.stat().st_size
-        if size > _LARGEST:
-            raise RunError(f"{path} has {size} bytes, more than any result; is it the right file?")
-        content = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"result {path} cannot be read: {error.strerror}; check the path") from None
-    try:
-        head = msgspec.json.decode(content, type=_Head)
-    except msgspec.ValidationError:
-        head = _Head()
-    except msgspec.DecodeError as error:
-        raise RunError(f"result {path} is truncated or no JSON ({error}); measure again or copy it again") from None
-    if head.kind != _KIND:
-        raise RunError(f"{path} is JSON, and no result of `edgecomp profile`: its kind is {head.kind or 'missing'!r}")
-    if head.schema != SCHEMA:
-        raise RunError(
-            f"result {path} is of schema {head.schema}, and this edgecomp reads {SCHEMA}; install the edgecomp that "
-            "wrote it, or measure again"
-        )
-    try:
-        result = msgspec.json.decode(content, type=Result)
-    except msgspec.ValidationError as error:
-        raise RunError(f"result {path} is damaged or was edited: {error}; measure again") from None
+    result = read_document(
+        path, Result, noun="result", verb="edgecomp profile", again="measure again", largest=_LARGEST
+    )
     for profile in result.profiles:
         if "p50" not in profile.percentiles:
             raise RunError(f"result {path}: {profile.model} has no p50; it was edited: measure again")
@@ -225,6 +196,9 @@ def read_result(path: Path) -> Result:
                 f"result {path}: {profile.model} says {profile.num_samples} samples and holds "
                 f"{len(profile.samples_us)}; measure again"
             )
+        worst = max(profile.samples_us, key=lambda us: us if us >= 0 else math.inf)
+        if not 0 <= worst <= _LONGEST_US:
+            raise RunError(f"result {path}: {profile.model} holds a sample of {worst:g} us; measure again")
     return result
 
 
@@ -243,16 +217,7 @@ def write_result(result: Result, out: Path) -> Path:
             read_result(path)
         except RunError as error:
             raise InvalidSpec(f"{path} is there and would be lost ({error}); name another file") from None
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise EdgecompError(f"result {path} cannot be written: {error.strerror}; name another place") from None
-    return path
+    return write_whole(path, encode_document(result), noun="result")
 
 
 def _stem(result: Result) -> str:

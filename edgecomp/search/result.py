@@ -5,16 +5,13 @@ One JSON file, documented field by field in `docs/search.md`; `edgecomp report` 
 
 from __future__ import annotations
 
-import os
-import secrets
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from edgecomp.errors import EdgecompError, RunError
+from edgecomp.files import encode_document, read_document, write_whole
 from edgecomp.profiles.machine import Machine
 
 __all__ = [
@@ -31,7 +28,6 @@ __all__ = [
 ]
 
 SCHEMA: Final = 1
-_KIND: Final = "edgecomp search"
 _LARGEST = 64 << 20
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -169,7 +165,7 @@ class SearchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """
 
     schema: Literal[1] = SCHEMA
-    kind: Literal["edgecomp search"] = _KIND
+    kind: Literal["edgecomp search"] = "edgecomp search"
     created: str
     edgecomp: str
     command: tuple[str, ...]
@@ -207,40 +203,20 @@ class SearchResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         return next(row for row in self.rows if row.name == name)
 
 
-class _Head(msgspec.Struct, frozen=True):
-    kind: str = ""
-    schema: int = 0
-
-
 def read_search(path: Path) -> SearchResult:
     """Read the document of a search.
 
     Raises:
         RunError: it cannot be read, is truncated, no search, or of a newer schema.
     """
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise RunError(f"{path} has {path.stat().st_size} bytes, more than any search; is it the right file?")
-        content = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"search {path} cannot be read: {error.strerror}; check the path") from None
-    try:
-        head = msgspec.json.decode(content, type=_Head)
-    except msgspec.ValidationError:
-        head = _Head()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RunError(f"search {path} is truncated or no JSON ({error}); run the search again, it resumes") from None
-    if head.kind != _KIND:
-        raise RunError(f"{path} is JSON, and no document of `edgecomp search`: its kind is {head.kind or 'missing'!r}")
-    if head.schema != SCHEMA:
-        raise RunError(
-            f"search {path} is of schema {head.schema}, and this edgecomp reads {SCHEMA}; install the edgecomp that "
-            "wrote it, or search again"
-        )
-    try:
-        return msgspec.json.decode(content, type=SearchResult)
-    except msgspec.ValidationError as error:
-        raise RunError(f"search {path} is damaged or was edited: {error}; run the search again") from None
+    return read_document(
+        path,
+        SearchResult,
+        noun="search",
+        verb="edgecomp search",
+        again="run the search again, it resumes",
+        largest=_LARGEST,
+    )
 
 
 def write_search(result: SearchResult, path: Path) -> None:
@@ -249,11 +225,4 @@ def write_search(result: SearchResult, path: Path) -> None:
     Raises:
         EdgecompError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise EdgecompError(f"search {path} cannot be written: {error.strerror}; name another --out") from None
+    write_whole(path, encode_document(result), noun="search")

@@ -11,7 +11,19 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["ELEMENT_BYTES", "FLOATS", "GraphCosts", "Kind", "OpCost", "Role", "ValueCost", "multiply_adds"]
+from edgecomp.specs.target import Precision
+
+__all__ = [
+    "ELEMENT_BYTES",
+    "FLOATS",
+    "PRECISION_OF",
+    "GraphCosts",
+    "Kind",
+    "OpCost",
+    "Role",
+    "ValueCost",
+    "multiply_adds",
+]
 
 Kind = Literal[
     "matmul",  # a matrix product or one with constants; Gemm, Einsum of two operands
@@ -49,6 +61,17 @@ ELEMENT_BYTES: dict[str, float] = {
     "int4": 0.5,
     "uint4": 0.5,
     "bool": 1,
+}
+#: The precision that a product of a type runs in.
+PRECISION_OF: dict[str, Precision] = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "int8": "int8",
+    "uint8": "int8",
+    "float8e4m3fn": "fp8",
+    "float8e5m2": "fp8",
+    "float4e2m1": "fp4",
 }
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16", "float8e4m3fn", "float8e5m2", "float4e2m1"})
 
@@ -154,15 +177,7 @@ class GraphCosts(msgspec.Struct, frozen=True):
         for op in self.ops:
             by_type[op.dtype] = by_type.get(op.dtype, 0) + op.flops
         most = max(by_type, key=lambda dtype: by_type[dtype], default="float32")
-        return {
-            "float16": "fp16",
-            "bfloat16": "bf16",
-            "int8": "int8",
-            "uint8": "int8",
-            "float8e4m3fn": "fp8",
-            "float8e5m2": "fp8",
-            "float4e2m1": "fp4",
-        }.get(most, "fp32")
+        return PRECISION_OF.get(most, "fp32")
 
 
 def multiply_adds(

@@ -302,7 +302,7 @@ def test_comparison_is_written_and_never_over_something_else(tmp_path: Path, res
     with pytest.raises(InvalidSpec, match=r"--out c must end in \.json"):
         api.compare(words, out="c")
     with pytest.raises(EdgecompError, match="cannot be written"):
-        api.compare(words, out=tmp_path / "absent" / "c.json")
+        api.compare(words, out=out / "c.json")  # below a file
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json", "c.json"]
 
 

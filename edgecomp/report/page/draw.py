@@ -100,7 +100,7 @@ def open_pen(needed_for: str) -> Iterator[Pen]:
     settings = {**mpl.rcParamsDefault, **_SETTINGS, "backend": mpl.rcParams["backend"]}
     with mpl.rc_context(settings), warnings.catch_warnings():
         # a letter that matplotlib's font lacks is measured as a box; the reader's own fonts show it
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield Pen()
 
 

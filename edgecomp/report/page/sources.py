@@ -6,7 +6,6 @@ out and said; a file that was named, or that is broken, stops the report.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from edgecomp.errors import RunError
+from edgecomp.files import JSON_ERRORS, read_content
 from edgecomp.profiles.comparison import Comparison
 from edgecomp.profiles.result import Result, read_result
 from edgecomp.report.calibrate import CalibrationReport
@@ -27,7 +27,6 @@ __all__ = ["Document", "Source", "Sources", "read_sources"]
 
 _LARGEST = 256 << 20
 _MOST_FILES = 2_000
-_LONGEST_US = 1e12  # eleven days
 
 
 Document = Result | Comparison | MethodsReport | SearchResult | EstimateReport | EvaluationReport | CalibrationReport
@@ -93,19 +92,13 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _read(path: Path, *, is_named: bool) -> Document | None:
-    try:
-        size = path.stat().st_size
-        if size > _LARGEST:
-            raise RunError(f"{path} has {size} bytes, more than any result; is it the right file?")
-        content = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"result {path} cannot be read: {error.strerror}; check the path") from None
+    content = read_content(path, noun="result", largest=_LARGEST)
     try:
         head = msgspec.json.decode(content, type=_Head)
     except msgspec.ValidationError:  # a list or a number
         head = _Head()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RunError(f"result {path} is truncated or no JSON ({error}); measure again or copy it again") from None
+    except JSON_ERRORS as error:
+        raise RunError(f"result {path} is truncated or no JSON ({error}); measure again, or copy it again") from None
     if bytes(head.kind) == b'"edgecomp search"':
         return _require_rows(path, read_search(path))
     if bytes(head.kind) == b'"edgecomp comparison"':
@@ -113,7 +106,7 @@ def _read(path: Path, *, is_named: bool) -> Document | None:
     if bytes(head.kind) == b'"edgecomp methods"':
         return _decode(path, content, MethodsReport)
     if bytes(head.kind).startswith(b'"edgecomp '):
-        return _require_times(path, read_result(path))
+        return read_result(path)
     if bytes(head.evaluation):
         return _decode(path, content, EvaluationReport)
     if bytes(head.efficiency_from):
@@ -126,15 +119,6 @@ def _read(path: Path, *, is_named: bool) -> Document | None:
             "`compare`, `estimate`, `evaluate` or `calibrate` with --json, wrote"
         )
     return None
-
-
-def _require_times(path: Path, result: Result) -> Result:
-    """Refuse times that no clock gives."""
-    for profile in result.profiles:
-        worst = max(profile.samples_us, key=lambda us: us if us >= 0 else math.inf)
-        if not 0 <= worst <= _LONGEST_US:
-            raise RunError(f"result {path}: {profile.model} holds a sample of {worst:g} us; measure again")
-    return result
 
 
 def _require_rows(path: Path, found: SearchResult) -> SearchResult:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-from contextlib import suppress
 from pathlib import Path
 
-from edgecomp.errors import EdgecompError, InvalidSpec
+from edgecomp.errors import InvalidSpec
+from edgecomp.files import write_whole
 
-__all__ = ["require_free", "write_whole"]
+__all__ = ["require_free", "write_report"]
 
 _HEAD = 8192  # bytes in which a marker stands
 
@@ -33,20 +31,10 @@ def require_free(path: Path, marker: str, *, force: bool) -> None:
         raise InvalidSpec(f"{path} is there and no report of edgecomp; name another file, or --force to lose it")
 
 
-def write_whole(path: Path, content: str | bytes) -> Path:
-    """Write a file beside its place and move it there.
+def write_report(path: Path, content: str | bytes) -> Path:
+    """Write a file whole, or not at all.
 
     Raises:
         EdgecompError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise EdgecompError(f"report {path} cannot be written: {error.strerror}; name another place") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path
+    return write_whole(path, content.encode() if isinstance(content, str) else content, noun="report")
