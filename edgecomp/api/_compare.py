@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -28,6 +30,7 @@ from edgecomp.api._contest import (
 )
 from edgecomp.api._parity import parity
 from edgecomp.api._progress import Progress, silent
+from edgecomp.bundle import MANIFEST
 from edgecomp.errors import InvalidSpec, UnknownName
 from edgecomp.parity import check_bucket, read_goldens
 from edgecomp.parity import compare as compare_arrays
@@ -149,7 +152,18 @@ def compare(
     comparison = Comparison(
         created=now(),
         edgecomp=__version__,
-        command=("edgecomp", "compare", *(Path(word).name for word in words)),
+        command=_command(
+            words,
+            base=base,
+            runner=runner,
+            threads=threads,
+            budget=budget,
+            batch=batch,
+            rounds=rounds,
+            duration_s=duration_s,
+            seed=seed,
+            force=force,
+        ),
         base=first.name,
         rounds=turns.rounds if turns is not None else 0,
         seed=seed,
@@ -162,6 +176,23 @@ def compare(
     if str(out):
         write_comparison(comparison, Path(out), kind=COMPARISON_KIND)
     return comparison
+
+
+def _command(words: Sequence[str], **given: Any) -> tuple[str, ...]:
+    """Return the words that repeat the run, without those that say what is so anyway; paths by their last names."""
+    usual = {name: parameter.default for name, parameter in inspect.signature(compare).parameters.items()}
+    said = [
+        f"--{name.removesuffix('_s')}" + ("" if isinstance(value, bool) else f"={value}")
+        for name, value in given.items()
+        if value != usual[name]
+    ]
+    models = [Path(word) for word in words]
+    names = [f"{path.parent.name}/{path.name}" if _is_in_bundle(path) else path.name for path in models]
+    return ("edgecomp", "compare", *names, *said)
+
+
+def _is_in_bundle(path: Path) -> bool:
+    return path.suffix == ".onnx" and (path.parent / MANIFEST).is_file()
 
 
 def now() -> str:

@@ -64,7 +64,8 @@ def describe_search(report: SearchResult) -> str:
     machine = f" ({report.machine.cpu}, {report.machine.cores} cores)" if report.machine is not None else ""
     how = "times are estimates"
     if report.machine is not None:
-        how = f"{report.duration_s:g} s each in {report.runner}, {report.threads or 'its own choice of'} threads"
+        threads = "1 thread" if report.threads == 1 else f"{report.threads or 'its own choice of'} threads"
+        how = f"{report.duration_s:g} s each in {report.runner}, {threads}"
     shown = [row for row in report.rows if row.latency_us is not None]
     skipped: dict[tuple[str, str], list[str]] = {}
     for row in report.rows:

@@ -331,6 +331,7 @@ def test_bundles_through_the_command_line(cli: Cli, exported: Path, tmp_path: Pa
     small, large = found["contestants"]
     assert [small["name"], large["name"]] == ["bundle.m4", "bundle.m9"]
     assert small["parity"].startswith("pass (max rel")
+    assert found["command"] == ["edgecomp", "compare", "bundle", "--threads=1", "--rounds=6"]
     assert (small["tokens_in"], small["tokens_out"], large["tokens_out"]) == (16, 4, 9)
     assert 0 < small["flops"] < large["flops"]
     assert large["ratio"]["way"] == "paired"

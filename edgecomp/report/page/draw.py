@@ -342,14 +342,18 @@ def _draw_points(plot: PointsPlot) -> Frame:
 
 
 def _name_points(frame: Frame, points: Sequence[Point], x: Scale, y: Scale) -> None:
-    """Write names beside points, those of the front first, and leave out those that would lie upon another."""
+    """Write names beside points, those of the front first, and leave out those that would lie upon another.
+
+    The front comes to a point from below and leaves it to the right, so that its name stands to the left where there
+    is room.
+    """
     taken: list[tuple[float, float]] = []
     for one in sorted(points, key=lambda point: (not point.is_front, point.x)):
         at = (x.part(one.x), y.part(one.y))
         if any(abs(at[0] - other[0]) < 0.3 and abs(at[1] - other[1]) < 0.06 for other in taken):
             continue
         taken.append(at)
-        is_right = at[0] > 0.55
+        is_right = at[0] > (text_width(one.label, 8.5) / frame.wide if one.is_front else 0.55)
         frame.write(
             one.x,
             one.y,

@@ -72,6 +72,11 @@ class Frame:
         self._left, self._wide = room.left / _WIDTH, (_WIDTH - room.left - room.right) / _WIDTH
         self._foot, self._high = below / self._height, room.height / self._height
 
+    @property
+    def wide(self) -> float:
+        """Inches from its left to its right."""
+        return self._wide * _WIDTH
+
     def line(self, xs: Iterable[float], ys: Iterable[float], **look: Any) -> None:
         """Draw a line through points, or marks at them; NaN ends a line and begins another."""
         self._line([self._across(x) for x in xs], [self._up(y) for y in ys], **look)
