@@ -144,9 +144,9 @@ def findings_of(graphs: Iterable[GraphEstimate], target: str) -> tuple[str, ...]
             own = made.selection_us + made.merge_us
             slower = "slower than" if graph.over_plain > 1 else "no faster than"
             found.append(
-                f"{graph.model} does not pay on {target} at batch {made.batch} in {made.precision}: "
-                f"{_ms(made.mid_us)} ms, {slower} the plain model's {_ms(plain.estimate.mid_us)} ms; choosing and merging take {_ms(own)} ms of it, and launches "
-                f"{_share(made.launch_us, made.mid_us)}"
+                f"{graph.model} does not pay on {target} at batch {made.batch}, {made.precision}: "
+                f"{_ms(made.mid_us)} ms, {slower} the plain model's {_ms(plain.estimate.mid_us)} ms; choosing and "
+                f"merging take {_ms(own)} ms of it, and launches {_share(made.launch_us, made.mid_us)}"
             )
         if graph.memory.verdict == "does not fit":
             found.append(

@@ -267,7 +267,7 @@ def test_a_bucket_is_its_stem_and_the_rest(parts: Path) -> None:
 
 def test_a_method_that_does_not_pay_is_a_finding(cli: Cli, parts: Path) -> None:
     said = cli("estimate", parts, "--target", "t4")
-    assert "finding: m.onnx does not pay on t4 at batch 1 in fp32: " in said.out
+    assert "finding: m.onnx does not pay on t4 at batch 1, as written: " in said.out
     assert "slower than the plain model's" in said.out
     swapped = cli("estimate", parts, "--target", "t4", "--llm", "qwen3-0.6b", "--visual-tokens", "8", "--json")
     rows = json.loads(swapped.out)["llm"]["rows"]
