@@ -113,6 +113,7 @@ def picture_of(
     notes: list[str] = []
     nodes: tuple[ChoiceNode, ...] = ()
     chosen: Recorded | None = None
+    reads: tuple[tuple[str, Array], ...] = ()
     seen = outputs
     with tempfile.TemporaryDirectory(prefix="edgecomp-draw-") as folder:
         spare = None if runner in _ENGINES else Path(folder)  # an engine of it takes minutes to build, and is kept
@@ -124,6 +125,9 @@ def picture_of(
             notes.append(f"the end alone is shown: {error}")
         else:
             nodes, chosen = forced.choices, {}
+            if not nodes and runner not in _ENGINES:
+                progress(f"{bucket.model}: what its tokens read of the patches, in {runner}")
+                reads = _readings(opened, bucket, inputs, Path(folder), runner=runner, threads=threads)
             if nodes:
                 progress(f"{bucket.model}: its choices in {runner}")
                 with open_graph(runner, opened, bucket, threads=threads, model=form) as loaded:
@@ -135,8 +139,30 @@ def picture_of(
         image=path.name,
         bundle=opened.path.resolve().name,
         pixels=to_rgb(inputs[image.name], opened.manifest.preprocess),
-        patches=join_layers(opened.manifest, bucket, seen, nodes=nodes, chosen=chosen, notes=notes),
+        patches=join_layers(opened.manifest, bucket, seen, nodes=nodes, chosen=chosen, reads=reads, notes=notes),
     )
+
+
+def _readings(
+    opened: Bundle, bucket: Bucket, inputs: dict[str, Array], folder: Path, *, runner: str, threads: int
+) -> tuple[tuple[str, Array], ...]:
+    """Return how much output tokens read of each patch, attention by attention, with its module."""
+    from edgecomp.export.readers import write_readers
+
+    budget, form = bucket.budget, folder / bucket.model
+    found = write_readers(
+        opened.path / bucket.model,
+        form,
+        batch=bucket.batch,
+        patches=budget.tokens_in,
+        tokens=budget.tokens_out,
+        prefix="model." if bucket.stem else "",
+    )
+    if not found:
+        return ()
+    with open_graph(runner, opened, bucket, threads=threads, model=form) as loaded:
+        outputs = loaded.infer(inputs)
+    return tuple((one.where, outputs[one.output]) for one in found)
 
 
 def write_picture(path: Path, picture: Picture) -> None:

@@ -26,6 +26,7 @@ class PatchLayer(msgspec.Struct, frozen=True, eq=False):
         rows: (N,) int32, the token that each patch is in; -1: it is in none.
         scores: (N,) float32, what the layer chose by; NaN where a patch had no score, or was gone before.
         scored: what these scores are; "" where there are none.
+        is_read: no patch is in a token, since each token reads all of them; `rows` says nothing then.
     """
 
     name: str
@@ -34,6 +35,7 @@ class PatchLayer(msgspec.Struct, frozen=True, eq=False):
     rows: Array
     scores: Array
     scored: str = ""
+    is_read: bool = False
 
     @property
     def made(self) -> int:
@@ -67,7 +69,9 @@ class PatchLayer(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """How many patches are kept alone, merged, and dropped."""
+        """How many patches are kept alone, merged, and dropped; none of the three where all are read."""
+        if self.is_read:
+            return 0, 0, 0
         merged, dropped = int(self.merged.sum()), int(self.dropped.sum())
         return len(self.rows) - merged - dropped, merged, dropped
 

@@ -53,6 +53,7 @@ def join_layers(
     *,
     nodes: Sequence[ChoiceNode] = (),
     chosen: Chosen | None = None,
+    reads: Sequence[tuple[str, Array]] = (),
     notes: Sequence[str] = (),
     row: int = 0,
 ) -> PatchLayers:
@@ -65,6 +66,8 @@ def join_layers(
         outputs: of the same run as the choices.
         nodes: the graph's choices; empty where it makes none, or they are not known.
         chosen: scores and indices of each by its number; none: not known.
+        reads: where nothing is chosen: of each attention of output tokens over patches the module, and (B, N) how much
+            is read of each patch.
         notes: what is known already.
         row: of the batch.
     """
@@ -78,6 +81,12 @@ def join_layers(
     if grid is None:
         layers, grid = (), (1, count)
         said.append(f"no picture: {count} tokens make no square of patches")
+    elif end is None and not layers and reads:
+        layers = tuple(_read_layer(where, array[row], bucket.budget.tokens_out) for where, array in reads)
+        said.append(
+            f"nothing is chosen: each of the {bucket.budget.tokens_out} output tokens reads all {count} patches, "
+            "some more than others"
+        )
     elif end is None and not layers:
         said.append(_why_no_map(bucket, composed, is_known=chosen is not None))
     elif end is not None and not (layers and np.array_equal(layers[-1].rows, end.rows)):
@@ -86,7 +95,7 @@ def join_layers(
             why = composed.problem or "the last layer of its choices is not the map that the graph gives"
             said.append(f"the end alone is shown, as the graph's own map has it: {why}")
         layers = (end if is_inside else _with_scores(end, nodes, chosen or {}, row),)
-    elif end is None:
+    elif end is None and not reads:
         said.append("the graph gives no map: its layers are made of its choices alone, held to nothing")
     said += _sayings(layers, nodes)
     side = manifest.image_size
@@ -137,9 +146,21 @@ def _with_scores(end: PatchLayer, nodes: Sequence[ChoiceNode], chosen: Chosen, r
     return end
 
 
+def _read_layer(where: str, shares: Array, tokens: int) -> PatchLayer:
+    return PatchLayer(
+        name=layer_title(where),
+        where=where,
+        tokens=tokens,
+        rows=np.arange(len(shares), dtype=np.int32),
+        scores=shares.astype(np.float32),
+        scored="the share of attention that the output tokens give to each patch, mean over heads and tokens",
+        is_read=True,
+    )
+
+
 def _sayings(layers: tuple[PatchLayer, ...], nodes: Sequence[ChoiceNode]) -> list[str]:
     """Say what the colours cannot."""
-    if not layers:
+    if not layers or layers[-1].is_read:
         return []
     last, said = layers[-1], []
     if last.made and last.dropped.any():

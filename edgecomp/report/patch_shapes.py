@@ -126,6 +126,8 @@ def _runs(marked: Array, line: int, *, is_vertical: bool) -> Iterator[Edge]:
 
 def count_words(layer: PatchLayer) -> str:
     """Say what became of the patches in a few words, zeros left out."""
+    if layer.is_read:
+        return "all patches are read"
     kept, merged, dropped = layer.counts
     groups = f"{merged} in {len(layer.groups)} group{'s' * (len(layer.groups) != 1)}"
     return ", ".join([f"{kept} kept", *[groups] * bool(merged), *[f"{dropped} dropped"] * bool(dropped)])
@@ -135,6 +137,8 @@ def describe_layer(layer: PatchLayer, patches: PatchLayers) -> str:
     """Say in a sentence what a picture of a layer shows, for those who do not see it."""
     left = f"{token_words(layer.tokens)} {'is' if layer.tokens == 1 else 'are'} left"
     text = f"Behind {layer.name}, {left} of {patches.patches} patches: {count_words(layer)}."
+    if layer.is_read:
+        text = f"In {layer.name}, {token_words(layer.tokens)} read all {patches.patches} patches."
     span = layer.score_range
     if span is None:
         return text
@@ -159,7 +163,7 @@ def legend_of(patches: PatchLayers) -> dict[str, str]:
     """Return what a legend explains, of what there is: `kept`, `merged`, `dropped`, `empty`, each with its words."""
     layers = patches.layers
     there = {
-        "kept": bool(layers),
+        "kept": any(not layer.is_read for layer in layers),
         "merged": any(layer.merged.any() for layer in layers),
         "dropped": any(layer.dropped.any() for layer in layers),
         "empty": any(layer.score_range is not None and not np.isfinite(layer.scores).all() for layer in layers),

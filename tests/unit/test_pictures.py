@@ -497,8 +497,12 @@ def test_run_draws_named_inputs(cli, evit, tmp_path):
 
 def test_run_draws_what_has_no_map(cli, exported, tmp_path):
     said = cli("run", exported, "--budget", 4, "--draw", tmp_path / "p.svg")
-    assert "note: no patch map: nothing is chosen, each of the 4 output tokens reads all 16 patches" in said.out
-    assert "each of the 4 output tokens reads all 16 patches" in (tmp_path / "p.svg").read_text()
+    assert "note: nothing is chosen: each of the 4 output tokens reads all 16 patches" in said.out
+    drawn = (tmp_path / "p.svg").read_text()
+    assert (
+        "4 tokens read all 16 patches. Heat map of scores (the share of attention that the output tokens give" in drawn
+    )
+    assert "kept" not in drawn
 
 
 def test_run_refuses_what_it_cannot_draw(cli, exported, exported_tokens, tmp_path):
