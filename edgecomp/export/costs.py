@@ -236,6 +236,9 @@ class _Counter:
         if any(node.op == "If" for _, node in nodes):
             self.notes.append("both branches of each If are counted")
         outputs = tuple(name for name in view.outputs if name in self.values)
+        for name in view.outputs:
+            if name not in self.values:
+                self._weight(name)  # it is constant; the graph behind may read it
         return GraphCosts(
             self.path.name,
             batch,

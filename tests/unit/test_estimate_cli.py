@@ -282,6 +282,19 @@ def test_graphs_that_do_not_fit_together_are_named(parts: Path) -> None:
     assert in_a_row(stem, rest).flops == stem.flops + rest.flops
 
 
+def test_a_constant_that_a_stem_hands_on_is_a_weight(tmp_path: Path) -> None:
+    """The stem of attention-pruning hands on scores that are all zero where its blocks choose nothing."""
+    score = "n = Constant <value_ints: ints = [1, 8, 8]> () score = ConstantOfShape (n)"
+    shape = "float[1,8,8]"
+    graph_file(tmp_path / "stem.onnx", f"h = Relu (x) {score}", f"{shape} x", f"{shape} h, {shape} score")
+    graph_file(tmp_path / "m.onnx", "t = Neg (score) y = MatMul (h, t)", f"{shape} h, {shape} score", f"{shape} y")
+    costs = in_a_row(count_costs(tmp_path / "stem.onnx"), count_costs(tmp_path / "m.onnx"))
+    assert (costs.inputs, costs.outputs) == (("x",), ("y",))
+    negated = costs.ops[1]
+    assert (negated.reads, negated.weights, negated.bytes_read, negated.weight_bytes) == ((), ("score",), 0, 256)
+    assert "score" not in costs.values
+
+
 def test_a_bundle_without_its_plain_model_cannot_answer(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import edgecomp.api._estimate as module
 
