@@ -13,7 +13,7 @@ from edgecomp.estimates import applied_for, estimate_graph
 from edgecomp.estimates.chain import in_a_row
 from edgecomp.estimates.go_no_go import GoNoGo
 from edgecomp.estimates.go_no_go import go_no_go as answer
-from edgecomp.estimates.llm import SHAPES, load_shape, prefill, weight_bytes
+from edgecomp.estimates.llm import SHAPES, activation_bytes, load_shape, prefill, weight_bytes
 from edgecomp.estimates.memory import judge_bytes, judge_memory
 from edgecomp.estimates.peaks import at_power_mode, require_precision
 from edgecomp.report.estimate import EstimateReport, GraphEstimate, findings_of, graph_estimate
@@ -136,7 +136,7 @@ def estimate(
         findings=findings_of(shown, chosen.name),
         notes=tuple(dict.fromkeys(notes)),
         go_no_go=_answer(graphs, chosen, precision, batch or 0, plugin) if go_no_go else None,
-        llm=_llm(llm, shown, chosen, precision, visual_tokens, kept, text_tokens, schedule) if llm else None,
+        llm=_llm(llm, shown, graphs, chosen, precision, visual_tokens, kept, text_tokens, schedule) if llm else None,
     )
 
 
@@ -164,6 +164,7 @@ def _answer(graphs: list[_Read], target: Target, precision: str, batch: int, plu
 def _llm(
     name: str,
     shown: tuple[GraphEstimate, ...],
+    graphs: list[_Read],
     target: Target,
     precision: str,
     visual: int,
@@ -175,24 +176,38 @@ def _llm(
     shape, word = load_shape(name), precision or "fp16"
     if kept > visual:
         raise InvalidSpec(f"--kept {kept} is more than the {visual} of --visual-tokens")
-    plain = next((graph.estimate.mid_us for graph in shown if graph.role == "plain"), 0.0)
-    given: list[tuple[str, int, float]] = [("all", visual, plain)]
+    for one in shown:
+        if one.estimate.batch > 1:
+            raise InvalidSpec(
+                f"--llm {name} is given one sequence, and {one.model} would encode {one.estimate.batch} images at "
+                "once; leave --batch out, or export the model at batch 1"
+            )
+    whole_encoder = next((one for one in shown if one.role in ("plain", "file")), None)
+    given: list[tuple[str, int, GraphEstimate | None]] = [("all", visual, whole_encoder)]
     given += [
-        (graph.model, min(kept or graph.kept or visual, visual), graph.estimate.mid_us)
-        for graph in shown
-        if graph.role != "plain"
+        (one.model, min(kept or one.kept or visual, visual), one)
+        for one in shown
+        if one.role == "bucket" or (one.role == "file" and kept)
     ]
     if kept and not shown:
-        given.append((f"{kept} kept", kept, 0.0))
-    steps = [(label, count, us, "") for label, count, us in given]
-    steps += [(f"{label}, {schedule}", count, us, schedule) for label, count, us in given if schedule]
+        given.append((f"{kept} kept", kept, None))
+    steps = [(label, count, encoder, "") for label, count, encoder in given]
+    steps += [(f"{label}, {schedule}", count, encoder, schedule) for label, count, encoder in given if schedule]
     rows: list[LlmRow] = []
-    for label, count, us, words in steps:
+    for label, count, encoder, words in steps:
         made = prefill(shape, target, visual=count, text=text, schedule=words, precision=word)
         whole = rows[0].prefill.flops if rows else made.flops
-        held = judge_bytes(target, weight_bytes=weight_bytes(shape, word), activation_bytes=made.kv_bytes)
-        rows.append(LlmRow(label, us, made, (made.flops + made.overhead_flops) / whole, us + made.mid_us, held))
-    return LlmReport(name if name in SHAPES else shape.name, shape, word, visual, text, schedule, tuple(rows))
+        us, weights, live = 0.0, weight_bytes(shape, word), activation_bytes(shape, made.tokens)
+        if encoder is not None:  # both models are loaded, and run one after the other
+            us = encoder.estimate.mid_us
+            weights += encoder.estimate.weight_bytes
+            live = max(live, encoder.estimate.activation_bytes)
+        held = judge_bytes(target, weight_bytes=weights, activation_bytes=made.kv_bytes + live)
+        first = us + made.mid_us if encoder is not None or not shown else 0.0
+        rows.append(LlmRow(label, us, made, (made.flops + made.overhead_flops) / whole, first, held))
+    written = dict.fromkeys(precision or f"{graph.costs.precision}, as written" for graph in graphs)
+    label = name if name in SHAPES else shape.name
+    return LlmReport(label, shape, word, visual, text, schedule, tuple(rows), encoder_precision="; ".join(written))
 
 
 def _graphs_of(path: Path, *, batch: int, budget: str | None, progress: Progress) -> list[_Read]:

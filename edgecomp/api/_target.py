@@ -23,6 +23,7 @@ from edgecomp.specs.origin import file_sha256
 __all__ = ["target_calibrate"]
 
 _ROLES = ("bucket", "plain", "model")
+_ON_GPU = ("tensorrt", "rtx", "onnxruntime-cuda", "onnxruntime-trt")  # how a profile's runner begins, in small letters
 
 
 class _Model(NamedTuple):
@@ -49,7 +50,7 @@ def target_calibrate(
         results: result files, measured on that target.
         models: the bundles or .onnx files that were measured, told by their digest: a result holds no graph.
         plugin: merge nodes ran in edgecomp's plugin.
-        force: take results of another device too.
+        force: take results of another device too, and of runners that are not known to use its GPU.
         clear_it: remove the calibration instead.
         progress: takes one line for each step.
 
@@ -65,7 +66,10 @@ def target_calibrate(
     if not results:
         raise InvalidSpec(f"nothing to fit {chosen.name} to; give results of `edgecomp profile --out` with --from")
     known = [_identify(Path(path)) for path in models]
-    observed, labels, notes = [], [], []
+    observed: list[Observed] = []
+    labels, notes, graphs = [], [], []
+    seen: set[tuple[object, ...]] = set()
+    forced = False
     for file in map(Path, results):
         progress(file.name)
         result = read_result(file)
@@ -74,13 +78,21 @@ def target_calibrate(
                 f"{file.name} was measured on {result.target}, and this is {chosen.name}; give results of that device, "
                 "or --force to take it all the same"
             )
+        forced |= result.target != chosen.name
         model = _model_of(result, known, file)
         for profile in result.profiles:
             if profile.mode != "single-stream" or profile.role not in _ROLES:
                 notes.append(f"{file.name}: {profile.model} as {profile.role}, {profile.mode}, is left out")
                 continue
+            graph = (result.subject.digest, profile.model, profile.batch)
+            if (*graph, profile.samples_us) in seen:
+                notes.append(f"{file.name}: {profile.model} is the same measurement as one before it: counted once")
+                continue
+            seen.add((*graph, profile.samples_us))
+            forced |= _require_gpu(profile, file, chosen, force=force)
             notes += [f"{file.name}: {profile.model}: {mark}" for mark in profile.marks]
             observed.append(_observe(model, profile, chosen, plugin=plugin))
+            graphs.append(graph)
             labels.append(f"{result.subject.name}/{profile.model}, batch {profile.batch}, {profile.runner}")
     if not observed:
         raise InvalidSpec(
@@ -88,8 +100,7 @@ def target_calibrate(
             "fitted; measure with `edgecomp profile --out`"
         )
     before = shipped_for(chosen.name)
-    forced = any(read_result(Path(file)).target != chosen.name for file in results)
-    made = calibrate(chosen.name, observed, labels, forced=forced)
+    made = calibrate(chosen.name, observed, labels, graphs=graphs, forced=forced)
     path = save(made)
     rows = tuple(
         CalibratedRow(label, one.us, _sum(one, before.efficiency), _sum(one, made.efficiency))
@@ -106,6 +117,19 @@ def target_calibrate(
         forced=forced,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _require_gpu(profile: LatencyProfile, file: Path, target: Target, *, force: bool) -> bool:
+    """Refuse a time that is not known to be the GPU's, of which a target tells; say whether it was forced in."""
+    if profile.runner.lower().startswith(_ON_GPU):
+        return False
+    if not force:
+        raise InvalidSpec(
+            f"{file.name}: {profile.model} was run by {profile.runner}, and {target.name} is estimated for its GPU; "
+            f"give results of {', '.join(_ON_GPU[:-1])} (`edgecomp profile --runner`), or --force to take it all "
+            "the same"
+        )
+    return True
 
 
 def _sum(one: Observed, efficiency: Efficiency) -> float:

@@ -32,7 +32,9 @@ def calibrate(
     plugin: Annotated[
         bool, typer.Option("--plugin/--no-plugin", help="Whether merge nodes ran in edgecomp's plugin.")
     ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Take results of another device too.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Take results of another device too, and of runners that use no GPU.")
+    ] = False,
     clear: Annotated[bool, typer.Option("--clear", help="Remove the calibration.")] = False,
     json: JSON = False,
 ) -> None:

@@ -5,13 +5,13 @@ A calibration is one JSON file a target in the user's config folder (`resources.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
 from edgecomp.errors import InvalidSpec
@@ -22,7 +22,8 @@ from edgecomp.resources import config_dir
 __all__ = ["Applied", "Calibration", "applied_for", "calibrate", "calibration_path", "clear", "save", "shipped_for"]
 
 _HOLD = 0.04  # (0.1 / 0.5)^2: a measurement is believed to 10 %, a number of the fit to half a unit of its logarithm
-_ENOUGH = 3  # results from which on leaving one out says something
+_ENOUGH = 3  # different graphs or batches from which on leaving one out says something
+_FLOOR = math.log(1.1)  # no fit is believed further than the measurements it is made of
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -45,10 +46,10 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a user's own measurements of a target gave.
 
     Attributes:
-        error: when each result is left out in turn, the largest of |log(computed / measured)|; of fewer than three
-            results that of the published fit, which `error_of` says.
+        error: when each graph and batch is left out in turn, the largest of |log(computed / measured)|, at least 10 %;
+            of fewer than three of them that of the published fit, which `error_of` says.
         results: labels of what was measured, never a path.
-        forced: results of another device were let in.
+        forced: results of another device, or of a runner that uses no GPU, were let in.
     """
 
     schema: Literal[1]
@@ -77,8 +78,10 @@ def applied_for(target: str) -> Applied:
             f"{target} --clear"
         ) from None
     count = len(found.results)
-    forced = ", some of another device" if found.forced else ""
+    forced = ", some of another device or of no GPU" if found.forced else ""
     source = f"your own calibration of {target} ({count} result{'s' * (count > 1)}{forced})"
+    if found.error_of == "published":  # the error of another fit, and said to be
+        source += f", too few to tell its error; the band is that of {shipped_for(target).source}"
     return Applied(found.efficiency, found.error, source, is_own=found.error_of == "left out")
 
 
@@ -92,21 +95,38 @@ def shipped_for(target: str) -> Applied:
     return Applied(shipped.efficiency, shipped.error_for(target), source)
 
 
-def calibrate(target: str, observed: Sequence[Observed], results: Sequence[str], *, forced: bool) -> Calibration:
+def calibrate(
+    target: str,
+    observed: Sequence[Observed],
+    results: Sequence[str],
+    *,
+    graphs: Sequence[Hashable],
+    forced: bool,
+) -> Calibration:
     """Refit the efficiency of a target from what its user measured.
 
     The numbers are held to the published fit as if each were believed to half a unit of its logarithm, and a
     measurement to 10 %: a single result then moves mostly what it depends on.
+
+    Args:
+        observed: the measurements, and `results` their labels.
+        graphs: of each, what was measured at which batch. All measurements of one are left out together: another of
+            the same graph foretells it, whatever the fit is worth.
+        forced: see `Calibration`.
     """
     start = shipped_fit().efficiency
     made = fit(observed, start, hold=_HOLD)
-    if len(observed) < _ENOUGH:
+    if len(set(graphs)) < _ENOUGH:
         return Calibration(1, target, made, shipped_fit().error_for(target), "published", tuple(results), forced)
-    errors = [
-        log_error(one, fit([*observed[:place], *observed[place + 1 :]], start, hold=_HOLD))
-        for place, one in enumerate(observed)
-    ]
-    return Calibration(1, target, made, float(np.max(np.abs(errors))), "left out", tuple(results), forced)
+    errors = [_FLOOR]
+    for graph in dict.fromkeys(graphs):
+        without = fit(_where(observed, [one != graph for one in graphs]), start, hold=_HOLD)
+        errors += [abs(log_error(one, without)) for one in _where(observed, [one == graph for one in graphs])]
+    return Calibration(1, target, made, max(errors), "left out", tuple(results), forced)
+
+
+def _where(observed: Sequence[Observed], chosen: Sequence[bool]) -> list[Observed]:
+    return [one for one, is_chosen in zip(observed, chosen, strict=True) if is_chosen]
 
 
 def calibration_path(target: str) -> Path:

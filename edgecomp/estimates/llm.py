@@ -26,6 +26,7 @@ __all__ = [
     "SHAPES",
     "LlmShape",
     "Prefill",
+    "activation_bytes",
     "layer_flops",
     "load_shape",
     "merging_flops",
@@ -42,6 +43,26 @@ _LARGEST_SEQUENCE = 1 << 22
 _WEIGHT_BYTES = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "fp4": 0.5}
 _PAGERANK_ROUNDS = 5
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
+_MOST_LAYERS = 1000  # the deepest decoders have some 120
+_SILU = ("silu", "swish")
+#: Whose layers are the formula above: grouped keys, attention to all that came before, a gated MLP of silu.
+_KNOWN_TYPES = (
+    "llama",
+    "mistral",
+    "vicuna",
+    "qwen2",
+    "qwen2_vl",
+    "qwen2_vl_text",
+    "qwen2_5_vl",
+    "qwen2_5_vl_text",
+    "qwen3",
+    "qwen3_vl",
+    "qwen3_vl_text",
+    "llava",  # its first versions put the sizes of LLaMA, Mistral or Qwen2 beside their own
+    "llava_llama",
+    "llava_mistral",
+    "llava_qwen",
+)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -156,12 +177,16 @@ def _from_config(name: str, document: dict[str, Any]) -> LlmShape:
             f"--llm {name} has {experts} = {inner[experts]!r}: a mixture of experts, whose FLOPs hang on routing; "
             "only dense decoders are modelled"
         )
+    kind = str(inner.get("model_type") or document.get("model_type") or "")
+    _require_known_layers(name, kind, inner)
 
-    def size(key: str, default: int = 0) -> int:
+    def size(key: str, default: int = 0, most: int = (1 << 24) - 1) -> int:
         value = inner.get(key)
         if value is None and default:
             return default
-        if type(value) is not int or not 1 <= value < 1 << 24:
+        if type(value) is int and value > most:
+            raise InvalidSpec(f"--llm {name}: {key} is {value} and at most {most}; mend the config.json")
+        if type(value) is not int or value < 1:
             known = ", ".join(sorted(str(one) for one in inner)[:12])
             raise InvalidSpec(
                 f"--llm {name}: {key} is {value!r} and must be a positive integer; a config.json of LLaMA, "
@@ -171,14 +196,19 @@ def _from_config(name: str, document: dict[str, Any]) -> LlmShape:
         return value
 
     dim, heads = size("hidden_size"), size("num_attention_heads")
+    if inner.get("head_dim") is None and dim % heads:
+        raise InvalidSpec(
+            f"--llm {name}: hidden_size {dim} is no multiple of {heads} heads, and head_dim is not said; mend the "
+            "config.json"
+        )
     kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", max(1, dim // heads))
     if heads % kv_heads:
         raise InvalidSpec(
             f"--llm {name}: {heads} heads cannot share {kv_heads} key heads evenly; mend num_key_value_heads"
         )
     return LlmShape(
-        name=str(inner.get("model_type") or document.get("model_type") or Path(name).parent.name or "config"),
-        layers=size("num_hidden_layers"),
+        name=kind,
+        layers=size("num_hidden_layers", most=_MOST_LAYERS),
         dim=dim,
         heads=heads,
         kv_heads=kv_heads,
@@ -187,6 +217,32 @@ def _from_config(name: str, document: dict[str, Any]) -> LlmShape:
         vocabulary=size("vocab_size"),
         tied=bool(inner.get("tie_word_embeddings", document.get("tie_word_embeddings", False))),
     )
+
+
+def _require_known_layers(name: str, kind: str, inner: dict[str, Any]) -> None:
+    """Refuse a decoder whose layers are not those that are counted: a wrong time would look like a right one."""
+    if kind not in _KNOWN_TYPES:
+        raise InvalidSpec(
+            f"--llm {name} is of model_type {kind or 'missing'!r}, whose layers are not modelled; known are "
+            f"{', '.join(_KNOWN_TYPES)}"
+        )
+    if inner.get("kv_lora_rank"):
+        raise InvalidSpec(
+            f"--llm {name} has kv_lora_rank = {inner['kv_lora_rank']!r}: latent attention, which is not modelled; only "
+            "grouped keys are"
+        )
+    window = inner.get("sliding_window")
+    layers = inner.get("layer_types")
+    slides = "sliding_attention" in layers if isinstance(layers, list) else False
+    if slides or (window and inner.get("use_sliding_window", not kind.startswith("qwen"))):
+        raise InvalidSpec(
+            f"--llm {name} has sliding_window = {window!r} in use, and every layer is counted as attending to all "
+            "tokens; where your sequences are shorter, write null (and no sliding_attention in layer_types) into a "
+            "copy of it"
+        )
+    act = inner.get("hidden_act", _SILU[0])
+    if act not in _SILU:
+        raise InvalidSpec(f"--llm {name} has hidden_act = {act!r}; only a gated MLP of {_SILU[0]} is modelled")
 
 
 def parse_schedule(text: str, *, layers: int) -> tuple[float, ...]:
@@ -317,6 +373,15 @@ def prefill(
 def weight_bytes(shape: LlmShape, precision: str) -> int:
     """Return the bytes of the weights in a precision; embeddings too."""
     return int(shape.parameters * _WEIGHT_BYTES[precision])
+
+
+def activation_bytes(shape: LlmShape, tokens: tuple[int, ...]) -> int:
+    """Return the most bytes that live at once in a layer beside the cache, in 16 bits: the residual with the rest.
+
+    The rest is the layer's input with queries, keys, values and what attention makes of them, or with gate and up.
+    """
+    wide, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return 2 * max(tokens) * (2 * shape.dim + max(2 * wide + 2 * keys, 2 * shape.mlp))
 
 
 def _load(shape: LlmShape, target: Target, tokens: tuple[int, ...], precision: str) -> Load:

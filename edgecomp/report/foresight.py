@@ -21,7 +21,9 @@ class LlmRow(msgspec.Struct, frozen=True):
         label: what makes this count.
         encoder_us: of the graph that makes it; 0 where none was given.
         of_all: prefill FLOPs over those of all visual tokens, with the schedule's own.
-        first_token_us: encoder and prefill, the middle of the band.
+        first_token_us: encoder and prefill, the middle of the band; 0 where other rows have an encoder and this has
+            none, so that it is compared with none of them.
+        memory: weights of both models, the cache, and the activations of the model that has more.
     """
 
     label: str
@@ -36,7 +38,9 @@ class LlmReport(msgspec.Struct, frozen=True):
     """A language model behind the encoder.
 
     Attributes:
+        precision: of the language model.
         rows: all visual tokens first; without a schedule unless the label names one.
+        encoder_precision: "" where no encoder was given.
     """
 
     name: str
@@ -46,6 +50,7 @@ class LlmReport(msgspec.Struct, frozen=True):
     text_tokens: int
     schedule: str
     rows: tuple[LlmRow, ...]
+    encoder_precision: str = ""
 
 
 def describe_go_no_go(answer: GoNoGo) -> list[str]:
@@ -100,7 +105,7 @@ def describe_llm(report: LlmReport) -> list[str]:
             size(row.prefill.kv_bytes),
             f"{row.encoder_us / 1e3:.1f}" if row.encoder_us else "-",
             f"{row.prefill.mid_us / 1e3:.1f} ({row.prefill.low_us / 1e3:.1f} to {row.prefill.high_us / 1e3:.1f})",
-            f"{row.first_token_us / 1e3:.1f}",
+            f"{row.first_token_us / 1e3:.1f}" if row.first_token_us else "-",
             row.memory.verdict,
         ]
         for row in report.rows
@@ -120,7 +125,8 @@ def describe_llm(report: LlmReport) -> list[str]:
     last = report.rows[-1].prefill
     return [
         "",
-        f"{report.name}: {words}; {report.precision}, {report.text_tokens} text tokens, one sequence",
+        f"{report.name}: {words}; {report.precision}, {report.text_tokens} text tokens, one sequence"
+        + (f"; the encoder in {report.encoder_precision}" if report.encoder_precision else ""),
         "",
         table(header, rows),
         "",

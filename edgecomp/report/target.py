@@ -28,7 +28,7 @@ class TargetReport(msgspec.Struct, frozen=True):
         path: where it is kept; "" where it was removed.
         before, after: the published fit, and the new one; none where it was removed.
         error: as a logarithm; `error_of` says whether results were left out for it, or it is the published one.
-        forced: results of another device were let in.
+        forced: results of another device, or of a runner that uses no GPU, were let in.
         cleared: there was a calibration, and it was removed.
     """
 
@@ -57,11 +57,12 @@ def describe_target(report: TargetReport) -> str:
     numbers: list[list[object]] = [[name, f"{before[name]:.4g}", f"{after[name]:.4g}"] for name in after]
     factor = math.exp(report.error)
     error = (
-        f"left out in turn, the results were within a factor of {factor:.2f}"
+        f"left out in turn, by graph and batch, the results were within a factor of {factor:.2f}"
         if report.error_of == "left out"
-        else f"fewer than three results: the error stays that of the published rows, a factor of {factor:.2f}"
+        else "fewer than three different graphs or batches: the error stays that of the published rows, a factor of "
+        f"{factor:.2f}"
     )
-    forced = "; results of another device are in it" if report.forced else ""
+    forced = "; results of another device, or of no GPU, are in it" if report.forced else ""
     return "\n".join(
         [
             f"{report.target}: fitted to {len(report.rows)} of your own measurements{forced}",

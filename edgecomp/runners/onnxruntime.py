@@ -77,7 +77,7 @@ class OnnxRuntimeRunner:
                 "check the CUDA and cuDNN libraries with `edgecomp doctor`"
             )
         self.name = name
-        self.version = f"onnxruntime {onnxruntime.__version__}"
+        self.version = f"{name} {onnxruntime.__version__}"
         self.input_names = tuple(item.name for item in self._session.get_inputs())
         self.output_names = tuple(item.name for item in self._session.get_outputs())
         self.inputs = tuple((item.name, tuple(item.shape), str(item.type)) for item in self._session.get_inputs())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from edgecomp.specs.origin import file_sha256
 
 Cli = Callable[..., Any]
 TRUE = Efficiency(compute=0.6, compute8=0.3215, bandwidth=0.5, launch_us=4.0, tile=8192.0)
+GPU = "TensorRT 10.9.0"
 SIZES = (64, 256, 1024, 2048, 4096)
 
 
@@ -46,7 +48,7 @@ def model(folder: Path, size: int) -> Path:
 
 def measured(path: Path, us: float, *, target: str = "t4", **profile: Any) -> Path:
     """Write the result of a model that took so long."""
-    described = {"model": path.name, "role": "model", "tokens_in": 0, "tokens_out": 0, **profile}
+    described = {"model": path.name, "role": "model", "tokens_in": 0, "tokens_out": 0, "runner": GPU, **profile}
     subject = Subject(name=path.name, digest=file_sha256(path))
     result = made_result(made_profile([us] * 20, **described), target=target, subject=subject)
     return write_result(result, path.with_suffix(".json"))
@@ -123,6 +125,48 @@ def test_results_of_another_device_are_refused_unless_forced(tmp_path: Path) -> 
     assert "some of another device" in applied_for("t4").source
 
 
+@pytest.mark.parametrize("runner", ["onnxruntime 1.23.0", "torch 2.9.0"])
+def test_a_time_that_is_not_the_gpus_is_refused_unless_forced(tmp_path: Path, runner: str) -> None:
+    path = model(tmp_path, 64)
+    result = measured(path, 500.0, runner=runner)
+    with pytest.raises(InvalidSpec, match=rf"m64\.json: m64\.onnx was run by {runner}, and t4 is .*rtx.*--force"):
+        api.target_calibrate("t4", results=[result], models=[path])
+    assert not calibration_path("t4").exists()
+    assert api.target_calibrate("t4", results=[result], models=[path], force=True).forced
+    assert "of no GPU" in applied_for("t4").source
+    on_gpu = measured(path, 500.0, runner="onnxruntime-cuda 1.23.0")
+    assert not api.target_calibrate("t4", results=[on_gpu], models=[path]).forced
+
+
+def test_a_measurement_counts_once_and_its_repetitions_tell_no_error(
+    cli: Cli, truth: tuple[list[Path], list[Path]]
+) -> None:
+    models, results = truth
+    copies = []
+    for number in range(3):  # as a copied file, whose name alone differs
+        copies.append(results[0].with_name(f"copy{number}.json"))
+        copies[-1].write_bytes(results[0].read_bytes())
+    report = api.target_calibrate("t4", results=copies, models=models)
+    assert (len(report.rows), report.error_of) == (1, "published")
+    assert "copy2.json: m64.onnx is the same measurement as one before it: counted once" in report.notes
+    said = cli("estimate", models[0], "--target", "t4").out
+    assert "(1 result), too few to tell its error; the band is that of the fit of 49 published rows" in said
+    again = [measured(models[0], us).rename(results[0].with_name(f"{us}.json")) for us in (50.0, 50.5, 51.0)]
+    report = api.target_calibrate("t4", results=again, models=models)
+    assert (len(report.rows), report.error_of) == (3, "published")
+
+
+def test_no_band_is_narrower_than_a_measurement_is_believed(tmp_path: Path) -> None:
+    target, start = load_target("t4"), shipped_for("t4").efficiency
+    models = [model(tmp_path, size) for size in SIZES]
+    loads = [
+        load_of(prepare(count_costs(p), precision="", batch=0, plugin=True, target=target), target)[0] for p in models
+    ]
+    results = [measured(p, float(modelled_us(load, start).sum())) for p, load in zip(models, loads, strict=True)]
+    report = api.target_calibrate("t4", results=results, models=models)  # just as the published fit has them
+    assert (report.error_of, report.error) == ("left out", pytest.approx(math.log(1.1)))
+
+
 def test_the_model_must_be_the_one_that_was_measured(tmp_path: Path) -> None:
     path, other = model(tmp_path, 64), model(tmp_path, 256)
     result = measured(path, 500.0)
@@ -141,7 +185,7 @@ def test_other_modes_and_parts_are_left_out_and_told(tmp_path: Path) -> None:
         api.target_calibrate("t4", results=[result], models=[path])
     subject = Subject(name=path.name, digest=file_sha256(path))
     profiles = [
-        made_profile([us] * 20, model=path.name, role="model", mode=mode)
+        made_profile([us] * 20, model=path.name, role="model", mode=mode, runner=GPU)
         for us, mode in ((500.0, "single-stream"), (9.0, "offline"))
     ]
     both = write_result(made_result(*profiles, target="t4", subject=subject), tmp_path / "both.json")

@@ -173,6 +173,23 @@ def test_a_language_model_behind_it(cli: Cli, vit: Path) -> None:
     assert [(row.label, row.prefill.visual_tokens) for row in report.llm.rows] == [("all", 49), ("vit.onnx", 20)]
     last = report.llm.rows[-1]
     assert last.first_token_us == pytest.approx(report.graphs[0].estimate.mid_us + last.prefill.mid_us)
+    first = report.llm.rows[0]
+    assert first.encoder_us == last.encoder_us == report.graphs[0].estimate.mid_us  # the file makes all tokens too
+    assert first.first_token_us > last.first_token_us
+    shape, made = report.llm.shape, report.graphs[0].estimate
+    assert first.memory.weight_bytes == 2 * shape.parameters + made.weight_bytes
+    assert first.memory.activation_bytes > first.prefill.kv_bytes + 2 * 58 * 2 * shape.mlp
+    assert report.llm.encoder_precision == "fp32, as written"
+    text = cli("estimate", vit, "--target", "t4", "--llm", "qwen3-0.6b", "--visual-tokens", 49).out
+    assert "fp16, 0 text tokens, one sequence; the encoder in fp32, as written" in text
+    assert "vit.onnx  " not in text.partition("prefill ms")[2]  # without --kept it would be \"all\" again
+
+
+def test_a_language_model_is_given_one_image(cli: Cli, vit: Path) -> None:
+    words = ("--target", "t4", "--llm", "qwen3-0.6b", "--visual-tokens", 49)
+    said = cli("estimate", vit, *words, "--batch", 8)
+    assert said.code == 2
+    assert "is given one sequence, and vit.onnx would encode 8 images at once; leave --batch out" in said.err
 
 
 @pytest.mark.parametrize(
@@ -273,6 +290,17 @@ def test_a_method_that_does_not_pay_is_a_finding(cli: Cli, parts: Path) -> None:
     rows = json.loads(swapped.out)["llm"]["rows"]
     assert [(row["label"], row["prefill"]["visual_tokens"]) for row in rows] == [("all", 8), ("m.onnx", 4)]
     assert rows[0]["encoder_us"] < rows[1]["encoder_us"]
+
+
+def test_without_a_plain_model_the_first_tokens_are_not_compared(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import edgecomp.api._estimate as module
+
+    opened = module.open_bundle(parts)
+    opened.manifest.plain = ()
+    monkeypatch.setattr(module, "open_bundle", lambda path, **_: opened)
+    report = api.estimate(parts, target="t4", llm="qwen3-0.6b", visual_tokens=8)
+    assert report.llm is not None
+    assert [row.first_token_us > 0 for row in report.llm.rows] == [False, True]
 
 
 def test_graphs_that_do_not_fit_together_are_named(parts: Path) -> None:

@@ -133,6 +133,9 @@ def test_a_config_of_ones_own(tmp_path: Path) -> None:
     nested = tmp_path / "nested.json"
     nested.write_text(json.dumps({"model_type": "llava", "text_config": {**CONFIG, "head_dim": 64}}), encoding="utf-8")
     assert load_shape(str(nested)).head_dim == 64
+    for unused in ({"sliding_window": 131072, "use_sliding_window": False}, {"sliding_window": 131072}):
+        assert load_shape(config(tmp_path, hidden_act="silu", **unused)) == shape
+    assert load_shape(config(tmp_path, model_type="mistral", sliding_window=None)).name == "mistral"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +148,21 @@ def test_a_config_of_ones_own(tmp_path: Path) -> None:
         ({"vocab_size": 1 << 40}, "vocab_size is 1099511627776"),
         ({"num_key_value_heads": 3}, "28 heads cannot share 3 key heads"),
         ({"num_experts": 64}, "num_experts = 64: a mixture of experts"),
+        ({"num_hidden_layers": 16_000_000}, "num_hidden_layers is 16000000 and at most 1000"),
+        ({"hidden_size": 3585}, "hidden_size 3585 is no multiple of 28 heads, and head_dim is not said"),
+        *(
+            (
+                {"model_type": kind},
+                f"is of model_type '{kind}', whose layers are not modelled; known are llama, mistral",
+            )
+            for kind in ("starcoder2", "bert", "clip_text_model", "phi", "gemma3_text", "deepseek_v2")
+        ),
+        ({"model_type": None}, "is of model_type 'missing'"),
+        ({"kv_lora_rank": 512}, "kv_lora_rank = 512: latent attention"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window = 4096 in use"),
+        ({"sliding_window": 4096, "use_sliding_window": True}, "sliding_window = 4096 in use"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window = None in use"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; only a gated MLP of silu"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_named(tmp_path: Path, changes: dict[str, Any], told: str) -> None:

@@ -83,6 +83,28 @@ def test_a_folder_stands_for_the_results_below_it_and_says_what_it_leaves_out(tm
     assert "tome.json" in said.out
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    first, plain = inside_result(), inside_result().layers
+    slower = [msgspec.structs.replace(layer, us=3 * layer.us) for layer in plain]
+    for name, layers in (("a", plain), ("b", slower)):
+        write_result(inside_result(layers=tuple(layers)), tmp_path / name / "x" / "r.json")
+    paths = [tmp_path / name / "x" / "r.json" for name in ("a", "b")]
+    outcome = api.report(paths)
+    assert outcome.files == ("a/x/r.json", "b/x/r.json")
+    assert str(tmp_path) not in repr(outcome.page)
+    assert "Made of 2 files: a/x/r.json, b/x/r.json." in outcome.page.lead
+    blocks = section(outcome.page, "Encoder blocks").tables
+    assert [table.caption for table in blocks] == [
+        f"Time of each encoder block ({name}/x/r.json, batch 1)" for name in ("a", "b")
+    ]
+    one, other = ([cell.value for cell in table.rows[0][1:]] for table in blocks)
+    assert other == pytest.approx([3 * (value or 0) for value in one])
+    held = section(outcome.page, "Memory").tables[-1]
+    assert {row[1].text for row in held.rows} == {"a/x/r.json", "b/x/r.json"}
+    assert len(held.rows) == 2 * len(first.memory)
+    assert api.report([paths[0], tmp_path / "b"]).files == ("r.json", "x/r.json")  # as short as tells them apart
+
+
 BAD = {
     "truncated": ('{"kind": "edgecomp result", "sch', "is truncated or no JSON"),
     "empty": ("", "is truncated or no JSON"),

@@ -6,6 +6,7 @@ out and said; a file that was named, or that is broken, stops the report.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import TypeVar
@@ -33,7 +34,7 @@ Document = Result | Comparison | MethodsReport | SearchResult | EstimateReport |
 
 
 class Source(msgspec.Struct, frozen=True):
-    """One file: its name as a page says it, and what it holds."""
+    """One file: its name as a page says it, which no other has, and what it holds."""
 
     name: str
     value: Document
@@ -63,7 +64,8 @@ def read_sources(paths: Sequence[Path]) -> Sources:
     """
     if not paths:
         raise RunError("no result was named; give files that `edgecomp profile --out` wrote, or their folder")
-    files: dict[Path, Source] = {}
+    files: dict[Path, Document] = {}
+    names: dict[Path, str] = {}
     left_out: list[str] = []
     for path in paths:
         found = _below(path) if path.is_dir() else [path]
@@ -77,12 +79,30 @@ def read_sources(paths: Sequence[Path]) -> Sources:
             if value is None:
                 left_out.append(name)
             else:
-                files[file.resolve()] = Source(name, value)
+                files[file.resolve()], names[file.resolve()] = value, name
         if path.is_dir() and len(files) == before and not seen:
             raise RunError(f"{path} holds {len(found)} JSON files and no result; `edgecomp profile --out` writes one")
     if len(files) > _MOST_FILES:
         raise RunError(f"{len(files)} results are more than a page can show ({_MOST_FILES}); give fewer")
-    return Sources(tuple(sorted(files.values(), key=lambda source: source.name)), tuple(sorted(left_out)))
+    named = _told_apart(names)
+    listed = (Source(named[file], value) for file, value in files.items())
+    return Sources(tuple(sorted(listed, key=lambda source: source.name)), tuple(sorted(left_out)))
+
+
+def _told_apart(names: dict[Path, str]) -> dict[Path, str]:
+    """Return names of files that no two share: those of one name get as many of their folders as tell them apart."""
+    found = dict(names)
+    for depth in range(1, max(len(file.parents) for file in names) if names else 0):
+        counts = Counter(found.values())
+        twins = [file for file, name in found.items() if counts[name] > 1]
+        for file in twins:
+            found[file] = file_label(file, file.parents[min(depth, len(file.parents) - 1)])
+    counts, seen = Counter(found.values()), Counter[str]()
+    for file, name in found.items():
+        if counts[name] > 1:  # they differ behind what is shown of a long name
+            seen[name] += 1
+            found[file] = f"{name} #{seen[name]}"
+    return found
 
 
 def _below(folder: Path) -> list[Path]:
