@@ -39,13 +39,14 @@ def rebuild(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_weight
 
 
 def reassemble(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_weights: str) -> Assembly:
-    """Make the models of a bucket again, with the weights that the bundle was made with.
+    """Make the model of a bucket, and the plain one, again, with the weights that the bundle was made with.
 
     Args:
         weights, backbone_weights: files, where the bundle's came from files; else `random`.
 
     Raises:
-        InvalidSpec: a file is needed, and another or none was given. BundleError: it was made of Python objects.
+        InvalidSpec: a file is needed, and another or none was given. BundleError: it was made of Python objects, or
+            what comes of its manifest here is another model.
     """
     files = {
         "--weights": (weights, manifest.weights),
@@ -53,15 +54,17 @@ def reassemble(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_wei
     }
     for option, (given, origin) in files.items():
         _require_same(option, given, origin)
+    kept = sorted({one.budget.tokens_out for one in manifest.buckets})
+    has_host = manifest.backbone != "none"
     order = Order(
         recipe=manifest.recipe,
         preset=manifest.preset,
-        backbone="" if manifest.preset else manifest.backbone,
+        backbone=manifest.backbone,  # not left to the preset: --backbone may have named another than its own
         weights=weights,
         backbone_weights=backbone_weights,
-        budgets=(str(bucket.budget.tokens_out),),
-        image_size=manifest.image_size if manifest.preset == "" or manifest.placement == "encoder" else 0,
-        feature_layer=manifest.feature_layer if manifest.placement == "after" and manifest.backbone != "none" else 0,
+        budgets=tuple(map(str, kept)),  # all of them: tables are sized by the largest
+        image_size=manifest.image_size if has_host or manifest.placement == "encoder" else 0,
+        feature_layer=manifest.feature_layer if has_host else 0,
         output=manifest.output,
         input_dtype=manifest.input_dtype,  # type: ignore[arg-type]
         seed=manifest.seed,
@@ -70,7 +73,26 @@ def reassemble(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_wei
     other = {name: value for name, value in manifest.params.items() if assembly.params.get(name) != value}
     if other:
         assembly = assemble(msgspec.structs.replace(order, params=other))
-    return assembly
+    _require_alike(manifest, assembly)
+    return msgspec.structs.replace(assembly, models=(assembly.models[kept.index(bucket.budget.tokens_out)],))
+
+
+def _require_alike(manifest: Manifest, made: Assembly) -> None:
+    """Refuse a model other than the bundle's, whose times and values would be taken for the bundle's."""
+    asked = {
+        "backbone": (manifest.backbone, made.backbone),
+        "image size": (manifest.image_size, made.image_size),
+        "prefix tokens": (manifest.num_prefix_tokens, made.num_prefix_tokens),
+        "feature layer": (manifest.feature_layer, made.feature_layer),
+        "params": (manifest.params, msgspec.json.decode(msgspec.json.encode(made.params))),
+        "parameters": (manifest.parameters, sum(one.numel() for one in made.models[-1].parameters())),
+    }
+    other = [f"{name} {found}, not {wanted}" for name, (wanted, found) in asked.items() if wanted != found]
+    if other:
+        raise BundleError(
+            f"the model of {manifest.method} that the manifest makes here is not the bundle's: {'; '.join(other)}; "
+            "its torch, timm or recipe was another (`edgecomp inspect` shows the versions): export it again here"
+        )
 
 
 def _require_same(option: str, given: str, origin: WeightsOrigin | None) -> None:

@@ -7,10 +7,12 @@ import re
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from edgecomp.bundle import GOLDEN, open_bundle, seal
+from edgecomp.errors import BundleError
 from edgecomp.parity import check_selection, read_goldens
 from edgecomp.specs import Tolerance
 
@@ -209,6 +211,33 @@ def test_the_model_in_torch_is_a_runner(cli, merger, tmp_path):
     assert said.code == 1
     assert "1 threads, fp32, against torch" in said.out
     assert "FAIL" in said.out.partition("choices, each on the rows")[2]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"method": "tome", "preset": "smoke", "backbone": "test_vit2", "image_size": 96, "budget": [7]},
+        {"method": "tome", "backbone": "test_vit", "budget": [30]},  # a host that is not the default preset's
+        {"method": "perceiver", "backbone": "test_vit", "budget": [16, 32]},
+        {"method": "fastervlm", "preset": "smoke-host", "feature_layer": -1, "budget": [5]},
+    ],
+)
+def test_torch_makes_the_hosts_that_the_bundle_has(tmp_path, words):
+    """And the original that `profile` times is the bundle's, too."""
+    pytest.importorskip("torch")
+    from edgecomp import api
+    from edgecomp.export.retrace import reassemble
+
+    opened = open_bundle(api.export(**words, out=tmp_path / "bundle").bundle)
+    manifest = opened.manifest
+    assert api.parity(opened.path, runner="torch")
+    for bucket in manifest.buckets:
+        made = reassemble(manifest, bucket, weights="random", backbone_weights="random")
+        assert (made.backbone, made.image_size) == (manifest.backbone, manifest.image_size)
+        assert sum(one.numel() for one in made.models[-1].parameters()) == manifest.parameters
+    forged = msgspec.structs.replace(manifest, parameters=manifest.parameters + 1)
+    with pytest.raises(BundleError, match=rf"parameters {manifest.parameters}, not {forged.parameters}"):
+        reassemble(forged, bucket, weights="random", backbone_weights="random")
 
 
 def test_torch_leaves_routers_out(tmp_path):
