@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -12,7 +13,7 @@ import msgspec
 
 from edgecomp.errors import EdgecompError, RunError
 
-__all__ = ["JSON_ERRORS", "encode_document", "read_content", "read_document", "write_whole"]
+__all__ = ["JSON_ERRORS", "encode_document", "read_content", "read_document", "require_folder", "write_whole"]
 
 #: What decoding bytes that anybody may have written can raise.
 JSON_ERRORS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -82,6 +83,24 @@ def read_document(path: Path, of: type[T], *, noun: str, verb: str, again: str, 
 def encode_document(document: msgspec.Struct) -> bytes:
     """Return a document as JSON that people can read, too."""
     return msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n"
+
+
+def require_folder(folder: Path, *, noun: str) -> None:
+    """Refuse a folder where no file could be written, before the work for one is done; nothing is left there.
+
+    Of a folder that is still to be made, the nearest above it is asked.
+
+    Raises:
+        EdgecompError: with the folder.
+    """
+    try:
+        there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise EdgecompError(
+            f"{noun} cannot be written to {folder}: {error.strerror or error}; name another place"
+        ) from None
 
 
 def write_whole(path: Path, content: bytes, *, noun: str) -> Path:

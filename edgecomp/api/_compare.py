@@ -42,6 +42,7 @@ from edgecomp.profiles.comparison import (
     Contestant,
     condition_differences,
     machine_differences,
+    require_out,
     subject_differences,
     version_differences,
     write_comparison,
@@ -104,6 +105,8 @@ def compare(
     """
     require_threads(threads)
     require_rounds(rounds, duration_s)
+    if str(out):
+        require_out(Path(out), kind=COMPARISON_KIND)
     words = [str(word) for word in models]
     found, notes = read_entries(words, budget=budget, batch=batch)
     first = _find_base(found, base)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from edgecomp.api._torch import TORCH
-from edgecomp.errors import InvalidSpec, UnknownName
+from edgecomp.engines import load_flavour
+from edgecomp.errors import EdgecompError, InvalidSpec, UnknownName
 from edgecomp.images import PixelType, read_image, to_pixels
-from edgecomp.profiles.latency import LatencyProfile, Mode, Stage, measure_latency, queries_needed, require_mode
+from edgecomp.profiles.latency import (
+    LatencyProfile,
+    Mode,
+    Stage,
+    measure_latency,
+    percentile_name,
+    queries_needed,
+    require_mode,
+    require_percent,
+)
 from edgecomp.profiles.monitor import Monitor
 from edgecomp.profiles.peak import begin_peak, read_peak_mib
 from edgecomp.profiles.recognise import target_of
@@ -29,7 +41,8 @@ from edgecomp.specs.preprocess import Preprocess
 __all__ = ["Plan", "command_of", "measure_opened", "short_of", "target_named", "time_preprocessing", "utc_now"]
 
 _LONGEST_S = 3600
-_MOST_RUNS = 100_000
+_MOST_RUNS = 100_000  # where no more are asked for
+_MOST_ASKED = 10_000_000
 _ENGINES = ("tensorrt", "rtx")
 
 
@@ -69,10 +82,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidSpec(f"duration {self.duration_s} s is not above 0 and at most {_LONGEST_S} s")
         if not 0 <= self.warmup_s <= _LONGEST_S:
             raise InvalidSpec(f"warm-up {self.warmup_s} s is not from 0 (none) to {_LONGEST_S} s")
-        if not 1 <= self.runs <= 10_000_000:
-            raise InvalidSpec(f"{self.runs} runs are not from 1 to 10,000,000; a result holds a sample at least")
-        if self.percentile and not 1 <= self.percentile < 100:
-            raise InvalidSpec(f"percentile {self.percentile:g} is not from 1 to below 100, such as 99 or 99.9")
+        if not 1 <= self.runs <= _MOST_ASKED:
+            raise InvalidSpec(f"{self.runs} runs are not from 1 to {_MOST_ASKED:,}; a result holds a sample at least")
+        if self.percentile:
+            require_percent(self.percentile)
         require_threads(self.threads)
         require_mode(self.mode, self.streams)
         if self.runner not in (*runner_names(), TORCH):
@@ -101,6 +114,8 @@ def measure_opened(
     *,
     model: str,
     batch: int,
+    say: Callable[[str], None],
+    is_first: bool = False,
     **described: Any,
 ) -> LatencyProfile:
     """Open a model and time it.
@@ -112,9 +127,12 @@ def measure_opened(
     Args:
         opened: loads the model; called once for each stream that cannot share.
         inputs: by name; those that the model does not take are left out.
+        say: is told what a reader of the times must know of the outputs.
+        is_first: nothing was loaded in this process before, so that the most memory it held is this model's.
         described: further fields of the profile.
     """
-    marks_peak, monitor = begin_peak(), Monitor()
+    _import_runtime(plan.runner)  # or the first model's time to load would be that of the package
+    marks_peak, monitor = is_first and begin_peak(), Monitor()
     with ExitStack() as stack:
         begin = time.perf_counter_ns()
         first = stack.enter_context(opened())
@@ -139,6 +157,8 @@ def measure_opened(
         )
         peak = read_peak_mib() if marks_peak else None
         parts = _parts(first, given) if plan.stages else ()
+        if odd := _not_finite(first.infer(given)):
+            say(f"{model} gives NaN or Inf in {', '.join(odd)} on these inputs; its time may be another on good ones")
     watch = monitor.watch
     in_use = [state.gpu.memory_used_mib for state in (watch.before, watch.after) if state.gpu is not None]
     inferences = profile.num_samples * (plan.streams if plan.mode == "multi-stream" else 1)
@@ -162,15 +182,34 @@ def measure_opened(
     )
 
 
+def _import_runtime(runner: str) -> None:
+    """Import what a runner runs on; whoever opens it says what is missing."""
+    with suppress(ImportError, EdgecompError):
+        if runner in _ENGINES:
+            load_flavour(runner)
+        else:
+            importlib.import_module("edgecomp.export.retrace" if runner == TORCH else "onnxruntime")
+
+
+def _not_finite(outputs: Mapping[str, Array]) -> list[str]:
+    """Return the names of outputs with a NaN or an infinity."""
+    return [name for name, value in outputs.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
+
+
 def short_of(plan: Plan, profile: LatencyProfile) -> str:
     """Return what is missing for the percentile that was asked for; "" where nothing is, or none was."""
-    needed, name = queries_needed(plan.percentile), f"p{plan.percentile:g}"
+    needed, name = queries_needed(plan.percentile), percentile_name(plan.percentile)
     if not plan.percentile or profile.num_samples >= needed:
         return ""
     minutes = needed * profile.duration_s / profile.num_samples / 60
+    way = (
+        f"about {minutes:.1f} min here: --runs {needed}"
+        if needed <= _MOST_ASKED
+        else f"more than the {_MOST_ASKED:,} that one result can hold: it stays a figure to go by"
+    )
     return (
         f"{name} of {profile.model} is indicative: it was asked for, and {profile.num_samples:,} samples do not carry "
-        f"it; MLPerf's rules ask for {needed:,}, about {minutes:.1f} min here: --runs {needed}"
+        f"it; MLPerf's rules ask for {needed:,}, {way}"
     )
 
 

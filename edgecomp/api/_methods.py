@@ -23,7 +23,7 @@ from edgecomp.errors import EdgecompError, InvalidSpec, UnknownName
 from edgecomp.evaluation.reconstruction import Reconstruction, fill_error, read_back_error, unmerge_error
 from edgecomp.images import read_image, to_pixels
 from edgecomp.parity import read_goldens, rows_of
-from edgecomp.profiles.comparison import write_comparison
+from edgecomp.profiles.comparison import require_out, write_comparison
 from edgecomp.profiles.interleave import Interleaved, interleave
 from edgecomp.profiles.machine import read_machine
 from edgecomp.profiles.ratios import paired_ratio
@@ -94,6 +94,8 @@ def compare_methods(
     """
     require_threads(threads)
     require_rounds(rounds, duration_s)
+    if str(out):
+        require_out(Path(out), kind=METHODS_KIND)
     names = _names(methods)
     path = Path(image) if str(image) else photograph_path()
     picture = read_image(path)

@@ -23,7 +23,16 @@ from edgecomp.images import PixelType
 from edgecomp.parity import read_goldens
 from edgecomp.profiles.latency import LatencyProfile, Stage
 from edgecomp.profiles.machine import read_machine
-from edgecomp.profiles.result import BlockTime, LayerTime, MemoryUse, Result, RoutedTime, Subject, write_result
+from edgecomp.profiles.result import (
+    BlockTime,
+    LayerTime,
+    MemoryUse,
+    Result,
+    RoutedTime,
+    Subject,
+    require_out,
+    write_result,
+)
 from edgecomp.runners import Array, Runner, open_runner
 from edgecomp.runners.chain import open_graph, require_kernels
 from edgecomp.runners.onnxruntime_types import runtime_products
@@ -104,6 +113,8 @@ def profile(
         backbone_weights=backbone_weights,
     )
     plan.require()
+    if str(out):
+        require_out(Path(out))
     if Path(bundle).suffix == ".onnx":
         result = profile_file(Path(bundle), plan, budget=budget, batch=batch, progress=progress)
     else:
@@ -130,15 +141,25 @@ def _profile_bundle(
     seen_stems: set[str] = set()
     blocks: list[BlockTime] = []
 
+    def note(said: str) -> None:
+        notes.append(said)
+        progress(f"note: {said}")
+
     def measure(open_one: Callable[[], Runner], graph: Graph, inputs: Mapping[str, Array]) -> None:
         progress(f"timing {graph.model} in {runner}")
         measured = measure_opened(
-            plan, open_one, inputs, model=graph.model, batch=graph.batch, **_described(manifest, graph)
+            plan,
+            open_one,
+            inputs,
+            model=graph.model,
+            batch=graph.batch,
+            say=note,
+            is_first=not profiles,
+            **_described(manifest, graph),
         )
         profiles.append(measured)
         if short := short_of(plan, measured):
-            notes.append(short)
-            progress(f"note: {short}")
+            note(short)
 
     for size in batches:
         inputs = {
@@ -168,7 +189,9 @@ def _profile_bundle(
                 eager = msgspec.structs.replace(plan, runner=TORCH, cuda_graph=False)
                 opening = partial(_open_torch, eager, opened, graph, original=True)
                 name = f"original of {graph.model}"
-                profiles.append(measure_opened(eager, opening, inputs, model=name, batch=graph.batch, **described))
+                profiles.append(
+                    measure_opened(eager, opening, inputs, model=name, batch=graph.batch, say=note, **described)
+                )
     memory: tuple[MemoryUse, ...] = ()
     if runner != TORCH and budget is None and len({bucket.budget.tokens_out for bucket in buckets}) > 1:
         progress("measuring memory in processes of their own")

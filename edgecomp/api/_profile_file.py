@@ -49,10 +49,15 @@ def profile_file(model: Path, plan: Plan, *, budget: str | int | None, batch: in
         inputs = seeded_inputs(model.name, looked_at.inputs)
     progress(f"timing {model.name} in {plan.runner}")
     items = next((array.shape[0] for array in inputs.values() if array.ndim), 1)
-    profile = measure_opened(plan, opened, inputs, model=model.name, batch=max(items, 1))
-    short = short_of(plan, profile)
-    if short:
-        progress(f"note: {short}")
+    notes = ["inputs are seeded noise, integers zeros"]
+
+    def note(said: str) -> None:
+        notes.append(said)
+        progress(f"note: {said}")
+
+    profile = measure_opened(plan, opened, inputs, model=model.name, batch=items, say=note, is_first=True)
+    if short := short_of(plan, profile):
+        note(short)
     layers: tuple[LayerTime, ...] = ()
     blocks: tuple[BlockTime, ...] = ()
     part = Part(model, model.name, inputs)
@@ -72,7 +77,7 @@ def profile_file(model: Path, plan: Plan, *, budget: str | int | None, batch: in
         profiles=(profile,),
         layers=layers,
         blocks=blocks,
-        notes=("inputs are seeded noise, integers zeros", *((short,) if short else ())),
+        notes=tuple(notes),
     )
 
 
@@ -86,16 +91,16 @@ def seeded_inputs(name: str, inputs: Sequence[tuple[str, Sequence[Any], str]]) -
         inputs: name, shape and ONNX Runtime's word for the type of each.
 
     Raises:
-        InvalidSpec: a dimension is no number, or a type is none of numpy's.
+        InvalidSpec: a dimension is no number or below 1, or a type is none of numpy's.
     """
     random = np.random.default_rng(0)
     made: dict[str, Array] = {}
     for given, shape, kind in inputs:
-        loose = next((dim for dim in shape if not isinstance(dim, int) or dim < 0), None)
-        if loose is not None:
+        loose = [dim for dim in shape if not isinstance(dim, int) or dim < 1]
+        if loose:
             raise InvalidSpec(
-                f"{name}: input {given!r} has the dimension {loose!r} in {list(shape)}, and a latency belongs to one "
-                "shape; export the model with numbers in its place"
+                f"{name}: input {given!r} has the dimension {loose[0]!r} in {list(shape)}, and a latency belongs to "
+                "one shape that holds something; export the model with numbers from 1 on in its place"
             )
         if kind in _FLOATS:
             made[given] = random.standard_normal(shape, np.float64).astype(_FLOATS[kind])

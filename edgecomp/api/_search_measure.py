@@ -76,6 +76,7 @@ class MeasureHere:
                 },
                 model=one.model,
                 batch=graph.batch,
+                say=self._say,
             )
             yield one.name, measured_of(profile, where="local")
 

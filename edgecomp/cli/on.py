@@ -37,6 +37,10 @@ def run_on(context: typer.Context) -> NoReturn:
     `report` says what that JSON is.
     """
     given, verb = context.params, str(context.info_name)
+    if given.get("out"):
+        from edgecomp.profiles.result import require_out
+
+        require_out(Path(given["out"]))
     run = api.remote(verb, given["bundle"], _options(context), on=given["on"], progress=_say)
     if run.document is not None:
         if given.get("out"):

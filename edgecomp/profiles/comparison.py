@@ -13,7 +13,7 @@ from typing import Final, Literal
 import msgspec
 
 from edgecomp.errors import InvalidSpec
-from edgecomp.files import JSON_ERRORS, encode_document, write_whole
+from edgecomp.files import JSON_ERRORS, encode_document, require_folder, write_whole
 from edgecomp.profiles.latency import LatencyProfile
 from edgecomp.profiles.machine import Machine
 from edgecomp.profiles.ratios import Ratio
@@ -29,6 +29,7 @@ __all__ = [
     "condition_differences",
     "machine_differences",
     "profiles_of",
+    "require_out",
     "subject_differences",
     "version_differences",
     "write_comparison",
@@ -196,16 +197,22 @@ def version_differences(one: Machine, other: Machine) -> tuple[str, ...]:
     )
 
 
+def require_out(path: Path, *, kind: str) -> None:
+    """Refuse a place where `write_comparison` could not write, before anything is measured for it; as there."""
+    if path.suffix != ".json":
+        raise InvalidSpec(f"--out {path} must end in .json")
+    if path.exists() and not _is_of(path, kind):
+        raise InvalidSpec(f"--out {path} is there and is no {kind}; name another file")
+    require_folder(path.parent, noun="--out")
+
+
 def write_comparison(document: msgspec.Struct, path: Path, *, kind: str) -> None:
     """Write a comparison as JSON, whole or not at all; what is there and is none stays.
 
     Raises:
         InvalidSpec: the path is no .json file, or another file is there. EdgecompError: it cannot be written.
     """
-    if path.suffix != ".json":
-        raise InvalidSpec(f"--out {path} must end in .json")
-    if path.exists() and not _is_of(path, kind):
-        raise InvalidSpec(f"--out {path} is there and is no {kind}; name another file")
+    require_out(path, kind=kind)
     write_whole(path, encode_document(document), noun="--out")
 
 

@@ -19,6 +19,7 @@ from edgecomp.profiles.streams import Clock, Run, Team, Timed, time_always_busy,
 
 __all__ = [
     "MODES",
+    "MOST_PERCENT",
     "PERCENTILES",
     "QUERIES_NEEDED",
     "LatencyProfile",
@@ -27,15 +28,18 @@ __all__ = [
     "Stage",
     "measure_latency",
     "percentile",
+    "percentile_name",
     "percentiles_of",
     "queries_needed",
     "require_mode",
+    "require_percent",
 ]
 
 Mode = Literal["single-stream", "multi-stream", "offline"]
 MODES: tuple[str, ...] = get_args(Mode)
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
+MOST_PERCENT = 99.99  # beyond, a percentile of what one run can take is its longest sample, or next to it
 QUERIES_NEEDED = {"p90": 24_576, "p95": 57_344, "p97": 90_112, "p99": 270_336, "p99.9": 2_654_208}
 """Samples that carry a percentile at 99 % confidence, by MLPerf Inference's rules.
 
@@ -114,7 +118,8 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         watch: the device before, while and after the samples were taken; none where nobody looked.
         stability: whether its clocks, heat and power stood still; likewise.
         energy_mj: of one run, by the power that was drawn while it ran, idle power with it; none where that is unknown.
-        host_peak_mib: the most resident memory of this process while it loaded and ran; none where unknown.
+        host_peak_mib: the most resident memory of this process while it loaded and ran; none where unknown, and of all
+            but the first graph of a run, since what that left behind would count.
         device_peak_mib: the most memory of the GPU in use, likewise.
     """
 
@@ -274,6 +279,12 @@ def require_mode(mode: str, streams: int) -> None:
         )
 
 
+def require_percent(percent: float) -> None:
+    """Refuse a percentile that says nothing of a run, or that no run has samples for."""
+    if not 1 <= percent <= MOST_PERCENT:
+        raise InvalidSpec(f"percentile {percent:.15g} is not from 1 to {MOST_PERCENT}, such as 99 or 99.9")
+
+
 def queries_needed(percent: float) -> int:
     """Return how many samples carry a percentile by MLPerf's rules; 0 of the median, which always stands.
 
@@ -281,11 +292,15 @@ def queries_needed(percent: float) -> int:
     """
     if percent <= 50:
         return 0
-    name = f"p{percent:g}"
-    if name in QUERIES_NEEDED:
+    if (name := percentile_name(percent)) in QUERIES_NEEDED:
         return QUERIES_NEEDED[name]
     share = percent / 100
     return math.ceil((2.5758 / ((1 - share) / 20)) ** 2 * share * (1 - share) / 8192) * 8192
+
+
+def percentile_name(percent: float) -> str:
+    """Return what results call a percentile, for example `p99.9`: with all of its digits, so that none is another."""
+    return f"p{percent:.15g}"
 
 
 def percentiles_of(samples: Sequence[float], percents: Sequence[float] = PERCENTILES) -> dict[str, Percentile]:
@@ -294,7 +309,7 @@ def percentiles_of(samples: Sequence[float], percents: Sequence[float] = PERCENT
     found = {}
     for percent in percents:
         low, high = percentile_ranks(len(ordered), percent)
-        found[f"p{percent:g}"] = Percentile(
+        found[percentile_name(percent)] = Percentile(
             us=percentile(ordered, percent),
             low_us=None if low is None else ordered[low],
             high_us=None if high is None else ordered[high],
@@ -352,9 +367,8 @@ def _has_settled(times: Sequence[int], window: int) -> bool:
 
 
 def _require_percents(percents: Sequence[float]) -> tuple[float, ...]:
-    wrong = [percent for percent in percents if not 1 <= percent < 100]
-    if wrong:
-        raise InvalidSpec(f"percentile {wrong[0]:g} is not from 1 to below 100, such as 99 or 99.9")
+    for percent in percents:
+        require_percent(percent)
     return tuple(sorted({*PERCENTILES, *percents}))
 
 

@@ -118,7 +118,8 @@ def _values(pair: Pair, metric: Metric) -> tuple[float, float, Ratio | None, flo
         if sizes[0] is None or sizes[1] is None or sizes[0] <= 0:
             raise InvalidSpec(
                 f"{_name(old)}: peak memory is {sizes[0] or 'unknown'} in the baseline and {sizes[1] or 'unknown'} in "
-                "the result; measure both with a profile that reads it, or choose another --metric"
+                "the result; measure both by `profile --budget N` (on Linux, of a run's first graph alone), or choose "
+                "another --metric"
             )
         return sizes[0], sizes[1], None, sizes[1] / sizes[0]
     if metric == "throughput":

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from edgecomp.errors import InvalidSpec, RunError
-from edgecomp.files import encode_document, read_document, write_whole
+from edgecomp.files import encode_document, read_document, require_folder, write_whole
 from edgecomp.profiles.latency import LatencyProfile
 from edgecomp.profiles.machine import Machine
 
@@ -28,6 +28,7 @@ __all__ = [
     "RoutedTime",
     "Subject",
     "read_result",
+    "require_out",
     "write_result",
 ]
 
@@ -202,6 +203,29 @@ def read_result(path: Path) -> Result:
     return result
 
 
+def require_out(out: Path) -> None:
+    """Refuse a place where `write_result` could not write, before an hour is measured for it.
+
+    Raises:
+        EdgecompError: it cannot be written. InvalidSpec: the file is there and is no result.
+    """
+    is_file = out.suffix == ".json"
+    if is_file:
+        _require_result(out)
+    require_folder(out.parent if is_file else out, noun="result")
+
+
+def _require_result(path: Path) -> None:
+    """Refuse to write over what is no result."""
+    if path.is_dir():
+        raise InvalidSpec(f"{path} is a folder; name a file, or a folder without .json")
+    if path.is_file():
+        try:
+            read_result(path)
+        except RunError as error:
+            raise InvalidSpec(f"{path} is there and would be lost ({error}); name another file") from None
+
+
 def write_result(result: Result, out: Path) -> Path:
     """Write a result, whole or not at all, and return where.
 
@@ -212,11 +236,7 @@ def write_result(result: Result, out: Path) -> Path:
         EdgecompError: it cannot be written. InvalidSpec: the file is there and is no result.
     """
     path = out if out.suffix == ".json" else out / result.target / f"{_stem(result)}.json"
-    if path.is_file():
-        try:
-            read_result(path)
-        except RunError as error:
-            raise InvalidSpec(f"{path} is there and would be lost ({error}); name another file") from None
+    _require_result(path)
     return write_whole(path, encode_document(result), noun="result")
 
 

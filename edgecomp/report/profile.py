@@ -32,7 +32,7 @@ def describe_profile(report: Result) -> str:
             "",
             *_describe_times(report),
             "[ ]: 95 % interval; ~ indicative: too few samples for this percentile (24,576 for p90, 270,336 for p99)",
-            f"the timing loop itself costs {overhead:.2f} us a run",
+            f"the timing loop itself costs {overhead:.2f} us a run{_of_one_thread(first)}",
             *_describe_state(report.profiles),
             "",
             *_describe_beginnings(report.profiles),
@@ -49,6 +49,13 @@ def describe_profile(report: Result) -> str:
             *(f"note: {note}" for note in report.notes),
         ]
     )
+
+
+def _of_one_thread(profile: LatencyProfile) -> str:
+    """Return what the loop's cost leaves out where several threads run it at a time."""
+    if profile.mode != "offline" or profile.streams == 1:
+        return ""
+    return f", by one thread alone; how {profile.streams} wait for Python's lock is in the samples, and in no figure"
 
 
 def _mode(profile: LatencyProfile) -> str:
@@ -103,7 +110,12 @@ def _describe_beginnings(profiles: Sequence[LatencyProfile]) -> list[str]:
     header = ["model", "load ms", "first run ms", "warm-up runs", "peak host MiB", "peak GPU MiB"]
     if all(p.device_peak_mib is None for p in profiles):
         header, rows = header[:-1], [row[:-1] for row in rows]
-    return [table(header, rows)]
+    lines = [table(header, rows)]
+    if any(p.host_peak_mib is not None for p in profiles) and any(p.host_peak_mib is None for p in profiles):
+        lines.append(
+            "peak host MiB: only of the first graph, whose leavings would count in all others; --budget takes one alone"
+        )
+    return lines
 
 
 def _describe_state(profiles: Sequence[LatencyProfile]) -> list[str]:

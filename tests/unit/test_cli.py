@@ -214,6 +214,7 @@ def test_profile_of_the_original_in_torch_beside_its_static_form(cli: Cli, expor
     assert [one["role"] for one in report["profiles"]] == ["bucket", "original"]
     assert original["model"] == f"original of {bucket['model']}"
     assert original["runner"].startswith("torch ")
+    assert original["host_peak_mib"] is None  # what the bucket left in this process would count
     assert report["command"][-3:] == ["--original", "--budget=4", "--batch=1"]
     (static,) = document(cli("profile", exported, "--json", *words, "--runner", "torch", "--no-stages"))["profiles"]
     assert (static["role"], static["model"], static["stages"]) == ("bucket", bucket["model"], [])

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from edgecomp.errors import EdgecompError, RunError
-from edgecomp.files import encode_document, read_content, read_document, write_whole
+from edgecomp.files import encode_document, read_content, read_document, require_folder, write_whole
 
 
 class Note(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -50,6 +50,15 @@ def test_what_is_no_such_document_is_refused_by_name(tmp_path: Path, content: by
     with pytest.raises(RunError, match=r"x\.json") as caught:
         read(path)
     assert said in str(caught.value)
+
+
+def test_a_folder_is_asked_without_a_trace(tmp_path: Path) -> None:
+    require_folder(tmp_path / "a" / "b", noun="note")
+    require_folder(Path(), noun="note")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").write_text("no folder")
+    with pytest.raises(EdgecompError, match=r"note cannot be written to .*b: Not a directory; name another place"):
+        require_folder(tmp_path / "a" / "b", noun="note")
 
 
 def test_a_deep_document_is_refused(tmp_path: Path) -> None:

@@ -228,6 +228,7 @@ def test_real_clock_measures_the_overhead_of_its_loop() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
+        ({"percents": (99.9999999,)}, "percentile 99.9999999 is not from 1 to 99.99"),
         ({"batch": 0}, "batch 0 must be at least 1"),
         ({"duration_s": -1.0}, "duration -1.0 s"),
         ({"duration_s": math.nan}, "duration nan s"),

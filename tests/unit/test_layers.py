@@ -17,7 +17,7 @@ import pytest
 
 from edgecomp import api
 from edgecomp.engines.nodes import FRONT, GraphNode, block_labels, cut_after, cut_labels, place_nodes, read_graph
-from edgecomp.errors import BuildError, InvalidSpec, RunError
+from edgecomp.errors import BuildError, EdgecompError, InvalidSpec, RunError
 from edgecomp.report.profile import describe_profile
 from edgecomp.runners.layers import layers_of_engine, parse_profile, time_layers
 
@@ -274,7 +274,8 @@ def test_blocks_of_a_graph_that_names_none(tmp_path: Path) -> None:
         ({"original": True}, r"--original with model\.onnx"),
         ({"runs": 0}, "0 runs are not from 1 to 10,000,000"),
         ({"warmup_s": -1}, "warm-up -1 s is not from 0"),
-        ({"percentile": 100}, "percentile 100 is not from 1 to below 100"),
+        ({"percentile": 100}, r"percentile 100 is not from 1 to 99\.99"),
+        ({"percentile": 99.99999}, r"percentile 99\.99999 is not from 1 to 99\.99"),
         ({"streams": 3}, "3 streams in mode single-stream, which takes 1"),
         ({"mode": "server"}, "no mode 'server'; there are single-stream"),
         ({"cuda_graph": True}, "--cuda-graph with runner onnxruntime: .*nothing is launched on one there"),
@@ -292,6 +293,8 @@ def test_what_cannot_be_measured(model: Path, changes: dict[str, Any], said: str
 def test_inputs_that_have_no_one_shape_or_no_numbers(tmp_path: Path) -> None:
     with pytest.raises(InvalidSpec, match=r"loose\.onnx: input 'x' has the dimension 'batch' in \['batch', 16\]"):
         api.profile(made_model(tmp_path / "loose.onnx", rows="batch"))
+    with pytest.raises(InvalidSpec, match=r"empty\.onnx: input 'x' has the dimension 0 in \[0, 16\]"):
+        api.profile(made_model(tmp_path / "empty.onnx", rows=0))
     with pytest.raises(RunError, match=r"none\.onnx cannot be read: there is no such file"):
         api.profile(tmp_path / "none.onnx")
     (tmp_path / "text.onnx").write_text("no graph")
@@ -309,6 +312,62 @@ def test_percentile_that_the_samples_do_not_carry_is_said_loudly(model: Path) ->
     assert f"note: {short[0]}" in said
     assert f"note: {short[0]}" in describe_profile(result)
     assert not [note for note in api.profile(model, duration_s=0.01, percentile=50).notes if "indicative" in note]
+    far = api.profile(model, duration_s=0.01, percentile=99.99)
+    assert "p99.99" in far.profiles[0].percentiles
+    assert "ask for 26,542,080, more than the 10,000,000 that one result can hold" in far.notes[-1]
+
+
+def test_outputs_that_are_no_numbers_are_said(tmp_path: Path) -> None:
+    from onnx import helper
+
+    info = helper.make_tensor_value_info
+    node = helper.make_node("Log", ["x"], ["y"])  # of noise, half of which is negative
+    graph = helper.make_graph([node], "g", [info("x", 1, [1, 64])], [info("y", 1, [1, 64])])
+    path = tmp_path / "log.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    said: list[str] = []
+    result = api.profile(path, duration_s=0.01, progress=said.append)
+    note = "log.onnx gives NaN or Inf in y on these inputs; its time may be another on good ones"
+    assert note in result.notes
+    assert f"note: {note}" in said
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.json").mkdir()
+    said: list[str] = []
+    for out, error, text in (
+        (tmp_path / "file", EdgecompError, "result cannot be written to .*file: Not a directory"),
+        (tmp_path / "file" / "deep" / "r.json", EdgecompError, "result cannot be written to .*deep: Not a directory"),
+        (tmp_path / "folder.json", InvalidSpec, r"folder\.json is a folder"),
+        (model.rename(tmp_path / "model.json"), InvalidSpec, r"model\.json is there and would be lost"),
+    ):
+        with pytest.raises(error, match=text):
+            api.profile(tmp_path / "absent.onnx", out=out, progress=said.append)
+    assert said == []
+    with pytest.raises(EdgecompError, match=r"--out cannot be written to .*file: Not a directory"):
+        api.compare([tmp_path / "absent"], out=tmp_path / "file" / "c.json")
+    with pytest.raises(EdgecompError, match=r"--out cannot be written to .*file: Not a directory"):
+        api.compare_methods(["tome"], out=tmp_path / "file" / "c.json")
+
+
+def test_packages_are_loaded_before_the_first_model_is() -> None:
+    """Else its time to load is that of `import onnxruntime`."""
+    code = """
+import contextlib, sys
+from edgecomp.api._measure import Plan, measure_opened
+class Null(contextlib.nullcontext):
+    name = version = "null"
+    input_names = ()
+    def __enter__(self): return self
+    def infer(self, inputs): return {}
+def opened():
+    assert "onnxruntime" in sys.modules
+    return Null()
+assert "onnxruntime" not in sys.modules
+measure_opened(Plan(duration_s=0.01, runs=1, stages=False), opened, {}, model="null", batch=1, say=print)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_killed_in_the_middle_leaves_nothing(model: Path, tmp_path: Path) -> None:

@@ -164,6 +164,20 @@ def test_an_unstable_number_carries_its_reason_in_its_own_line() -> None:
     assert made_result(steady).is_stable
 
 
+def test_the_loop_of_several_streams_is_told_as_what_it_is() -> None:
+    one = made_profile([1000.0] * 20)
+    assert re.search(r"costs \d\.\d\d us a run$", describe_profile(made_result(one)), re.MULTILINE)
+    many = msgspec.structs.replace(one, mode="offline", streams=3)
+    assert "us a run, by one thread alone; how 3 wait for Python's lock" in describe_profile(made_result(many))
+
+
+def test_memory_of_the_first_graph_alone_is_known() -> None:
+    profiles = [made_profile([1000.0] * 20, host_peak_mib=mib) for mib in (90.0, None)]
+    text = describe_profile(made_result(*profiles))
+    assert "peak host MiB: only of the first graph" in text
+    assert "peak host MiB: only" not in describe_profile(made_result(profiles[0]))
+
+
 def test_energy_of_a_run_is_printed_where_it_is_known() -> None:
     assert "model.m4.b1.onnx: 12.3 mJ a run" in describe_profile(made_result(made_profile(energy_mj=12.345)))
     assert "mJ a run" not in describe_profile(made_result())
