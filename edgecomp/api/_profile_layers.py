@@ -74,18 +74,28 @@ def layer_times(plan: Plan, part: Part, opened: Callable[[], Runner]) -> tuple[L
 
 
 def with_shares(profile: LatencyProfile, layers: tuple[LayerTime, ...]) -> LatencyProfile:
-    """Return the profile with rows for encoder, selection and merge, where its graph holds the last two."""
+    """Return the profile with rows for encoder, compressor, selection and merge, of a graph with a compressor.
+
+    A compressor's own modules are the row `compressor` behind or inside a host; without one they are the encoder.
+    """
     total = sum(layer.us for layer in layers)
     taken = {part: sum(layer.us for layer in layers if layer.part == part) for part in ("selection", "merge")}
-    if not total or not any(taken.values()):
+    own = [layer for layer in layers if _stands_in(layer, "compressor")]
+    if not total or not (own or any(taken.values())):
         return profile
+    has_host = any(_stands_in(layer, "backbone") for layer in layers)
+    taken["compressor"] = sum(layer.us for layer in own if not layer.part) if has_host else 0.0
     rows = {"encoder": total - sum(taken.values()), **taken}
-    more = tuple(
-        Stage(name, profile.p50_us * us / total, "p50 by its share of the layers' sum")
-        for name, us in rows.items()
-        if us
-    )
+    how = "p50 by its share of the layers' sum"
+    if not has_host and own:
+        how += "; the method has no host"
+    more = tuple(Stage(name, profile.p50_us * us / total, how) for name, us in rows.items() if us > 0)
     return msgspec.structs.replace(profile, stages=(*profile.stages, *more))
+
+
+def _stands_in(layer: LayerTime, part: str) -> bool:
+    """Return whether a layer's module is of the exported model's `backbone`, or its `compressor`."""
+    return f"{layer.module.removeprefix('model.')}.".startswith(f"{part}.")
 
 
 def ablate_blocks(plan: Plan, part: Part, *, weights: Path, progress: Callable[[str], None]) -> tuple[BlockTime, ...]:

@@ -75,7 +75,8 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         name: `preprocessing`, `router`, `stem`, `behind the stem`, `host to device`, `engine`, `device to host`, and by
-            the layers' shares `encoder`, `selection`, `merge`; of a stem and what reads it `engine (stem)`, ...
+            the layers' shares `encoder`, `compressor`, `selection`, `merge`; of a stem and what reads it
+            `engine (stem)`, ...
         p50_us: median in microseconds.
         how: how it was told apart, in a few words.
     """

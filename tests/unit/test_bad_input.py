@@ -225,7 +225,7 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     ("profile {bundle} --duration 0", ("duration 0.0 s",)),
     ("profile {bundle} --runs 0", ("0 runs are not from 1",)),
     ("profile {bundle} --warmup nan", ("warm-up nan s is not from 0",)),
-    ("profile {bundle} --percentile 100", ("percentile 100 is not from 1 to below 100",)),
+    ("profile {bundle} --percentile 100", ("percentile 100 is not from 1 to 99.99",)),
     ("profile {bundle} --streams 2", ("2 streams in mode single-stream, which takes 1", "--mode offline")),
     ("profile {bundle} --mode server", ("no mode 'server'", "single-stream, multi-stream, offline")),
     ("profile {bundle} --mode offline --streams 0", ("0 streams in mode offline, which takes 1 to 256",)),

@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_result import made_profile
 
 from edgecomp import api
+from edgecomp.api._profile_layers import with_shares
 from edgecomp.engines.nodes import FRONT, GraphNode, block_labels, cut_after, cut_labels, place_nodes, read_graph
 from edgecomp.errors import BuildError, EdgecompError, InvalidSpec, RunError
+from edgecomp.profiles.result import LayerTime
 from edgecomp.report.profile import describe_profile
 from edgecomp.runners.layers import layers_of_engine, parse_profile, time_layers
 
@@ -257,6 +260,31 @@ def test_profile_of_a_file_with_layers_and_blocks(model: Path, temporary: Path) 
     assert re.search(r"^blocks\.1 +\d+ +\d+\.\d{3} +\d+\.\d", text, re.MULTILINE)
     assert "% of the layers' time is of no one module by its name" in text
     assert max(map(len, text.partition("\n\n")[2].splitlines())) <= 400
+
+
+@pytest.mark.parametrize(
+    ("layers", "rows"),
+    [
+        (  # behind a host
+            [("backbone.model.blocks.0", "", 6.0), ("", "", 1.0), ("compressor.attn", "", 2.0), ("", "selection", 1.0)],
+            {"encoder": 700.0, "compressor": 200.0, "selection": 100.0},
+        ),
+        (  # of a graph with a stem
+            [("model.backbone.blocks.0", "", 6.0), ("model.compressor.q", "", 3.0), ("model.compressor", "merge", 1.0)],
+            {"encoder": 600.0, "compressor": 300.0, "merge": 100.0},
+        ),
+        ([("compressor.blocks.0.q", "", 9.0), ("", "", 1.0)], {"encoder": 1000.0}),  # the method is the encoder
+        ([("encoder.model.blocks.0", "", 9.0), ("", "", 1.0)], {}),  # the plain model
+    ],
+)
+def test_rows_of_encoder_and_compressor(layers: list[tuple[str, str, float]], rows: dict[str, float]) -> None:
+    total = sum(us for *_, us in layers)
+    times = tuple(
+        LayerTime(model="m", name="n", op="o", module=module, block="", part=part, us=us, share=us / total)
+        for module, part, us in layers
+    )
+    profile = with_shares(made_profile([1000.0] * 20), times)
+    assert {stage.name: stage.p50_us for stage in profile.stages} == pytest.approx(rows)
 
 
 def test_blocks_of_a_graph_that_names_none(tmp_path: Path) -> None:

@@ -126,5 +126,5 @@ def test_other_percentiles_are_given_beside_the_usual() -> None:
 
 @pytest.mark.parametrize("percent", [0.5, 100.0, float("nan")])
 def test_percentile_that_there_is_not(percent: float) -> None:
-    with pytest.raises(InvalidSpec, match=f"percentile {percent:g} is not from 1 to below 100"):
+    with pytest.raises(InvalidSpec, match=f"percentile {percent:g} is not from 1 to 99.99"):
         measured(lambda: None, percents=(percent,))
