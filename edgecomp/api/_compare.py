@@ -39,18 +39,22 @@ from edgecomp.profiles.comparison import (
     NOT_INTERLEAVED,
     Agreement,
     Comparison,
+    Conditions,
     Contestant,
     condition_differences,
     machine_differences,
     require_out,
+    setting_differences,
     subject_differences,
     version_differences,
     write_comparison,
 )
+from edgecomp.profiles.device import read_state
 from edgecomp.profiles.interleave import SETTLE_S, Interleaved, interleave
 from edgecomp.profiles.machine import Machine, read_machine
 from edgecomp.profiles.ratios import LEAST, Ratio, paired_ratio, unpaired_ratio
 from edgecomp.profiles.result import Subject
+from edgecomp.profiles.state import DeviceState
 from edgecomp.profiles.statistics import Estimate, median_interval
 from edgecomp.runners import Array, Runner, require_threads
 from edgecomp.specs.manifest import Bucket, PlainGraph
@@ -232,6 +236,7 @@ def _in_order(runner: Runner, inputs: Mapping[str, Array]) -> dict[str, Array]:
 def _require_alike(found: Sequence[Entry | Read], machine: Machine | None, *, force: bool) -> tuple[str, ...]:
     """Return, with `force`, what differs between results and the base, or refuse it."""
     first, forced = found[0], []
+    now = read_state() if any(isinstance(one, Entry) for one in found) else None
     if all(isinstance(one, Entry) for one in found):
         return ()
     subject = first.result.subject if isinstance(first, Read) else Subject(**subject_word(first))
@@ -242,15 +247,30 @@ def _require_alike(found: Sequence[Entry | Read], machine: Machine | None, *, fo
             other, there = Subject(**subject_word(one)), machine or here
         else:
             other, there = one.result.subject, one.result.machine
-        parts = [("models", subject_differences(subject, other)), ("machines", machine_differences(here, there))]
-        if isinstance(first, Read) and isinstance(one, Read):
-            parts.append(("conditions", condition_differences(first.profile, one.profile)))
+        parts = [
+            ("models", subject_differences(subject, other)),
+            ("machines", machine_differences(here, there)),
+            ("settings of the device", setting_differences(_state_of(first, now), _state_of(one, now))),
+            ("conditions", condition_differences(_conditions(first), _conditions(one))),
+        ]
         forced += [f"{first.name} and {one.name}: different {what}: {', '.join(d)}" for what, d in parts if d]
     if forced and not force:
         raise InvalidSpec(
             f"{'; '.join(forced)}. Their times say little of each other; --force compares them and says so"
         )
     return tuple(forced)
+
+
+def _state_of(one: Entry | Read, now: DeviceState | None) -> DeviceState | None:
+    if isinstance(one, Entry):
+        return now
+    return one.profile.watch.after if one.profile.watch is not None else None
+
+
+def _conditions(one: Entry | Read) -> Conditions:
+    if isinstance(one, Entry):
+        return Conditions("single-stream", 1, one.batch)
+    return Conditions(one.profile.mode, one.profile.streams, one.profile.batch)
 
 
 def _parity_of(entry: Entry, loaded: Runner, *, runner: str, threads: int) -> str:
@@ -342,6 +362,11 @@ def _rated(own: Contestant, base: Contestant, paired: Mapping[str, Sequence[floa
         ratio: Ratio = paired_ratio(own.samples_us, base.samples_us)
         return msgspec.structs.replace(own, ratio=ratio)
     notes = own.notes if NOT_INTERLEAVED in own.notes else (*own.notes, NOT_INTERLEAVED)
+    ran = [
+        f"{one.runner}, {one.threads or 'its own choice of'} thread{'s' * (one.threads != 1)}" for one in (own, base)
+    ]
+    if ran[0] != ran[1]:
+        notes = (*notes, f"it ran in {ran[0]}, and {base.name} in {ran[1]}")
     return msgspec.structs.replace(own, ratio=unpaired_ratio(own.samples_us, base.samples_us), notes=notes)
 
 

@@ -10,9 +10,16 @@ import msgspec
 
 from edgecomp.errors import InvalidSpec, RunError, UnknownName
 from edgecomp.files import JSON_ERRORS
-from edgecomp.profiles.comparison import COMPARISON_KIND, machine_differences, subject_differences, version_differences
+from edgecomp.profiles.comparison import (
+    COMPARISON_KIND,
+    machine_differences,
+    setting_differences,
+    subject_differences,
+    version_differences,
+)
 from edgecomp.profiles.regression import METRICS, Pair, judge_pair, matched, read_share
 from edgecomp.profiles.result import Result, read_result
+from edgecomp.report.methods import METHODS_KIND
 from edgecomp.report.results import ChangedField, ChangedNumber, CheckReport, DiffReport, ListedFile
 
 __all__ = ["results_check", "results_diff", "results_list", "results_show"]
@@ -98,10 +105,18 @@ def results_check(
         for what, found in (
             ("models", subject_differences(old.subject, new.subject)),
             ("machines", machine_differences(old.machine, new.machine)),
+            ("targets", (f"{old.target} and {new.target}",) if old.target != new.target else ()),
         )
         if found
     ]
     pairs, gone, added = matched(old, new)
+    set_otherwise = [
+        difference
+        for pair in pairs
+        if pair.old.watch is not None and pair.new.watch is not None
+        for difference in setting_differences(pair.old.watch.after, pair.new.watch.after)
+    ]
+    differences += [f"different settings of the device: {one}" for one in dict.fromkeys(set_otherwise)]
     if not pairs:
         raise InvalidSpec(f"{path} and {baseline} have no graph in common: {'; '.join(gone)} and {'; '.join(added)}")
     differences += [f"{name} is in the baseline alone, and was not checked" for name in gone]
@@ -139,7 +154,7 @@ def _listed(path: Path, name: str) -> ListedFile:
         created=result.created,
         graphs=len(result.profiles),
         p50_ms=first.p50_us / 1000,
-        is_stable=result.is_stable,
+        state=result.state,
     )
 
 
@@ -153,8 +168,13 @@ def _other(path: Path, name: str, problem: str) -> ListedFile:
         return ListedFile(name, "other", "JSON, and not of edgecomp")
     if raw.get("kind") == _KIND:
         return ListedFile(name, "damaged", problem)
+    created = str(raw.get("created", ""))
     if raw.get("kind") == COMPARISON_KIND:
-        return ListedFile(name, "comparison", f"base {raw.get('base', 'unknown')}", created=str(raw.get("created", "")))
+        return ListedFile(name, "comparison", f"base {raw.get('base', 'unknown')}", created=created)
+    if raw.get("kind") == METHODS_KIND:
+        return ListedFile(name, "comparison", f"methods in {raw.get('backbone', 'unknown')}", created=created)
+    if raw.get("kind") == "edgecomp search":
+        return ListedFile(name, "search", str(raw.get("verdict", "")), created=created)
     if isinstance(raw.get("title"), str) and isinstance(raw.get("rows"), list):
         return ListedFile(name, "benchmark", f"{raw['title']}, {len(raw['rows'])} rows")
     return ListedFile(name, "other", "JSON, and not of edgecomp")
@@ -170,12 +190,15 @@ def _newest(old: Result, baseline: Path, folder: Path) -> Path:
             one = read_result(path)
         except RunError:
             continue  # a benchmark's table, or damaged: `results list` shows which
-        if not subject_differences(old.subject, one.subject) and not machine_differences(old.machine, one.machine):
+        is_alike = not subject_differences(old.subject, one.subject) and not machine_differences(
+            old.machine, one.machine
+        )
+        if is_alike and one.created >= old.created and matched(old, one)[0]:
             found.append((one.created, path))
     if not found:
         raise InvalidSpec(
-            f"{folder} holds no result of {old.subject.name} on this machine besides {baseline}; name one, or measure "
-            f"with `edgecomp profile --out {folder}`"
+            f"{folder} holds no newer result of {old.subject.name} on this machine, measured in the same way, besides "
+            f"{baseline}; name one, or measure with `edgecomp profile --out {folder}`"
         )
     return max(found)[1]
 

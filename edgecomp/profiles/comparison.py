@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
@@ -18,6 +18,7 @@ from edgecomp.profiles.latency import LatencyProfile
 from edgecomp.profiles.machine import Machine
 from edgecomp.profiles.ratios import Ratio
 from edgecomp.profiles.result import Result, Subject
+from edgecomp.profiles.state import DeviceState
 from edgecomp.profiles.statistics import Estimate
 
 __all__ = [
@@ -25,11 +26,13 @@ __all__ = [
     "NOT_INTERLEAVED",
     "Agreement",
     "Comparison",
+    "Conditions",
     "Contestant",
     "condition_differences",
     "machine_differences",
     "profiles_of",
     "require_out",
+    "setting_differences",
     "subject_differences",
     "version_differences",
     "write_comparison",
@@ -77,7 +80,7 @@ class Contestant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         size_bytes: the graph, its stem and the weights that they read; none for a result.
         latency_us: median over rounds, or of a result's samples, with its 95 % interval.
         samples_us: of each round, or a result's own.
-        repeats: calls that a sample is the mean of.
+        repeats: calls that a sample is the median of.
         ratio: time over the base's; none for the base.
         parity: `pass`, `FAIL: ...`, or why it was not checked.
         agreement: none for the base, for a result, and where `agreement_note` says why.
@@ -163,13 +166,37 @@ def subject_differences(one: Subject, other: Subject) -> tuple[str, ...]:
     return tuple(found)
 
 
-def condition_differences(one: LatencyProfile, other: LatencyProfile) -> tuple[str, ...]:
-    """Return in which words two profiles do not time the same: another batch, mode or number of streams."""
+class Conditions(NamedTuple):
+    """What is timed at a time."""
+
+    mode: str
+    streams: int
+    batch: int
+
+
+def condition_differences(one: Conditions, other: Conditions) -> tuple[str, ...]:
+    """Return in which words two measurements do not time the same."""
+    pairs = zip(Conditions._fields, one, other, strict=True)
+    return tuple(f"{name} {mine} and {theirs}" for name, mine, theirs in pairs if mine != theirs)
+
+
+def setting_differences(one: DeviceState | None, other: DeviceState | None) -> tuple[str, ...]:
+    """Return in which words a device was set otherwise; what is not known of either says nothing."""
+    mine, theirs = _settings(one), _settings(other)
     return tuple(
-        f"{name} {getattr(one, name)} and {getattr(other, name)}"
-        for name in ("mode", "streams", "batch")
-        if getattr(one, name) != getattr(other, name)
+        f"{name} {value} and {theirs[name]}"
+        for name, value in mine.items()
+        if "unknown" not in (value, theirs[name]) and value != theirs[name]
     )
+
+
+def _settings(state: DeviceState | None) -> dict[str, str]:
+    jetson = state.jetson if state is not None else None
+    return {
+        "governor": state.governor if state is not None else "unknown",
+        "power mode": jetson.power_mode if jetson is not None else "unknown",
+        "jetson_clocks": jetson.jetson_clocks if jetson is not None else "unknown",
+    }
 
 
 def machine_differences(one: Machine, other: Machine) -> tuple[str, ...]:

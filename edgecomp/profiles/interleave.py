@@ -25,7 +25,7 @@ class Interleaved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What taking turns gave.
 
     Attributes:
-        samples_us: by name, of each round: microseconds of one call, the mean of the turn's calls.
+        samples_us: by name, of each round: microseconds of one call, the median of the turn's calls.
         repeats: by name, calls in each turn.
         rounds: how often each had its turn.
         orders: the names in the order of each round's turns.
@@ -59,7 +59,8 @@ def interleave(
 
     **Turns.** Before a turn nothing runs for `settle_s`: the worker threads of the one before spin for a while after
     its last run, and would take a core from this one. Then comes one call that is not timed, which finds its caches
-    and threads again, then the timed calls; their mean is the sample. Python's garbage collector is off meanwhile.
+    and threads again, then the timed calls, each by itself; their median is the sample, as a result file's samples are
+    single calls. Python's garbage collector is off meanwhile.
 
     **Warm-up.** Before the first round each is called until 10 calls or a second are spent, and twice at least.
 
@@ -116,12 +117,14 @@ def interleave(
 
 
 def _turn(run: Callable[[], object], calls: int, clock: Callable[[], int]) -> float:
-    """Return microseconds of a call: one that is not timed, then the mean of so many."""
+    """Return microseconds of a call: one that is not timed, then the median of so many."""
     run()
-    started = clock()
+    times = []
     for _ in range(calls):
+        started = clock()
         run()
-    return (clock() - started) / calls / 1000
+        times.append(clock() - started)
+    return statistics.median(times) / 1000
 
 
 def _warm_up(run: Callable[[], object], clock: Callable[[], int], most: int = _WARM_RUNS) -> float:

@@ -8,9 +8,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import msgspec
+from msgspec import Meta
 
 from edgecomp.errors import InvalidSpec
 from edgecomp.profiles.state import Stability, Watch
@@ -26,6 +27,7 @@ __all__ = [
     "Mode",
     "Percentile",
     "Stage",
+    "contradiction_in",
     "measure_latency",
     "percentile",
     "percentile_name",
@@ -40,6 +42,7 @@ MODES: tuple[str, ...] = get_args(Mode)
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9)
 MOST_PERCENT = 99.99  # beyond, a percentile of what one run can take is its longest sample, or next to it
+_LONGEST_US = 1e12  # eleven days
 QUERIES_NEEDED = {"p90": 24_576, "p95": 57_344, "p97": 90_112, "p99": 270_336, "p99.9": 2_654_208}
 """Samples that carry a percentile at 99 % confidence, by MLPerf Inference's rules.
 
@@ -131,10 +134,10 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     precision: str = ""
     flops: int = 0
     runner: str
-    threads: int
-    batch: int
+    threads: Annotated[int, Meta(ge=0)]
+    batch: Annotated[int, Meta(ge=1)]
     mode: Mode = "single-stream"
-    streams: int = 1
+    streams: Annotated[int, Meta(ge=1)] = 1
     cuda_graph: bool | None = None
     samples_us: tuple[float, ...]
     num_samples: int
@@ -142,7 +145,7 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     mean_us: float
     min_us: float
     max_us: float
-    throughput_per_s: float
+    throughput_per_s: Annotated[float, Meta(gt=0)]
     duration_s: float = 0.0
     load_us: float | None = None
     first_us: float | None = None
@@ -153,8 +156,8 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     watch: Watch | None = None
     stability: Stability | None = None
     energy_mj: float | None = None
-    host_peak_mib: float | None = None
-    device_peak_mib: float | None = None
+    host_peak_mib: Annotated[float, Meta(ge=0)] | None = None
+    device_peak_mib: Annotated[float, Meta(ge=0)] | None = None
 
     @property
     def p50_us(self) -> float:
@@ -336,6 +339,36 @@ def _measure_overhead(mode: Mode, streams: int, clock: Clock) -> float:
         step = team if len(nothing) > 1 else nothing[0]
         timed = time_runs(step, clock, duration_ns=0, min_runs=_OVERHEAD_RUNS, max_runs=_OVERHEAD_RUNS)
     return statistics.median(timed.samples_ns) / 1000
+
+
+def contradiction_in(profile: LatencyProfile) -> str:
+    """Return which figure of a profile does not follow from its samples; "" where all do."""
+    samples = profile.samples_us
+    if not samples or profile.num_samples != len(samples):
+        return f"{profile.num_samples} samples are said, and {len(samples)} are there"
+    worst = max(samples, key=lambda us: us if us >= 0 else math.inf)
+    if not 0 <= worst <= _LONGEST_US:
+        return f"a sample of {worst:g} us"
+    lacking = [f"p{percent:g}" for percent in PERCENTILES if f"p{percent:g}" not in profile.percentiles]
+    if lacking:
+        return f"there is no {', '.join(lacking)}"
+    said = {name: found.us for name, found in profile.percentiles.items()}
+    try:
+        follows = {name: found.us for name, found in percentiles_of(samples, [float(n[1:]) for n in said]).items()}
+    except (ValueError, InvalidSpec):
+        return f"percentiles {', '.join(said)}"
+    mean = statistics.fmean(samples)
+    said |= {"mean": profile.mean_us, "min": profile.min_us, "max": profile.max_us}
+    follows |= {"mean": mean, "min": min(samples), "max": max(samples)}
+    said["throughput"] = follows["throughput"] = profile.throughput_per_s
+    if profile.mode != "offline":
+        follows["throughput"] = profile.batch * profile.streams * 1e6 / max(mean, 1e-3)
+    elif profile.duration_s:
+        follows["throughput"] = profile.batch * len(samples) / profile.duration_s
+    for name, value in said.items():
+        if name not in follows or not math.isclose(value, follows[name], rel_tol=1e-6):
+            return f"{name} of {value:g}, where its samples give {follows.get(name, math.nan):g}"
+    return ""
 
 
 def _throughput(mode: Mode, timed: Timed, batch: int, streams: int) -> float:

@@ -6,17 +6,18 @@ one whose figures contradict each other is refused with its name, never read in 
 
 from __future__ import annotations
 
-import math
+import itertools
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from edgecomp.errors import InvalidSpec, RunError
+from edgecomp.errors import EdgecompError, InvalidSpec, RunError
 from edgecomp.files import encode_document, read_document, require_folder, write_whole
-from edgecomp.profiles.latency import LatencyProfile
+from edgecomp.profiles.latency import LatencyProfile, contradiction_in
 from edgecomp.profiles.machine import Machine
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
 
 SCHEMA: Final = 1
 _LARGEST = 256 << 20  # bytes; raw samples of an hour of short runs fit
-_LONGEST_US = 1e12  # eleven days
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
 
 Time = Annotated[float, Meta(ge=0)]
@@ -160,7 +160,7 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     schema: Literal[1] = SCHEMA
     kind: Literal["edgecomp result"] = "edgecomp result"
-    created: str
+    created: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
     edgecomp: str
     command: tuple[str, ...]
     target: str
@@ -175,9 +175,12 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     notes: tuple[str, ...] = ()
 
     @property
-    def is_stable(self) -> bool:
-        """No graph's number carries a mark against it."""
-        return not any(profile.marks for profile in self.profiles)
+    def state(self) -> Literal["stable", "unstable", "unknown"]:
+        """Whether conditions stood still for all graphs: `unstable` where a mark stands against one's number."""
+        if any(profile.marks for profile in self.profiles):
+            return "unstable"
+        verdicts = {"unknown" if one.stability is None else one.stability.verdict for one in self.profiles}
+        return "unknown" if "unknown" in verdicts else "stable"
 
 
 def read_result(path: Path) -> Result:
@@ -190,16 +193,11 @@ def read_result(path: Path) -> Result:
         path, Result, noun="result", verb="edgecomp profile", again="measure again", largest=_LARGEST
     )
     for profile in result.profiles:
-        if "p50" not in profile.percentiles:
-            raise RunError(f"result {path}: {profile.model} has no p50; it was edited: measure again")
-        if not profile.samples_us or profile.num_samples != len(profile.samples_us):
-            raise RunError(
-                f"result {path}: {profile.model} says {profile.num_samples} samples and holds "
-                f"{len(profile.samples_us)}; measure again"
-            )
-        worst = max(profile.samples_us, key=lambda us: us if us >= 0 else math.inf)
-        if not 0 <= worst <= _LONGEST_US:
-            raise RunError(f"result {path}: {profile.model} holds a sample of {worst:g} us; measure again")
+        if wrong := contradiction_in(profile):
+            raise RunError(f"result {path}: {profile.model} contradicts itself: {wrong}; measure again")
+    twice = [key for key, count in Counter(_key(profile) for profile in result.profiles).items() if count > 1]
+    if twice:
+        raise RunError(f"result {path}: {twice[0][0]} stands twice, measured in the same way; measure again")
     return result
 
 
@@ -235,9 +233,37 @@ def write_result(result: Result, out: Path) -> Path:
     Raises:
         EdgecompError: it cannot be written. InvalidSpec: the file is there and is no result.
     """
-    path = out if out.suffix == ".json" else out / result.target / f"{_stem(result)}.json"
-    _require_result(path)
-    return write_whole(path, encode_document(result), noun="result")
+    if out.suffix != ".json":
+        return _write_beside(result, out / result.target)
+    _require_result(out)
+    return write_whole(out, encode_document(result), noun="result")
+
+
+def _write_beside(result: Result, folder: Path) -> Path:
+    """Write a result under a name that no other has, also if several end in one second."""
+    content = encode_document(result)
+    for number in itertools.count(1):
+        path = folder / f"{_stem(result)}{f'-{number}' if number > 1 else ''}.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.open("xb").close()  # the name is ours from here on
+        except FileExistsError:
+            if not folder.is_dir():
+                raise EdgecompError(f"result {path} cannot be written: {folder} is no folder; name another") from None
+            continue
+        except OSError as error:
+            raise EdgecompError(f"result {path} cannot be written: {error.strerror}; name another place") from None
+        try:
+            return write_whole(path, content, noun="result")
+        except EdgecompError:
+            path.unlink(missing_ok=True)
+            raise
+    raise AssertionError
+
+
+def _key(profile: LatencyProfile) -> tuple[object, ...]:
+    names = ("model", "role", "runner", "batch", "mode", "streams", "threads", "cuda_graph")
+    return tuple(getattr(profile, name) for name in names)
 
 
 def _stem(result: Result) -> str:

@@ -4,17 +4,17 @@
 
 1. *Drift*: the clock of the device that worked (the GPU's multiprocessors, or the fastest core) has medians over the
    first and the last third of the samples that differ by more than 5 % of the higher one.
-2. *Dips*: more than a tenth of the samples, and more than one, lie over 5 % below the median of all.
+2. *Swings*: more than a tenth of the samples, and more than one, lie over 5 % away from the median of all.
 3. *Throttling*: NVML gave a reason other than that the GPU was idle, that a user set application clocks, or that a
    display limits them; or one of the kernel's cooling devices that hold clocks was at work; or a count of thermal
    throttling (x86) or of over-current (Jetson) rose.
-4. *Heat*: it came within 3 degrees of where the clocks begin to fall.
+4. *Heat*: it came within 3 degrees of where the clocks begin to fall. Or the board's power mode changed.
 5. *Times*: of the medians over tenths of the timed runs, the highest and the lowest have 95 % intervals that lie more
    than 5 % apart. It is what shows where no clock can be read: a guest of a hypervisor, for example. Fewer than 90
    runs do not say.
 
 With fewer than nine samples that hold a clock, one of them could move a median; then the clocks before and after are
-compared by the same 5 % instead.
+compared by the same 5 % instead, and take part in rule 2.
 
 **Unknown** is a result whose clocks could not be read, if nothing of the above was seen either: nobody knows that it is
 stable. **Stable** is the rest. Governor, power mode, other processes and a hypervisor are notes: they explain, and do
@@ -33,12 +33,12 @@ from edgecomp.profiles.nvml import HARMLESS_REASONS, is_gpu_reason
 from edgecomp.profiles.state import DeviceState, Stability, Watch
 from edgecomp.profiles.statistics import median_interval
 
-__all__ = ["DIP_SHARE", "DRIFT_PERCENT", "FEWEST_SAMPLES", "NEAR_LIMIT_C", "judge_state"]
+__all__ = ["DRIFT_PERCENT", "FEWEST_SAMPLES", "NEAR_LIMIT_C", "SWING_SHARE", "judge_state"]
 
 DRIFT_PERCENT = 5.0
 """How far clocks may differ, in percent of the higher one."""
-DIP_SHARE = 0.1
-"""Share of samples that may lie further below the median than that."""
+SWING_SHARE = 0.1
+"""Share of samples that may lie further from the median than that."""
 NEAR_LIMIT_C = 3.0
 """Degrees below the limit from which on heat counts."""
 FEWEST_SAMPLES = 9
@@ -74,11 +74,23 @@ def judge_state(
         moved = _moves(clocks, device)
     else:
         ends = [clock for clock in (_clock(before, device), _clock(after, device)) if clock]
-        moved = [_drift(ends[0], ends[1], f"{device} clock before and after")] if len(ends) == 2 else []
-        clocks = ends if len(ends) == 2 else []
-    seen = (*moved, *_throttling(before, after, watch, device), *_heat(after, watch, device), _step(times_us))
+        moved = []
+        if len(ends) == 2:
+            clocks = [ends[0], *clocks, ends[1]]
+            moved = [_drift(ends[0], ends[1], f"{device} clock before and after") or _swing(clocks, device)]
+        elif len(clocks) > 1:
+            moved = [_swing(clocks, device)]
+        else:
+            clocks = []
+    seen = (
+        *moved,
+        _mode(before, after),
+        *_throttling(before, after, watch, device),
+        *_heat(after, watch, device),
+        _step(times_us),
+    )
     reasons = tuple(reason for reason in seen if reason)
-    notes = _notes(before, after, watch)
+    notes = _notes(after, watch)
     if reasons:
         return Stability("unstable", reasons, notes)
     if not clocks:
@@ -101,15 +113,19 @@ def _clocks(watch: Watch | None, device: Device) -> list[float]:
 def _moves(clocks: Sequence[float], device: Device) -> list[str]:
     third = len(clocks) // 3
     first, last = statistics.median(clocks[:third]), statistics.median(clocks[-third:])
+    return [_drift(first, last, f"{device} clock over the measurement") or _swing(clocks, device)]
+
+
+def _swing(clocks: Sequence[float], device: Device) -> str:
+    """Return the reason where too many clocks lie away from their median, "" where not."""
     middle = statistics.median(clocks)
-    low = [clock for clock in clocks if clock < middle * (1 - DRIFT_PERCENT / 100)]
-    found = [_drift(first, last, f"{device} clock over the measurement")]
-    if len(low) > max(DIP_SHARE * len(clocks), 1):
-        found.append(
-            f"{device} clock dipped below {middle:.0f} MHz by more than {DRIFT_PERCENT:g} % in {len(low)} of "
-            f"{len(clocks)} samples, down to {min(low):.0f} MHz"
-        )
-    return found
+    away = [clock for clock in clocks if abs(clock - middle) > middle * DRIFT_PERCENT / 100]
+    if len(away) <= max(SWING_SHARE * len(clocks), 1):
+        return ""
+    return (
+        f"{device} clock left {middle:.0f} MHz by more than {DRIFT_PERCENT:g} % in {len(away)} of {len(clocks)} "
+        f"samples, from {min(clocks):.0f} to {max(clocks):.0f} MHz"
+    )
 
 
 def _drift(first: float, last: float, where: str) -> str:
@@ -131,6 +147,12 @@ def _step(times_us: Sequence[float]) -> str:
     return (
         f"the times moved: medians over tenths of the runs from {least.value / 1000:.3f} to {most.value / 1000:.3f} ms"
     )
+
+
+def _mode(before: DeviceState, after: DeviceState) -> str:
+    """Return the reason where the board's power mode changed, "" where not."""
+    modes = [state.jetson.power_mode if state.jetson is not None else "unknown" for state in (before, after)]
+    return f"the power mode changed from {modes[0]} to {modes[1]}" if modes[0] != modes[1] else ""
 
 
 def _throttling(before: DeviceState, after: DeviceState, watch: Watch | None, device: Device) -> list[str]:
@@ -176,15 +198,12 @@ def _heat(after: DeviceState, watch: Watch | None, device: Device) -> list[str]:
     return found
 
 
-def _notes(before: DeviceState, after: DeviceState, watch: Watch | None) -> tuple[str, ...]:
+def _notes(after: DeviceState, watch: Watch | None) -> tuple[str, ...]:
     notes = []
     if after.governor not in {"performance", "unknown"}:
         notes.append(f"governor {after.governor}: the cores' clocks follow the load; performance holds them")
-    if after.jetson is not None:
-        if after.jetson.jetson_clocks == "off":
-            notes.append("jetson_clocks is off: the clocks follow the load; `sudo jetson_clocks` holds them")
-        if before.jetson is not None and after.jetson.power_mode != before.jetson.power_mode:
-            notes.append(f"the power mode changed to {after.jetson.power_mode}")
+    if after.jetson is not None and after.jetson.jetson_clocks == "off":
+        notes.append("jetson_clocks is off: the clocks follow the load; `sudo jetson_clocks` holds them")
     busy = (after.gpu.num_processes if after.gpu else None) or 0
     if busy > 1:
         notes.append(f"{busy} compute processes on the GPU, this one among them")

@@ -66,7 +66,7 @@ def _mode(profile: LatencyProfile) -> str:
 def _describe_times(report: Result) -> list[str]:
     first = report.profiles[0]
     asked = {word.partition("=")[2] for word in report.command if word.startswith("--percentile=")}
-    names = sorted({*_ALWAYS, *(f"p{float(one):g}" for one in asked)} & set(first.percentiles), key=_percent)
+    names = sorted({*_ALWAYS, *(f"p{one.removesuffix('.0')}" for one in asked)} & set(first.percentiles), key=_percent)
     rows = []
     for p in report.profiles:
         middle, *tail = (p.percentiles[name] for name in names)

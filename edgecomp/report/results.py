@@ -29,22 +29,23 @@ class ListedFile(msgspec.Struct, frozen=True):
     """A JSON file among results.
 
     Attributes:
-        kind: `result`, `comparison`, `benchmark` (a table of `benchmarks/`), `other`, or `damaged`.
+        kind: `result`, `comparison`, `search`, `benchmark` (a table of `benchmarks/`), `other`, or `damaged`.
         what: subject and runner of a result, a benchmark's title, or what is wrong.
         created: "" where the file does not say.
         graphs: profiles in it.
         p50_ms: of the first of them; none of what is no result.
-        is_stable: whether no number carries a mark against it; none of what is no result.
+        state: `unstable` where a number carries a mark against it, `unknown` where clocks could not be read, else
+            `stable`; "" of what is no result.
     """
 
     path: str
-    kind: Literal["result", "comparison", "benchmark", "other", "damaged"]
+    kind: Literal["result", "comparison", "search", "benchmark", "other", "damaged"]
     what: str
     target: str = ""
     created: str = ""
     graphs: int = 0
     p50_ms: float | None = None
-    is_stable: bool | None = None
+    state: Literal["", "stable", "unstable", "unknown"] = ""
 
 
 class ChangedField(msgspec.Struct, frozen=True):
@@ -107,7 +108,7 @@ def describe_list(rows: tuple[ListedFile, ...], folder: str) -> str:
 
 def _listed(row: ListedFile) -> list[object]:
     p50 = "-" if row.p50_ms is None else f"{row.p50_ms:.3f}"
-    mark = "not stable" if row.is_stable is False else ""
+    mark = {"unstable": "unstable", "unknown": "clocks unknown"}.get(row.state, "")
     return [row.path, row.kind, row.target or "-", row.created or "-", row.graphs or "-", p50, mark, row.what]
 
 

@@ -18,6 +18,7 @@ from edgecomp import api
 from edgecomp.errors import EdgecompError, InvalidSpec, RunError, UnknownName
 from edgecomp.profiles.comparison import NOT_INTERLEAVED, Comparison
 from edgecomp.profiles.result import Subject, write_result
+from edgecomp.profiles.state import DeviceState, JetsonState, Watch
 from edgecomp.report.compare import describe_comparison
 
 Cli = Callable[..., Any]
@@ -349,6 +350,44 @@ def test_a_graph_in_a_bundle_is_that_bundles(cli: Cli, exported: Path) -> None:
     assert "bundle/model.m9.b1" in said.out
     assert "cosine 1.0000" in said.out
     assert said.out.count(" pass") == 2
+
+
+def test_a_result_of_another_batch_is_refused_beside_what_runs_here(exported: Path, tmp_path: Path) -> None:
+    result = api.profile(exported, budget=9, batch=1, threads=1, duration_s=0.05, stages=False)
+    (profile,) = result.profiles
+    alike = write_result(result, tmp_path / "alike.json")
+    found = quick(exported, alike, budget=9)
+    assert found.forced == ()
+    two = msgspec.structs.replace(profile, batch=2, throughput_per_s=2 * profile.throughput_per_s)
+    other = write_result(msgspec.structs.replace(result, profiles=(two,)), tmp_path / "two.json")
+    with pytest.raises(InvalidSpec, match="different conditions: batch 1 and 2"):
+        quick(exported, other, budget=9)
+
+
+def test_another_number_of_threads_is_said(result: Callable[..., Path], tmp_path: Path) -> None:
+    one = result("one.json", 1000.0)
+    raw = json.loads(one.read_text())
+    raw["profiles"][0].update(threads=4, runner="tensorrt 10.3")
+    (tmp_path / "four.json").write_text(json.dumps(raw))
+    other = api.compare([one, tmp_path / "four.json"]).contestants[1]
+    assert "it ran in tensorrt 10.3, 4 threads, and one in onnxruntime 1.27.0, 1 thread" in other.notes
+
+
+def test_another_power_mode_is_refused(result: Callable[..., Path], tmp_path: Path) -> None:
+    paths = []
+    for mode, clocks in (("MAXN_SUPER", "on"), ("7W", "off")):
+        state = DeviceState(
+            time_utc="2026-11-22T12:00:00.000Z", jetson=JetsonState(power_mode=mode, jetson_clocks=clocks)
+        )
+        watch = Watch(before=state, after=state, duration_s=1.0, interval_ms=100)
+        profile = msgspec.structs.replace(made_profile([1000.0] * 30), watch=watch)
+        paths.append(write_result(made_result(profile), tmp_path / f"{mode}.json"))
+    text = "different settings of the device: power mode MAXN_SUPER and 7W, jetson_clocks on and off"
+    with pytest.raises(InvalidSpec, match=text):
+        api.compare(paths)
+    with pytest.raises(InvalidSpec, match="different settings of the device: power mode MAXN_SUPER and 7W"):
+        api.results_check(paths[1], baseline=paths[0])
+    assert text in api.compare(paths, force=True).forced[0]
 
 
 def test_parity_that_fails_is_exit_1(cli: Cli, failing: Path) -> None:

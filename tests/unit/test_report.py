@@ -146,11 +146,14 @@ def edited(tmp_path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda raw: raw["profiles"][0].update(samples_us=[], num_samples=0), "says 0 samples and holds 0"),
-        (lambda raw: raw["profiles"][0]["samples_us"].pop(), "says 20 samples and holds 19"),
-        (lambda raw: raw["profiles"][0]["percentiles"].pop("p50"), "model.m4.b1.onnx has no p50; it was edited"),
-        (lambda raw: raw["profiles"][0]["samples_us"].__setitem__(3, -1.5), "holds a sample of -1.5 us"),
-        (lambda raw: raw["profiles"][0]["samples_us"].__setitem__(3, 1e300), "holds a sample of 1e+300 us"),
+        (lambda raw: raw["profiles"][0].update(samples_us=[], num_samples=0), "0 samples are said, and 0 are there"),
+        (lambda raw: raw["profiles"][0]["samples_us"].pop(), "20 samples are said, and 19 are there"),
+        (
+            lambda raw: raw["profiles"][0]["percentiles"].pop("p50"),
+            "model.m4.b1.onnx contradicts itself: there is no p50",
+        ),
+        (lambda raw: raw["profiles"][0]["samples_us"].__setitem__(3, -1.5), "a sample of -1.5 us"),
+        (lambda raw: raw["profiles"][0]["samples_us"].__setitem__(3, 1e300), "a sample of 1e+300 us"),
     ],
 )
 def test_figures_that_cannot_be_are_refused(
@@ -202,7 +205,7 @@ def test_ratio_is_of_one_run_and_batch_alone(tmp_path: Path) -> None:
     plain = made_profile([1000.0] * 20, model="plain.b1.onnx", role="plain", is_steady=True)
     half = made_profile([500.0] * 20, model="model.m4.b1.onnx", is_steady=True)
     batch = made_profile([500.0] * 20, model="model.m4.b8.onnx", is_steady=True)
-    batch = msgspec.structs.replace(batch, batch=8)
+    batch = msgspec.structs.replace(batch, batch=8, throughput_per_s=16_000.0)
     alone = made_profile([100.0] * 20, is_steady=True)
     folder = written(tmp_path / "r", made_result(plain, half, batch), made_result(alone))
     page = api.report([folder]).page
@@ -469,7 +472,7 @@ def hostile_folder(folder: Path) -> Path:
     profile = made_profile(model=f"{HOSTILE}.onnx", runner=HOSTILE, precision=HOSTILE, is_steady=False)
     machine = msgspec.structs.replace(MACHINE, cpu=HOSTILE, governor=HOSTILE, os=HOSTILE, versions={HOSTILE: HOSTILE})
     subject = Subject(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, 1, HOSTILE)
-    hostile = inside_result(machine=machine, subject=subject, notes=(HOSTILE,), created=HOSTILE, command=(HOSTILE,))
+    hostile = inside_result(machine=machine, subject=subject, notes=(HOSTILE,), command=(HOSTILE,))
     layers = tuple(msgspec.structs.replace(one, name=HOSTILE, op=HOSTILE, block=HOSTILE) for one in hostile.layers)
     results = (made_result(profile, machine=machine, subject=subject), msgspec.structs.replace(hostile, layers=layers))
     written(folder, *results)

@@ -84,9 +84,17 @@ def edited(path: Path, edit: Edit) -> Path:
         (lambda raw: raw.pop("kind"), "its kind is 'missing'"),
         (lambda raw: raw.update(profiles=[]), "damaged or was edited: Expected `array` of length >= 1"),
         (lambda raw: raw.update(more=1), "damaged or was edited: Object contains unknown field `more`"),
-        (lambda raw: raw["profiles"][0].update(samples_us=[]), "says 20 samples and holds 0"),
-        (lambda raw: raw["profiles"][0].update(num_samples=21), "says 21 samples and holds 20"),
+        (lambda raw: raw["profiles"][0].update(samples_us=[]), "20 samples are said, and 0 are there"),
+        (lambda raw: raw["profiles"][0].update(num_samples=21), "21 samples are said, and 20 are there"),
         (lambda raw: raw["profiles"][0].update(mean_us=math.nan), "truncated or no JSON"),
+        (lambda raw: raw["profiles"][0].update(mean_us=1.0), "contradicts itself: mean of 1, where its samples give"),
+        (lambda raw: raw["profiles"][0]["percentiles"]["p50"].update(us=1.0), "contradicts itself: p50 of 1, where"),
+        (lambda raw: raw["profiles"][0]["percentiles"].pop("p99"), "contradicts itself: there is no p99"),
+        (lambda raw: raw["profiles"][0].update(throughput_per_s=1e9), "contradicts itself: throughput of 1e+09, where"),
+        (lambda raw: raw["profiles"][0].update(batch=0), "damaged or was edited: Expected `int` >= 1"),
+        (lambda raw: raw["profiles"][0].update(host_peak_mib=-5.0), "damaged or was edited: Expected `float` >= 0"),
+        (lambda raw: raw.update(created="yesterday"), "damaged or was edited: Expected `str` matching regex"),
+        (lambda raw: raw["profiles"].append(raw["profiles"][0]), "stands twice, measured in the same way"),
     ],
 )
 def test_damaged_results_are_refused(tmp_path: Path, edit: Edit, text: str) -> None:
@@ -147,7 +155,7 @@ def test_a_result_without_a_median_is_refused(tmp_path: Path) -> None:
     raw = msgspec.to_builtins(made_result())
     del raw["profiles"][0]["percentiles"]["p50"]
     (tmp_path / "r.json").write_bytes(msgspec.json.encode(raw))
-    with pytest.raises(RunError, match=r"r\.json: model\.m4\.b1\.onnx has no p50"):
+    with pytest.raises(RunError, match=r"r\.json: model\.m4\.b1\.onnx contradicts itself: there is no p50"):
         read_result(tmp_path / "r.json")
 
 
@@ -156,12 +164,13 @@ def test_an_unstable_number_carries_its_reason_in_its_own_line() -> None:
     one = made_profile(stability=moved, is_steady=True)
     steady = made_profile(model="model.m8.b1.onnx", stability=Stability("stable"), is_steady=True)
     result = made_result(one, steady)
-    assert not result.is_stable
+    assert result.state == "unstable"
     text = describe_profile(result)
     assert re.search(r"^model\.m4\.b1\.onnx .* unstable: gpu clock fell from 1980 to 1200 MHz$", text, re.MULTILINE)
     assert re.search(r"^model\.m8\.b1\.onnx .* +20$", text, re.MULTILINE)
     assert "device state unstable: gpu clock fell" in text
-    assert made_result(steady).is_stable
+    assert made_result(steady).state == "stable"
+    assert made_result(made_profile(is_steady=True, stability=None)).state == "unknown"
 
 
 def test_the_loop_of_several_streams_is_told_as_what_it_is() -> None:
@@ -181,3 +190,9 @@ def test_memory_of_the_first_graph_alone_is_known() -> None:
 def test_energy_of_a_run_is_printed_where_it_is_known() -> None:
     assert "model.m4.b1.onnx: 12.3 mJ a run" in describe_profile(made_result(made_profile(energy_mj=12.345)))
     assert "mJ a run" not in describe_profile(made_result())
+
+
+def test_results_that_end_in_one_second_stand_beside_each_other(tmp_path: Path) -> None:
+    paths = [write_result(made_result(), tmp_path) for _ in range(3)]
+    assert len(set(paths)) == 3
+    assert [path.stem.removeprefix(paths[0].stem) for path in paths] == ["", "-2", "-3"]

@@ -62,7 +62,7 @@ def test_files_are_listed_as_what_they_are(tmp_path: Path) -> None:
         1,
     )
     assert found.p50_ms == pytest.approx(1.01, rel=0.01)
-    assert found.is_stable is False
+    assert found.state == "unstable"
     kinds = {name: row.kind for name, row in rows.items()}
     assert kinds == {
         f"cpu/{path.name}": "result",
@@ -75,7 +75,7 @@ def test_files_are_listed_as_what_they_are(tmp_path: Path) -> None:
     assert "truncated" in rows["broken.json"].what
     assert "schema 7" in rows["newer.json"].what
     text = describe_list(tuple(rows.values()), str(tmp_path))
-    for part in ("merge, 2 rows", "not stable", "damaged", f"base cpu/{path.name}"[:5]):
+    for part in ("merge, 2 rows", "unstable", "damaged", f"base cpu/{path.name}"[:5]):
         assert part in text
 
 
@@ -242,11 +242,19 @@ def test_the_newest_of_the_model_and_machine_is_taken(tmp_path: Path) -> None:
         return write_result(made_result(timed(us), created=created, **changes), tmp_path / "all" / name)
 
     base = put("base.json", "2026-11-25T00:00:00Z", 1000.0)
-    with pytest.raises(InvalidSpec, match="holds no result of small on this machine besides"):
+    with pytest.raises(
+        InvalidSpec, match="holds no newer result of small on this machine, measured in the same way, besides"
+    ):
         api.results_check(baseline=base, folder=tmp_path / "all")
     put("older.json", "2026-11-23T00:00:00Z", 5000.0)
-    newest = put("newest.json", "2026-11-24T00:00:00Z", 1010.0)
-    put("another.json", "2026-11-26T00:00:00Z", 5000.0, subject=OTHER)
+    with pytest.raises(InvalidSpec, match="holds no newer result"):
+        api.results_check(baseline=base, folder=tmp_path / "all")
+    put("newer.json", "2026-11-26T00:00:00Z", 5000.0)
+    newest = put("newest.json", "2026-11-27T00:00:00Z", 1010.0)
+    put("another.json", "2026-11-28T00:00:00Z", 5000.0, subject=OTHER)
+    write_result(
+        made_result(timed(5000.0, threads=2), created="2026-11-29T00:00:00Z"), tmp_path / "all" / "threads.json"
+    )
     (tmp_path / "all" / "broken.json").write_text("{")
     report = api.results_check(baseline=base, folder=tmp_path / "all")
     assert (report.result, bool(report)) == (str(newest), True)

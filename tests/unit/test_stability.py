@@ -76,19 +76,35 @@ def test_limit_of_drift_is_five_percent() -> None:
 def test_clocks_that_dip() -> None:
     dips = [1740.0, 1740.0, 1740.0, 1740.0, 900.0] * 6
     said = judge(watched(list(dips)))
-    assert said.reasons == ("gpu clock dipped below 1740 MHz by more than 5 % in 6 of 30 samples, down to 900 MHz",)
+    assert said.reasons == ("gpu clock left 1740 MHz by more than 5 % in 6 of 30 samples, from 900 to 1740 MHz",)
     assert judge(watched([900.0] + [1740.0] * 8)).is_stable  # one sample is none, be it a ninth of them
     assert not judge(watched([1740.0, 900.0, 1740.0, 1740.0, 900.0, *[1740.0] * 4])).is_stable
 
 
 def test_few_samples_compare_before_and_after() -> None:
-    few: list[float | None] = [900.0] * (FEWEST_SAMPLES - 1)
-    assert judge(watched(few)).is_stable
-    said = judge(watched(few), after=device(1600))
-    assert said.reasons == ("gpu clock before and after: 1740 MHz to 1600 MHz, -8.0 %",)
+    few: list[float | None] = [1740.0] * (FEWEST_SAMPLES - 2) + [900.0]
+    assert judge(watched(few)).is_stable  # one sample is none
+    said = judge(watched(few[1:]), after=device(1600))
+    assert said.reasons[0] == "gpu clock before and after: 1740 MHz to 1600 MHz, -8.0 %"
     assert judge(None).is_stable
     assert judge(None, "cpu", after=device(1600)).reasons[0].startswith("cpu clock before and after: 1740")
-    assert judge(watched([*few, 900.0]), after=device(1600)).is_stable  # enough samples are the better witness
+    assert judge(
+        watched([1740.0] * FEWEST_SAMPLES), after=device(1600)
+    ).is_stable  # enough samples are better witnesses
+
+
+@pytest.mark.parametrize(
+    "clocks",
+    [[1000.0] * 30 + [2000.0] * 40 + [1000.0] * 30, [1000.0, 2000.0, 1000.0] * 30, [1740.0] * 3 + [500.0] * 5],
+    ids=["a hill", "every third", "few"],
+)
+def test_clocks_that_swing(clocks: list[float | None]) -> None:
+    assert "clock left" in " ".join(judge(watched(clocks), "cpu").reasons)
+
+
+def test_a_power_mode_that_changed() -> None:
+    before, after = (device(jetson=JetsonState(power_mode=mode)) for mode in ("MAXN", "7W"))
+    assert judge(None, before=before, after=after).reasons == ("the power mode changed from MAXN to 7W",)
 
 
 @pytest.mark.parametrize("word", ["gpu", "cpu"])
@@ -177,13 +193,11 @@ def test_notes_do_not_decide(fields: dict[str, Any], watch: dict[str, Any], note
     assert said.notes[0].startswith(note)
 
 
-def test_notes_of_the_gpu_and_of_a_mode_that_changed() -> None:
+def test_notes_of_the_gpu() -> None:
     said = judge(None, after=gpu(device(), num_processes=2, mig_instance=True))
     assert [note.partition(":")[0] for note in said.notes] == [
         "2 compute processes on the GPU, this one among them", "an instance of a GPU",
     ]  # fmt: skip
-    before, after = (device(jetson=JetsonState(power_mode=mode)) for mode in ("15W", "25W"))
-    assert judge(None, before=before, after=after).notes == ("the power mode changed to 25W",)
     assert judge(watched([1740] * 9, other_cores=0.4, stolen_cores=0.01)).notes == ()
 
 
