@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edgecomp import __version__
+from edgecomp.checkpoint import locate, path_digest
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
 from edgecomp.resources import source_digest
 from edgecomp.specs import Recipe, load_recipe, method_names
 from edgecomp.specs.order import Order
-from edgecomp.specs.origin import file_sha256
 from edgecomp.specs.precision import PrecisionPlan
 from edgecomp.specs.router import router_names
 
@@ -64,8 +64,10 @@ def read_order(
         )
     files = {"--weights": weights, "--backbone-weights": backbone_weights, "--router-weights": router_weights}
     for option, path in files.items():
-        if str(path) not in ("random", "pretrained") and not Path(path).is_file():
-            raise WeightsError(f"weights file {path} is not there; check the path, or use {option} random")
+        if str(path) not in ("random", "pretrained"):
+            if not Path(path).exists():
+                raise WeightsError(f"weights file {path} is not there; check the path, or use {option} random")
+            locate(Path(path))
     if str(weights) == "pretrained":
         raise InvalidSpec(
             "--weights pretrained: compressors have no download; give a file, "
@@ -170,7 +172,7 @@ def request_digest(
 ) -> str:
     """Return the sha256 of everything that decides what is exported: the request, files, versions, edgecomp's code."""
     files = {
-        path: file_sha256(Path(path))
+        path: path_digest(Path(path))
         for path in (order.weights, order.backbone_weights, order.router_weights)
         if path not in ("random", "pretrained")
     }

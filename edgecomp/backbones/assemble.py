@@ -16,9 +16,10 @@ from edgecomp.backbones.seam import find_seam
 from edgecomp.backbones.timm import TimmHost, host_part, load_host, plain_vit, state_digest
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor, initialise
-from edgecomp.compressors._checkpoint import read_checkpoint
+from edgecomp.compressors._checkpoint import Checkpoint, read_checkpoint, weights_origin
 from edgecomp.compressors._inside import InsideCompressor
 from edgecomp.compressors._pruning import TokenPruner
+from edgecomp.compressors._recognise import recognise, tell
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
 from edgecomp.routers import Router, RouterSite, StemScore, router_class
 from edgecomp.specs import Output, Placement, Preprocess, Preset, Recipe, Site, TokenBudget, parse_budget
@@ -117,7 +118,15 @@ def _read_weights(
     """Return the compressor's tensors and the host's; a file with both prefixes, or an original's, serves for both."""
     if order.weights == "random":
         return None, None
-    state = read_checkpoint(Path(order.weights), say=notes.append)
+    checkpoint = Checkpoint(Path(order.weights))
+    if not any(key.startswith(("compressor.", "backbone.")) for key in checkpoint.stored.names):
+        match = recognise(order.recipe, cls, checkpoint.stored)
+        if match is not None:
+            notes.append(tell(match, order.recipe.method))
+        state = checkpoint.read(match.names if match is not None else None, say=notes.append)
+        own, host = cls.split_checkpoint(state)
+        return (own or state), (host or None)
+    state = checkpoint.read(say=notes.append)
     own = {key.removeprefix("compressor."): value for key, value in state.items() if key.startswith("compressor.")}
     host = host_part(state)
     stray = [key for key in state if not key.startswith(("compressor.", "backbone."))]
@@ -126,8 +135,6 @@ def _read_weights(
             f"weights file {order.weights} holds keys of compressor and host, and {len(stray)} of neither: "
             f"{', '.join(stray[:5])}; remove them"
         )
-    if not own and not host:
-        own, host = cls.split_checkpoint(state)
     return (own or state), (host or None)
 
 
@@ -402,7 +409,7 @@ def _make_compressors(
         origin = WeightsOrigin(kind="module", name=cls.__name__, sha256=state_digest(own))
     elif state is not None:
         layout = first.load_original(state, unread=tuple(order.recipe.unread))
-        origin = file_origin(Path(order.weights), layout=layout)
+        origin = weights_origin(Path(order.weights), state, layout=layout)
     else:
         initialise(first, torch.Generator().manual_seed(order.seed))
         origin = WeightsOrigin(kind="random", seed=order.seed)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
 from edgecomp.backbones.attention import Attended
 from edgecomp.compressors._base import HostFeature
-from edgecomp.compressors._checkpoint import load_exactly, read_checkpoint
+from edgecomp.compressors._checkpoint import load_exactly, read_checkpoint, state_digest, weights_origin
 from edgecomp.errors import InvalidSpec, RunError, UnknownName, WeightsError
 from edgecomp.specs import Preprocess, Site
-from edgecomp.specs.origin import WeightsOrigin, file_origin
+from edgecomp.specs.origin import WeightsOrigin
 
 Attend = Callable[..., Attended]
 
@@ -226,7 +224,7 @@ def load_host(
         origin = WeightsOrigin(kind="random", seed=seed)
     else:
         _load_state(model, state or {}, name, say, keep_head=keep_head)
-        origin = file_origin(Path(weights), layout=f"timm {name}")
+        origin = weights_origin(Path(weights), state or {}, layout=f"timm {name}")
     return TimmHost(model, name=name, feature_layer=feature_layer, keep_head=keep_head), origin
 
 
@@ -279,13 +277,3 @@ def plain_vit(arguments: Mapping[str, Any], *, image_size: int, num_classes: int
         torch.manual_seed(seed)
         vit: nn.Module = VisionTransformer(img_size=image_size, num_classes=num_classes, global_pool=pool, **arguments)
     return vit.eval()
-
-
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 over names, types, shapes and bytes of all tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(msgspec.json.encode([name, str(tensor.dtype), list(tensor.shape)]))
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

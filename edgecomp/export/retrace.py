@@ -15,6 +15,7 @@ from torch import nn
 
 from edgecomp.backbones.assemble import Assembly, assemble
 from edgecomp.backbones.placed import PlacedModel
+from edgecomp.checkpoint import locate
 from edgecomp.errors import BundleError, InvalidSpec
 from edgecomp.export.golden import run_module
 from edgecomp.specs.manifest import Bucket, Manifest
@@ -67,6 +68,10 @@ def reassemble(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_wei
         seed=manifest.seed,
     )
     assembly = assemble(order)
+    for option, (given, origin) in files.items():
+        seen = assembly.weights if option == "--weights" else assembly.backbone_weights
+        if origin is not None and seen is not None and seen.sha256 != origin.sha256:
+            raise _other(option, given, origin)
     other = {name: value for name, value in manifest.params.items() if assembly.params.get(name) != value}
     if other:
         assembly = assemble(msgspec.structs.replace(order, params=other))
@@ -83,14 +88,18 @@ def _require_same(option: str, given: str, origin: WeightsOrigin | None) -> None
             "use --selection --explain, which need none"
         )
     if origin.kind == "file":
-        is_same = Path(given).is_file() and file_sha256(Path(given)) == origin.sha256
+        path = Path(given)
+        # shards are held to their digest when their tensors have been read
+        is_same = path.exists() and (locate(path).is_sharded or file_sha256(locate(path).files[0]) == origin.sha256)
     else:
         is_same = given == origin.kind
     if not is_same:
-        wanted = "FILE" if origin.kind == "file" else origin.kind
-        raise InvalidSpec(
-            f"the bundle was made with {origin}, and {option} {given} is not that; give {option} {wanted}"
-        )
+        raise _other(option, given, origin)
+
+
+def _other(option: str, given: str, origin: WeightsOrigin) -> InvalidSpec:
+    wanted = "FILE" if origin.kind == "file" else origin.kind
+    return InvalidSpec(f"the bundle was made with {origin}, and {option} {given} is not that; give {option} {wanted}")
 
 
 def trace(model: nn.Module, inputs: Sequence[Array]) -> tuple[dict[str, Seen], tuple[Array, ...]]:

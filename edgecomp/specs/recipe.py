@@ -13,6 +13,7 @@ from edgecomp.errors import InvalidSpec, UnknownName
 from edgecomp.resources import data_path
 from edgecomp.specs._toml import read_toml
 from edgecomp.specs.budget import BudgetRule
+from edgecomp.specs.layout import Layout
 from edgecomp.specs.precision import Rest, WrittenPrecision
 from edgecomp.specs.site import Output, Placement
 
@@ -136,6 +137,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         outputs: what `--output` may ask for.
         placements: default preset of each placement; the first is the method's own place.
         presets: named sizes; those whose name begins with `smoke` are what the tests run.
+        layouts: how checkpoints of the originals name their tensors; see `Layout`.
         unread: checkpoint keys (shell patterns) that no forward pass reads, with the reason.
         extra_ops: ops outside the allow-lists that this method may use, with the reason.
         tolerances: of each precision; those that a file leaves out are the shared ones of `export/tolerances.toml`.
@@ -154,6 +156,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     presets: dict[str, Preset]
     preprocess: ImageStatistics
     tolerances: dict[WrittenPrecision, Tolerance]
+    layouts: tuple[Layout, ...] = ()
     unread: dict[str, str] = {}
     extra_ops: dict[str, str] = {}
     invariances: dict[Literal["token-order"], str] = {}
