@@ -71,6 +71,7 @@ def export(
     batch: int | Sequence[int] = (),
     image_size: int = 0,
     feature_layer: int = 0,
+    prefix: str = "",
     output: Output | str = "",
     input_dtype: DType | str = "",
     precision: str = "",
@@ -99,15 +100,19 @@ def export(
         method: a method's name, or a `Compressor` of your own (a trained one keeps its weights).
         recipe: a recipe's TOML file, instead of `method`.
         preset: a named size of the recipe.
-        backbone: a timm ViT's name, `none` (tokens are the input), or a timm ViT of your own.
+        backbone: a timm ViT's name, a folder of an image tower that transformers saved, a listed tower's name, `none`
+            (tokens are the input), or a timm ViT or image tower of your own.
         weights: `random`, or the compressor's checkpoint (.safetensors, .pt). A file that holds both compressor
             and host (keys `compressor.*` and `backbone.*`) serves for both.
-        backbone_weights: `random`, `pretrained` (timm downloads them), or the host's checkpoint.
+        backbone_weights: `random`, `pretrained` (timm downloads them), or the host's checkpoint; "": `random`, and of a
+            folder the weights in it.
         budget: tokens kept, each a count or a percentage such as "25%"; one bucket each.
         align: 1, or 8, 16 or 32: budgets are rounded up to a multiple of it, which hardware likes.
         batch: batch sizes; one graph for each budget and batch.
         image_size: side of the image in pixels, a multiple of the patch.
         feature_layer: which of the host's layers is compressed, counted from the end (-1: after the final norm).
+        prefix: `drop` or `keep` the host's class and register tokens in front of a method after it; "": as the method
+            takes them. One that takes patches alone is handed what is kept like patches.
         output: `tokens` or `logits`.
         input_dtype: `float32` (B, 3, S, S), normalised; or `uint8` (B, S, S, 3), raw RGB frames.
         precision: `fp32`; `fp16` or `bf16`, which all nodes compute in but the islands, which stay in fp32; `int8` or
@@ -142,7 +147,7 @@ def export(
     started = time.perf_counter()
     order = read_order(
         method, recipe, preset, backbone, weights, backbone_weights, budget, align, image_size, feature_layer, output,
-        input_dtype, params, stem, router, router_params, router_weights, pad_to, seed,
+        input_dtype, params, stem, router, router_params, router_weights, pad_to, seed, prefix,
     )  # fmt: skip
     batch = (batch,) if isinstance(batch, int) else batch
     defaults = order.recipe.defaults

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from edgecomp.backbones.host import Host
 from edgecomp.backbones.inside import InsideModel
 from edgecomp.backbones.placed import PlacedModel, PlainModel
 from edgecomp.backbones.seam import find_seam
 from edgecomp.backbones.timm import TimmHost, host_part, load_host, plain_vit, state_digest
+from edgecomp.backbones.transformers import TransformersHost, is_tower, load_tower
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor, initialise
 from edgecomp.compressors._checkpoint import Checkpoint, read_checkpoint, weights_origin
@@ -21,8 +24,10 @@ from edgecomp.compressors._inside import InsideCompressor
 from edgecomp.compressors._pruning import TokenPruner
 from edgecomp.compressors._recognise import recognise, tell
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
+from edgecomp.resources import data_path
 from edgecomp.routers import Router, RouterSite, StemScore, router_class
 from edgecomp.specs import Output, Placement, Preprocess, Preset, Recipe, Site, TokenBudget, parse_budget
+from edgecomp.specs.backbone import read_backbones
 from edgecomp.specs.budget import read_count
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import WeightsOrigin, file_origin
@@ -67,7 +72,7 @@ def assemble(order: Order) -> Assembly:
     image_size = order.image_size or preset.image_size
     params = _choose_params(order, cls, preset.params, state, notes)
     keep_head = preset.placement == "inside" and output == "logits"
-    host, host_origin = _make_host(order, preset, image_size, keep_head, host_state, notes)
+    host, host_origin = _make_host(order, preset, image_size, keep_head, host_state, cls.levels_of(params), notes)
     site, params = _find_site(order, cls, preset.placement, params, host, image_size or recipe.defaults.image_size)
     budgets = _choose_budgets(order, cls, preset_name, params, site, notes)
     params = cls.for_budgets(params, [budget.tokens_out for budget in budgets])
@@ -84,7 +89,9 @@ def assemble(order: Order) -> Assembly:
     seam = find_seam(models) if order.stem else None
     router, router_origin = _make_router(order, models, host, seam, notes)
     if host is not None and host.num_prefix_tokens and not site.num_prefix_tokens:
-        notes.append(f"{host.num_prefix_tokens} prefix token(s) of {host.name} are dropped before the compressor")
+        kept = site.tokens_in > host.site.tokens_in
+        fate = "go in like patches" if kept else "are dropped before the compressor"
+        notes.append(f"{host.num_prefix_tokens} prefix token(s) of {host.name} {fate}")
     if plain is not None and host is None:
         notes.append(f"the uncompressed model is a {plain_name} with random weights: for latency and FLOPs alone")
     rows = getattr(params, "latents", 0) or getattr(params, "table_entries", 0)
@@ -233,8 +240,14 @@ def _settle(cls: type[Compressor], params: Any, found: Mapping[str, Any], order:
 
 
 def _make_host(
-    order: Order, preset: Preset, image_size: int, keep_head: bool, state: dict[str, Tensor] | None, notes: list[str]
-) -> tuple[TimmHost | None, WeightsOrigin | None]:
+    order: Order,
+    preset: Preset,
+    image_size: int,
+    keep_head: bool,
+    state: dict[str, Tensor] | None,
+    levels: tuple[int, ...],
+    notes: list[str],
+) -> tuple[Host | None, WeightsOrigin | None]:
     """Make the host that stands in front, or refuse what only a host could use."""
     placement = preset.placement
     backbone = order.backbone or preset.backbone or order.recipe.defaults.backbone
@@ -250,35 +263,55 @@ def _make_host(
         return None, None
     layer = order.feature_layer or order.recipe.defaults.feature_layer
     if isinstance(backbone, nn.Module):
-        origin = WeightsOrigin(kind="module", name=type(backbone).__name__, sha256=state_digest(backbone.state_dict()))
-        host = TimmHost(_copy(backbone), name=type(backbone).__name__, feature_layer=layer, keep_head=keep_head)
-        _require_finite(backbone, host.name)
-        if order.image_size not in (0, host.image_size):
-            raise InvalidSpec(f"image size {order.image_size} was asked for, and {host.name} takes {host.image_size}")
-        return host, origin
+        return _own_host(order, backbone, layer, levels, keep_head)
+    listed = read_backbones(data_path("export", "backbones.toml"))
     weights = order.backbone_weights
-    if state is not None and weights == "random":
+    if state is not None and weights in ("random", ""):
         weights = order.weights
     else:
         state = None
-    return load_host(
+    load = partial(load_tower, listed=listed) if is_tower(backbone, listed) else partial(load_host, listed=listed)
+    return load(
         backbone,
         weights=weights,
         state=state,
         image_size=image_size,
         feature_layer=layer,
+        levels=levels,
         keep_head=keep_head,
         seed=order.seed,
         say=notes.append,
     )
 
 
+def _own_host(
+    order: Order, module: nn.Module, layer: int, levels: tuple[int, ...], keep_head: bool
+) -> tuple[Host, WeightsOrigin]:
+    """Make a host of the user's module, of timm or of transformers."""
+    name = type(module).__name__
+    _require_finite(module, name)
+    origin = WeightsOrigin(kind="module", name=name, sha256=state_digest(module.state_dict()))
+    if hasattr(getattr(module, "config", None), "model_type"):
+        if keep_head:
+            raise InvalidSpec(f"{name} has no classifier, so --output logits has nothing to give; use --output tokens")
+        tower = TransformersHost(
+            _copy(module), name=name, feature_layer=layer, levels=levels, image_size=order.image_size
+        )
+        return tower, origin
+    host = TimmHost(_copy(module), name=name, feature_layer=layer, levels=levels, keep_head=keep_head)
+    if order.image_size not in (0, host.image_size):
+        raise InvalidSpec(f"image size {order.image_size} was asked for, and {host.name} takes {host.image_size}")
+    return host, origin
+
+
 def _require_no_host_options(order: Order, placement: Placement) -> None:
     method = order.recipe.method
-    if order.backbone_weights != "random":
+    if order.backbone_weights not in ("random", ""):
         raise InvalidSpec(f"--backbone-weights {order.backbone_weights}: {method} stands without a host here; drop it")
     if order.feature_layer:
         raise InvalidSpec(f"--feature-layer {order.feature_layer}: {method} stands without a host here; drop it")
+    if order.prefix:
+        raise InvalidSpec(f"--{order.prefix}-prefix: {method} stands without a host here; drop it")
     if order.image_size and placement != "encoder":
         raise InvalidSpec(f"--image-size {order.image_size}: {method} takes tokens here, not an image; drop it")
 
@@ -298,21 +331,28 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _find_site(
-    order: Order, cls: type[Compressor], placement: Placement, params: Any, host: TimmHost | None, image_size: int
+    order: Order, cls: type[Compressor], placement: Placement, params: Any, host: Host | None, image_size: int
 ) -> tuple[Site, Any]:
     if order.compressor is not None and host is None:
         return order.compressor.site, params
     if host is None:
         return cls.site_without_host(params, placement, image_size), params
     site = host.site
-    if placement == "after" and cls.keeps_prefix:
+    if placement == "inside" and order.prefix:
+        raise InvalidSpec(
+            f"--{order.prefix}-prefix: inside {host.name} its {host.num_prefix_tokens} prefix token(s) stay and are "
+            "protected; drop the option"
+        )
+    if placement == "after" and cls.keeps_prefix and order.prefix != "drop":
         site = msgspec.structs.replace(site, num_prefix_tokens=host.num_prefix_tokens)
+    elif placement == "after" and order.prefix == "keep":
+        site = msgspec.structs.replace(site, tokens_in=site.tokens_in + host.num_prefix_tokens)
     if placement == "inside":
         site = msgspec.structs.replace(
             site,
             placement="inside",
             num_prefix_tokens=host.num_prefix_tokens,
-            depth=len(host.model.blocks),
+            depth=host.depth,
             has_class_token=host.has_class_token,
             num_classes=host.num_classes,
         )
@@ -380,7 +420,7 @@ def _aligned(text: str, order: Order, tokens_in: int, notes: list[str]) -> str:
     return str(rounded)
 
 
-def _find_preprocess(recipe: Recipe, host: TimmHost | None, site: Site) -> Preprocess | None:
+def _find_preprocess(recipe: Recipe, host: Host | None, site: Site) -> Preprocess | None:
     if host is not None:
         return host.preprocess
     if site.placement != "encoder":
@@ -418,14 +458,14 @@ def _make_compressors(
     return compressors, origin
 
 
-def _place(compressor: Compressor, host: TimmHost | None, preprocess: Preprocess | None, order: Order) -> PlacedModel:
+def _place(compressor: Compressor, host: Host | None, preprocess: Preprocess | None, order: Order) -> PlacedModel:
     if isinstance(compressor, InsideCompressor) and compressor.site.placement == "inside" and host is not None:
         return InsideModel(compressor, host, preprocess=preprocess, input_dtype=order.input_dtype, pad_to=order.pad_to)
     return PlacedModel(compressor, host, preprocess=preprocess, input_dtype=order.input_dtype, pad_to=order.pad_to)
 
 
 def _make_router(
-    order: Order, models: Sequence[PlacedModel], host: TimmHost | None, seam: int | None, notes: list[str]
+    order: Order, models: Sequence[PlacedModel], host: Host | None, seam: int | None, notes: list[str]
 ) -> tuple[Router | None, WeightsOrigin | None]:
     """Make the router's graph, and say where its weights come from; none for `fixed`, which has no graph."""
     if order.router in ("", "fixed"):
@@ -485,11 +525,11 @@ def _stem_score(models: Sequence[PlacedModel], seam: int | None) -> StemScore | 
 
 
 def _make_plain(
-    order: Order, cls: type[Compressor], params: Any, host: TimmHost | None, placed: PlacedModel, output: Output
+    order: Order, cls: type[Compressor], params: Any, host: Host | None, placed: PlacedModel, output: Output
 ) -> tuple[PlainModel | None, str]:
     """Return the model without the compressor, and its name."""
     if host is not None and output == "logits":
-        return PlainModel(host.model, placed, output="logits", shape=(host.num_classes,)).eval(), host.name
+        return PlainModel(host.classifier, placed, output="logits", shape=(host.num_classes,)).eval(), host.name
     if host is not None:
         shape = (host.site.tokens_in, host.site.embed_dim)
         return PlainModel(host, placed, output="tokens", shape=shape).eval(), host.name

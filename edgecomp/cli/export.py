@@ -18,7 +18,9 @@ def command(
     method: Annotated[str, typer.Option(help="A method's name; `edgecomp list methods` shows them.")] = "",
     recipe: Annotated[str, typer.Option(help="A recipe's TOML file, instead of --method.")] = "",
     preset: Annotated[str, typer.Option(help="A named size of the recipe.")] = "",
-    backbone: Annotated[str, typer.Option(help="A timm ViT in front, or `none`: tokens are the input.")] = "",
+    backbone: Annotated[
+        str, typer.Option(help="A timm ViT, a folder of transformers, or `none`: tokens are the input.")
+    ] = "",
     weights: Annotated[str, typer.Option(help="The method's checkpoint (.safetensors, .pt), or `random`.")] = "",
     backbone_weights: Annotated[
         str, typer.Option(help="The host's checkpoint, `random`, or `pretrained` (downloads through timm).")
@@ -31,6 +33,10 @@ def command(
     ] = None,
     feature_layer: Annotated[
         int | None, typer.Option(help="Host layer that is compressed, counted from the end.")
+    ] = None,
+    drop_prefix: Annotated[
+        bool | None,
+        typer.Option("--drop-prefix/--keep-prefix", help="A host's class and register tokens; default: the method's."),
     ] = None,
     output: Annotated[str, typer.Option(help="`tokens` or `logits`.")] = "",
     input_dtype: Annotated[str, typer.Option(help="`float32`, or `uint8`: raw RGB frames (B, S, S, 3).")] = "",
@@ -82,6 +88,7 @@ def command(
             batch=batch or (),
             image_size=image_size or 0,
             feature_layer=feature_layer or 0,
+            prefix="" if drop_prefix is None else "drop" if drop_prefix else "keep",
             output=output,
             input_dtype=input_dtype,
             precision=precision,

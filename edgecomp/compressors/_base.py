@@ -24,9 +24,10 @@ __all__ = ["Compressor", "HostFeature", "Params", "constant", "count_heads", "in
 #:   class_query           (B, D)         the class token's query there, heads joined
 #:   keys                  (B, P + N, D)  the keys there, heads joined
 #:   text_likelihood       (B, N)         how much the pixels of each patch look like text
+#:   levels                (B, N, L * D)  the patches at the layers that `Compressor.levels_of` names, side by side
 HostFeature = Literal[
     "class_attention", "received_attention", "cumulative_attention", "attention_output", "class_query", "keys",
-    "text_likelihood",
+    "text_likelihood", "levels",
 ]  # fmt: skip
 
 
@@ -89,6 +90,15 @@ class Compressor(nn.Module):
         """What a host hands over besides tokens: inputs of `forward` right behind them, in this order.
 
         Without a host they are inputs of the graph, as `input_specs` says.
+        """
+        return ()
+
+    @classmethod
+    def levels_of(cls, params: Any) -> tuple[int, ...]:
+        """Return the host's layers that the feature `levels` joins along the width, in this order.
+
+        They are counted from the end as `--feature-layer` is: -1 is behind the final norm, -2 and lower are hidden
+        states without a norm. Without a host, `levels` is an input of the graph like any other feature.
         """
         return ()
 

@@ -18,6 +18,7 @@ from edgecomp.backbones.placed import PlacedModel
 from edgecomp.checkpoint import locate
 from edgecomp.errors import BundleError, InvalidSpec
 from edgecomp.export.golden import run_module
+from edgecomp.specs.backbone import is_model_folder
 from edgecomp.specs.manifest import Bucket, Manifest
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import WeightsOrigin, file_sha256
@@ -43,7 +44,8 @@ def reassemble(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_wei
     """Make the models of a bucket again, with the weights that the bundle was made with.
 
     Args:
-        weights, backbone_weights: files, where the bundle's came from files; else `random`.
+        weights, backbone_weights: files, where the bundle's came from files; else `random`. Of a host in a folder, the
+            folder, with or without weights.
 
     Raises:
         InvalidSpec: a file is needed, and another or none was given. BundleError: it was made of Python objects.
@@ -57,12 +59,12 @@ def reassemble(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_wei
     order = Order(
         recipe=manifest.recipe,
         preset=manifest.preset,
-        backbone="" if manifest.preset else manifest.backbone,
         weights=weights,
-        backbone_weights=backbone_weights,
+        **_host_of(manifest, backbone_weights),
         budgets=(str(bucket.budget.tokens_out),),
-        image_size=manifest.image_size if manifest.preset == "" or manifest.placement == "encoder" else 0,
+        image_size=manifest.image_size if manifest.placement == "encoder" or manifest.backbone != "none" else 0,
         feature_layer=manifest.feature_layer if manifest.placement == "after" and manifest.backbone != "none" else 0,
+        prefix=manifest.prefix,
         output=manifest.output,
         input_dtype=manifest.input_dtype,  # type: ignore[arg-type]
         seed=manifest.seed,
@@ -78,6 +80,22 @@ def reassemble(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_wei
     return assembly
 
 
+def _is_tower(origin: WeightsOrigin | None) -> bool:
+    return origin is not None and origin.layout.startswith("transformers")
+
+
+def _host_of(manifest: Manifest, given: str) -> dict[str, Any]:
+    """Return what names the host and its weights: of one that came from a folder, the folder that is given again."""
+    origin = manifest.backbone_weights
+    if manifest.placement == "encoder" or not _is_tower(origin) or given == "random":
+        backbone = "" if manifest.placement == "encoder" else manifest.backbone
+        return {"backbone": backbone, "backbone_weights": given}
+    assert origin is not None
+    path = Path(given)
+    folder = path if path.is_dir() else path.parent
+    return {"backbone": str(folder), "backbone_weights": "random" if origin.kind == "random" else given}
+
+
 def _require_same(option: str, given: str, origin: WeightsOrigin | None) -> None:
     """Refuse weights other than the bundle's."""
     if origin is None:
@@ -91,8 +109,8 @@ def _require_same(option: str, given: str, origin: WeightsOrigin | None) -> None
         path = Path(given)
         # shards are held to their digest when their tensors have been read
         is_same = path.exists() and (locate(path).is_sharded or file_sha256(locate(path).files[0]) == origin.sha256)
-    else:
-        is_same = given == origin.kind
+    else:  # a configuration in a folder is held to its digest when it has been read
+        is_same = given == origin.kind or (_is_tower(origin) and is_model_folder(given))
     if not is_same:
         raise _other(option, given, origin)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from edgecomp.specs.budget import TokenBudget
+from edgecomp.specs.order import Prefix
 from edgecomp.specs.origin import WeightsOrigin
 from edgecomp.specs.precision import Rest, WrittenPrecision
 from edgecomp.specs.preprocess import Preprocess
@@ -195,6 +196,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rest: Rest = "fp32"
     fp32: tuple[str, ...] = ()
     samples: Samples | None = None
+    prefix: Prefix = ""
 
     @property
     def unknown_to_cpu(self) -> str:
