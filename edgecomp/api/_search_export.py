@@ -84,13 +84,15 @@ def describe(asked: ModelAsked) -> Described:
             schedules = tuple(dict.fromkeys((own, *every)))
     places = [spec.name for spec in compressor.output_specs() if spec.name in _PLACES]
     is_host = assembly.plain is not None and assembly.placement in ("inside", "after")
+    cls = compressor_class(order.recipe.method)
+    possible = cls.possible_counts(compressor.params, compressor.site)
     subject = Subject(
         method=order.recipe.method,
         preset=assembly.preset,
         placement=assembly.placement,
         backbone=assembly.backbone,
-        tokens_in=compressor_class(order.recipe.method).count_tokens(compressor.params, compressor.site),
-        rule=order.recipe.rule(assembly.preset),
+        tokens_in=cls.count_tokens(compressor.params, compressor.site),
+        rule=order.recipe.rule(assembly.preset).narrowed(possible),
         schedules=schedules,
         has_plain=assembly.plain is not None,
         image_size=assembly.image_size,

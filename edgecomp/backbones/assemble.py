@@ -368,7 +368,7 @@ def _find_site(
 def _choose_budgets(
     order: Order, cls: type[Compressor], preset: str, params: Any, site: Site, notes: list[str]
 ) -> tuple[TokenBudget, ...]:
-    rule = order.recipe.rule(preset)
+    rule = order.recipe.rule(preset).narrowed(cls.possible_counts(params, site))
     tokens_in = cls.count_tokens(params, site)
     rows = getattr(params, "latents", 0) or getattr(params, "table_entries", 0)
     asked = order.budgets

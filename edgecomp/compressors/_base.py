@@ -160,6 +160,11 @@ class Compressor(nn.Module):
         """Return the tokens kept where the parameters alone decide them; empty: the recipe's budgets hold."""
         return ()
 
+    @classmethod
+    def possible_counts(cls, params: Any, site: Site) -> tuple[int, ...]:
+        """Return the tokens that can be kept where a grid decides it; empty: whatever the recipe's budgets allow."""
+        return ()
+
     @property
     def remarks(self) -> tuple[str, ...]:
         """What an export should say of this compressor, for example its schedule."""
@@ -218,7 +223,7 @@ class Compressor(nn.Module):
         kept = parse_budget(
             str(budget),
             tokens_in=cls.count_tokens(values, site),
-            rule=chosen.budgets or recipe.budgets,
+            rule=(chosen.budgets or recipe.budgets).narrowed(cls.possible_counts(values, site)),
             method=recipe.method,
         )
         return cls(cls.for_budgets(values, [kept.tokens_out]), site, kept, output)

@@ -23,6 +23,7 @@ from edgecomp.specs.origin import WeightsOrigin, file_origin
 __all__ = [
     "Checkpoint",
     "load_exactly",
+    "part_with",
     "read_checkpoint",
     "rename_key",
     "rename_keys",
@@ -208,8 +209,8 @@ def _damaged(path: Path, problem: str) -> WeightsError:
     )
 
 
-def rename_key(name: str, patterns: Sequence[tuple[str, str]]) -> str:
-    """Rename a key by regular expressions, each applied to what the one before it left."""
+def rename_key(name: str, patterns: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]) -> str:
+    """Rename a key by regular expressions, each applied to what the one before it left; see `re.sub`."""
     for pattern, replacement in patterns:
         name = re.sub(pattern, replacement, name)
     return name
@@ -218,6 +219,25 @@ def rename_key(name: str, patterns: Sequence[tuple[str, str]]) -> str:
 def rename_keys(state: Mapping[str, Tensor], patterns: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
     """Rename all keys; see `rename_key`."""
     return {rename_key(name, patterns): tensor for name, tensor in state.items()}
+
+
+def part_with(state: Mapping[str, Tensor], anchor: str) -> dict[str, str]:
+    """Return the keys of the one module of a whole model that holds `anchor`: short key -> the file's key.
+
+    What stands outside that module (a language model, a vision tower) is left out. Empty: no module holds it.
+
+    Raises:
+        WeightsError: several modules hold it.
+    """
+    prefixes = sorted(key[: -len(anchor)] for key in state if key == anchor or key.endswith(f".{anchor}"))
+    if not prefixes:
+        return {}
+    if len(prefixes) > 1:
+        raise WeightsError(
+            f"weights hold {anchor!r} {len(prefixes)} times, under {', '.join(map(repr, prefixes[:4]))}; give one of "
+            "them"
+        )
+    return {key.removeprefix(prefixes[0]): key for key in state if key.startswith(prefixes[0])}
 
 
 def load_exactly(
