@@ -32,7 +32,7 @@ from edgecomp.specs.budget import read_count
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import WeightsOrigin, file_origin
 
-__all__ = ["Assembly", "assemble"]
+__all__ = ["Assembly", "assemble", "settle"]
 
 
 class Assembly(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,12 +65,11 @@ def assemble(order: Order) -> Assembly:
         raise InvalidSpec("a Compressor of your own brings its weights and parameters: give neither weights nor params")
     cls = type(order.compressor) if order.compressor is not None else compressor_class(recipe.method)
     notes: list[str] = []
-    state, host_state = _read_weights(order, cls, notes)
-    preset_name = _choose_preset(order, cls, state, notes)
+    state, host_state, saved = _read_weights(order, cls, notes)
+    preset_name, params = settle(order, cls, state, saved, notes)
     preset = recipe.preset(preset_name)
     output = _choose_output(order)
     image_size = order.image_size or preset.image_size
-    params = _choose_params(order, cls, preset.params, state, notes)
     keep_head = preset.placement == "inside" and output == "logits"
     host, host_origin = _make_host(order, preset, image_size, keep_head, host_state, cls.levels_of(params), notes)
     site, params = _find_site(order, cls, preset.placement, params, host, image_size or recipe.defaults.image_size)
@@ -119,12 +118,38 @@ def assemble(order: Order) -> Assembly:
     )
 
 
+def settle(
+    order: Order,
+    cls: type[Compressor],
+    state: Mapping[str, Tensor] | None,
+    saved: Mapping[str, Any],
+    notes: list[str],
+) -> tuple[str, Any]:
+    """Return preset and parameters: what was asked for, and what the weights decide.
+
+    Args:
+        saved: parameters that the weights were saved with; the preset's hold for all others.
+    """
+    preset = _choose_preset(order, cls, state, notes)
+    values = {**order.recipe.preset(preset).params, **saved}
+    for name in saved.keys() & order.params.keys():
+        if name not in ("tokens", "latents") and saved[name] != order.params[name]:
+            raise InvalidSpec(
+                f"params.{name}={order.params[name]} was set, and the weights were saved with {saved[name]}; drop the "
+                "--set, or match them"
+            )
+    return preset, _choose_params(order, cls, values, state, notes)
+
+
 def _read_weights(
     order: Order, cls: type[Compressor], notes: list[str]
-) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None]:
-    """Return the compressor's tensors and the host's; a file with both prefixes, or an original's, serves for both."""
+) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None, dict[str, Any]]:
+    """Return the compressor's tensors, the host's, and the parameters that they were saved with, if they say so.
+
+    A file with both prefixes, or an original's, serves for compressor and host.
+    """
     if order.weights == "random":
-        return None, None
+        return None, None, {}
     checkpoint = Checkpoint(Path(order.weights))
     if not any(key.startswith(("compressor.", "backbone.")) for key in checkpoint.stored.names):
         match = recognise(order.recipe, cls, checkpoint.stored)
@@ -132,7 +157,7 @@ def _read_weights(
             notes.append(tell(match, order.recipe.method))
         state = checkpoint.read(match.names if match is not None else None, say=notes.append)
         own, host = cls.split_checkpoint(state)
-        return (own or state), (host or None)
+        return (own or state), (host or None), checkpoint.saved_params
     state = checkpoint.read(say=notes.append)
     own = {key.removeprefix("compressor."): value for key, value in state.items() if key.startswith("compressor.")}
     host = host_part(state)
@@ -142,7 +167,7 @@ def _read_weights(
             f"weights file {order.weights} holds keys of compressor and host, and {len(stray)} of neither: "
             f"{', '.join(stray[:5])}; remove them"
         )
-    return (own or state), (host or None)
+    return (own or state), (host or None), {}
 
 
 def _choose_preset(order: Order, cls: type[Compressor], state: Mapping[str, Tensor] | None, notes: list[str]) -> str:
@@ -380,6 +405,7 @@ def _choose_budgets(
             )
         return (order.compressor.budget,)
     if not asked:
+        _require_declared(order, preset, rows)
         decided = cls.default_counts(params, site) or ((rows,) if rows and rule.allows(rows) else rule.default)
         if max(decided) > tokens_in:
             raise InvalidSpec(
@@ -400,6 +426,20 @@ def _choose_budgets(
             f"budgets {', '.join(given)}{aligned} name {sorted(counts)}, one of them twice; give each once"
         )
     return tuple(sorted(parsed, key=lambda budget: budget.tokens_out))
+
+
+def _require_declared(order: Order, preset: str, rows: int) -> None:
+    """Refuse weights whose learned table has a size that the recipe does not declare: no budget would be its own."""
+    rule = order.recipe.rule(preset)
+    if order.weights == "random" or not rows or rule.allows(rows):
+        return
+    others = [name for name in order.recipe.presets if order.recipe.rule(name).allows(rows)]
+    raise InvalidSpec(
+        f"the weights in {order.weights} hold {rows} learned entries, a size that preset {preset} of "
+        f"{order.recipe.method} does not declare ({rule}); "
+        + (f"give --preset {' or '.join(others)}, or " if others else "give ")
+        + "--budget for fewer of them, or a recipe of your own that declares it"
+    )
 
 
 def _aligned(text: str, order: Order, tokens_in: int, notes: list[str]) -> str:

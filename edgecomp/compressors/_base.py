@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
@@ -183,7 +184,28 @@ class Compressor(nn.Module):
         """
         raise InvalidSpec(f"{type(self).__name__} has no checkpoint layout but its own; save it with edgecomp first")
 
+    def original_state(self, layout: str) -> dict[str, Tensor]:
+        """Return this module's tensors as a layout of the original names them: what `load_original` reads back."""
+        raise InvalidSpec(
+            f"{type(self).__name__} is saved in edgecomp's own layout alone, not in {layout!r}; leave layout out"
+        )
+
     # -- what every method has ------------------------------------------------------------------------
+
+    def save(self, path: str | Path, *, layout: str = "") -> Path:
+        """Write the weights as safetensors, for `--weights`, `edgecomp.compressor(weights=...)` or the original.
+
+        Args:
+            path: a file that ends in .safetensors; it is replaced at once or not at all.
+            layout: of an original that the method can be saved in; "": edgecomp's own names.
+        """
+        from edgecomp.compressors._checkpoint import METHOD, PARAMS, write_checkpoint
+
+        if layout:
+            return write_checkpoint(Path(path), self.original_state(layout), metadata={})
+        method = type(self).__module__.rpartition(".")[2].replace("_", "-")
+        params = msgspec.json.encode(self.params, order="sorted").decode()
+        return write_checkpoint(Path(path), self.state_dict(), metadata={METHOD: method, PARAMS: params})
 
     @classmethod
     def parse_params(cls, values: Mapping[str, Any], *, method: str) -> Any:

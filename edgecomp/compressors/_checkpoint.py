@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import os
 import pickle
 import re
 import warnings
@@ -11,6 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -21,6 +23,8 @@ from edgecomp.errors import WeightsError
 from edgecomp.specs.origin import WeightsOrigin, file_origin
 
 __all__ = [
+    "METHOD",
+    "PARAMS",
     "Checkpoint",
     "load_exactly",
     "part_with",
@@ -29,8 +33,10 @@ __all__ = [
     "rename_keys",
     "state_digest",
     "weights_origin",
+    "write_checkpoint",
 ]
 
+METHOD, PARAMS = "edgecomp.method", "edgecomp.params"  # in the metadata of what `Compressor.save` writes
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
@@ -61,6 +67,15 @@ class Checkpoint:
     def path(self) -> Path:
         """What the user named."""
         return self.stored.located.path
+
+    @property
+    def saved_params(self) -> dict[str, Any]:
+        """The parameters of the module that `Compressor.save` wrote; none of other files."""
+        text = self.stored.metadata.get(PARAMS, "{}")
+        try:
+            return msgspec.json.decode(text, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise WeightsError(f"weights file {self.path}: {PARAMS} in its metadata is damaged ({error})") from None
 
     def read(
         self, names: Mapping[str, str] | None = None, *, say: Callable[[str], None] = lambda note: None
@@ -134,6 +149,29 @@ def weights_origin(path: Path, state: Mapping[str, Tensor], *, layout: str) -> W
         return file_origin(located.files[0], layout=layout)
     folder = located.files[0].parent.resolve().name
     return WeightsOrigin(kind="file", name=folder, sha256=state_digest(state), layout=layout)
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> Path:
+    """Write tensors as safetensors, whole or not at all."""
+    from safetensors.torch import save_file
+
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"weights file {path} ends in {path.suffix!r}; name it .safetensors")
+    if not path.parent.is_dir():
+        raise WeightsError(f"folder {path.parent} of weights file {path.name} is not there; make it first")
+    broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise WeightsError(
+            f"{len(broken)} of {len(state)} tensors hold NaN or Inf, first {broken[0]}; nothing was written to {path}"
+        )
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}  # none shares another's
+    try:
+        save_file(copies, part, {"format": "pt", **metadata})
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
 
 
 def _name_type(dtype: torch.dtype) -> str:

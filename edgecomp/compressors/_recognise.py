@@ -8,15 +8,16 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from edgecomp.checkpoint import Stored
+from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor
+from edgecomp.compressors._checkpoint import METHOD
 from edgecomp.errors import EdgecompError, WeightsError
 from edgecomp.specs import Recipe, load_recipe, method_names
 from edgecomp.specs.layout import Layout, Match, best_match, name_groups, number_keys
 
-__all__ = ["METHOD", "OWN", "fitting", "own_layout", "recognise", "tell"]
+__all__ = ["OWN", "fitting", "fitting_own", "own_layout", "recognise", "tell"]
 
 OWN = "edgecomp"
-METHOD = "edgecomp.method"  # in the metadata of what `Compressor.save` writes
 
 
 def recognise(recipe: Recipe, cls: type[Compressor], stored: Stored) -> Match | None:
@@ -112,6 +113,19 @@ def own_layout(recipe: Recipe, cls: type[Compressor]) -> Layout | None:
     always = set.intersection(*seen)
     keys = sorted(always) or sorted(set.union(*seen))
     return Layout(OWN, tuple(keys), tuple(sorted(set.union(*seen) - always)))
+
+
+def fitting_own(stored: Stored) -> list[tuple[str, Match]]:
+    """Return the methods whose own keys, as edgecomp names them, a checkpoint fits: by what it says, or by its keys."""
+    saved = stored.metadata.get(METHOD, "")
+    found = []
+    for name in [saved] if saved in method_names() else method_names():
+        recipe = load_recipe(name)
+        own = own_layout(recipe, compressor_class(name))
+        match = best_match(stored.names, [own]) if own is not None else None
+        if match is not None and match.prefix in ("", "compressor.") and match.fits and (saved or not match.unknown):
+            found.append((name, match))
+    return found
 
 
 def tell(match: Match, method: str) -> str:
