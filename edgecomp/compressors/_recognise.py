@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 
@@ -39,6 +40,7 @@ def recognise(recipe: Recipe, cls: type[Compressor], stored: Stored) -> Match | 
     match = best_match(names, recipe.layouts)
     if match is not None and match.fits:
         _require_one(match, recipe, stored)
+        _require_known(match, recipe, stored)
         return match
     own = own_layout(recipe, cls)
     if saved or own is None or not recipe.layouts or set(number_keys(names)) & {*own.keys, *own.optional}:
@@ -55,6 +57,19 @@ def _require_one(match: Match, recipe: Recipe, stored: Stored) -> None:
         raise WeightsError(
             f"weights file {stored.located.path} holds the layout {match.layout.name} {1 + len(twice)} times, below "
             f"{match.prefix!r} and {twice[0].prefix!r}; save the one that is meant in a file of its own"
+        )
+
+
+def _require_known(match: Match, recipe: Recipe, stored: Stored) -> None:
+    """Refuse what stands among the layout's own keys, and which it does not know."""
+    strange = [
+        key for key in match.unknown if not any(fnmatchcase(key.removeprefix(match.prefix), p) for p in recipe.unread)
+    ]
+    if strange:
+        below = f" below {match.prefix!r}" if match.prefix else ""
+        raise WeightsError(
+            f"weights file {stored.located.path} is in the layout {match.layout.name} of {recipe.method}, and of the keys"
+            f"{below} {len(strange)} not known: {', '.join(strange[:5])}. Leave them out of the file, or give another"
         )
 
 
