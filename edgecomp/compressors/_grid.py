@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,12 +13,16 @@ from edgecomp.errors import InvalidSpec
 
 __all__ = [
     "adaptive_line",
+    "bicubic_line",
     "bilinear_line",
     "bilinear_matrix",
     "gather_groups",
     "grid_sides",
     "resample_grid",
+    "roi_line",
     "sincos_2d",
+    "sincos_grid",
+    "sincos_line",
     "squares_up_to",
 ]
 
@@ -120,3 +125,60 @@ def bilinear_matrix(source: int, target: int) -> Tensor:
     """
     line = bilinear_line(source, target)
     return torch.kron(line, line)
+
+
+def sincos_line(places: int, width: int) -> Tensor:
+    """Return sine and cosine of the places of a line: (places, width), fp64.
+
+    Frequencies are 10000^(-2 i / width); columns are [sin, cos].
+    """
+    omega = 10000 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
+    angles = torch.arange(places, dtype=torch.float64)[:, None] * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_grid(rows: int, columns: int, embed_dim: int) -> Tensor:
+    """Return the position table of the resamplers: (rows * columns, embed_dim), row-major, fp64.
+
+    Half of the width tells the column, the other half the row; see `sincos_line`.
+    """
+    line = sincos_line(max(rows, columns), embed_dim // 2)
+    across = line[:columns].expand(rows, -1, -1)
+    down = line[:rows, None].expand(-1, columns, -1)
+    return torch.cat([across, down], dim=-1).flatten(0, 1)
+
+
+def bicubic_line(source: int, target: int) -> Tensor:
+    """Return the (target, source) fp64 matrix of a bicubic resize along one axis.
+
+    The same as `interpolate(mode="bicubic", align_corners=False, antialias=False)`, read off the unit vectors; a resize
+    of a grid is the Kronecker product of two.
+    """
+    unit = torch.eye(source, dtype=torch.float64).reshape(source, 1, source, 1)
+    return F.interpolate(unit, size=(target, 1), mode="bicubic", align_corners=False)[:, 0, :, 0].T
+
+
+def roi_line(source: int, cells: int, bins: int) -> Tensor:
+    """Return the (cells * bins, source) fp64 matrix of RoIAlign along one axis that is cut into equal cells.
+
+    The same as torchvision's `roi_align` with its own defaults (sampling_ratio -1, aligned False): a cell is at least
+    one pixel long, each of its bins is the mean of as many samples as it has pixels, rounded up, each sample is
+    interpolated between two pixels, and pixels stand at whole numbers. Pooling of a grid is the Kronecker product of
+    two. Places are worked out in the default type and in torchvision's order: their digits belong to the method.
+    """
+    real = np.float64 if torch.get_default_dtype() == torch.float64 else np.float32
+    matrix = torch.zeros(cells * bins, source, dtype=torch.float64)
+    for cell in range(cells):
+        start, end = real(cell * (source / cells)), real(cell * (source / cells) + source / cells)
+        length = max(end - start, real(1))
+        size, samples = length / real(bins), math.ceil(length / real(bins))
+        for index in range(bins):
+            for sample in range(samples):
+                at = start + real(index) * size + (real(sample) + real(0.5)) * size / real(samples)
+                if at > source:
+                    continue
+                low = min(int(at), source - 1)
+                high, share = min(low + 1, source - 1), float(at - real(low)) if low < source - 1 else 0.0
+                matrix[cell * bins + index, low] += (1 - share) / samples
+                matrix[cell * bins + index, high] += share / samples
+    return matrix

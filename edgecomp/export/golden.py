@@ -27,6 +27,7 @@ Array = npt.NDArray[np.generic]
 _POSITIONS = 0.1  # standard deviation of the table of positions; tokens have one
 _HALVINGS = 8  # of the way from a plain image to noise, on the search for a router's threshold
 _BESIDE = 1e-3  # how far a threshold is moved to one side of a need
+_IDS = 16  # of a vocabulary's first entries
 _PATCH = 16  # pixels; side of the photograph's patches where tokens are made of it
 
 
@@ -146,10 +147,10 @@ def golden_inputs(
 ) -> dict[str, dict[str, Array]]:
     """Return two cases of named inputs, `seeded` and `photo`.
 
-    seeded: images and tokens of standard normal values (uint8: uniform; attention: their softmax), masks that end at
-    different lengths (row 0 at three quarters).
+    seeded: images and tokens of standard normal values (uint8: uniform; attention: their softmax), masks and sizes
+    that end at different lengths (row 0 at three quarters), ids below 16.
     photo: the shipped photograph, in each row turned by a further quarter (mirrored after four); tokens are
-    its 16-pixel patches times a fixed random matrix; masks are full.
+    its 16-pixel patches times a fixed random matrix; masks and sizes are full.
 
     Args:
         specs: the inputs, with the largest batch.
@@ -169,6 +170,11 @@ def golden_inputs(
         elif spec.kind == "tokens":
             cases["seeded"][spec.name] = _noise(generator, spec)
             cases["photo"][spec.name] = _projected_patches(rows, generator, spec)
+        elif spec.kind == "sizes":
+            cases["seeded"][spec.name], cases["photo"][spec.name] = _sizes(spec, specs[0].shape[-2])
+        elif spec.kind == "ids":
+            for case in cases.values():
+                case[spec.name] = generator.integers(0, _IDS, spec.shape).astype(spec.dtype)
         elif spec.kind == "attention":
             cases["seeded"][spec.name], cases["photo"][spec.name] = _noise(generator, spec), _noise(generator, spec)
         else:
@@ -213,6 +219,16 @@ def _ragged_mask(spec: TensorSpec) -> Array:
     lengths = [max(1, count * 3 // 4), max(1, count // 2), count, 1, 0]
     rows = np.arange(math.prod(spec.shape[:-1]))
     return (np.arange(count) < np.array(lengths)[rows % 5, None]).reshape(spec.shape)
+
+
+def _sizes(spec: TensorSpec, tokens: int) -> tuple[Array, Array]:
+    """Return sizes that fill three quarters of the most square grid, a half, all, one token, none; and full ones."""
+    down = max(size for size in range(1, math.isqrt(tokens) + 1) if tokens % size == 0)
+    across = tokens // down
+    ragged = [(max(1, down * 3 // 4), across), (down, max(1, across // 2)), (down, across), (1, 1), (0, 0)]
+    rows = np.arange(math.prod(spec.shape[:-1]))
+    seeded = np.array(ragged, spec.dtype)[rows % 5].reshape(spec.shape)
+    return seeded, np.broadcast_to(np.array((down, across), spec.dtype), spec.shape)
 
 
 def _turned(pixels: npt.NDArray[np.uint8], row: int) -> npt.NDArray[np.uint8]:
