@@ -180,6 +180,21 @@ class GridResampler(Compressor):
         load_exactly(self, own, layout=layout, unread=unread, file_keys=file_keys)
         return layout
 
+    def original_state(self, layout: str) -> dict[str, Tensor]:
+        """Return the tensors as this method's original names them, or as a whole Qwen-VL does."""
+        fitting = self.stored_layout if self.stores_places else "minicpm-v"
+        if layout not in ({fitting, "qwen-vl"} if fitting == "omnilmm" else {fitting}):
+            return super().original_state(layout)
+        state = {key: value for key, value in self.state_dict().items() if not key.startswith("attn.to_")}
+        parts = [self.attn.to_q, self.attn.to_k, self.attn.to_v]
+        for kind in ("weight", "bias"):
+            state[f"attn.in_proj_{kind}"] = torch.cat([getattr(part, kind) for part in parts]).detach()
+            state[f"attn.out_proj.{kind}"] = getattr(self.attn.to_out, kind).detach()
+        if layout != "qwen-vl":
+            return state
+        outer = ("ln_post.weight", "ln_post.bias", "proj")
+        return {f"transformer.visual.{'' if key in outer else 'attn_pool.'}{key}": state[key] for key in state}
+
 
 def _bake(module: Any, _: object) -> None:
     """Resize the stored table to the grid of the keys."""
