@@ -29,7 +29,7 @@ def make(method: str, budget: int, preset: str, **params: Any) -> Any:
     [
         ("resampler-2d", "qwen-vl", 9, {"tokens": 18}, "18 tokens are no square grid; 16 = 4 x 4 and 25 = 5 x 5 are"),
         ("llava-uhd", "uhd", 9, {"tokens": 18}, "llava-uhd: 18 tokens are no square grid"),
-        ("llava-uhd", "uhd", 9, {"tokens": 20, "rows": 7}, "20 tokens do not fill 7 rows (params.rows=7); rows that fit: 1, 2, 4"),
+        ("llava-uhd", "uhd", 9, {"tokens": 20, "rows": 7}, "20 tokens do not fill 7 rows (params.rows=7)"),
         ("resampler-2d", "qwen-vl", 10, {}, "10 queries make no square grid; the nearest that do are 9 and 16"),
         ("resampler-2d", "qwen-vl", 9, {"queries": 16}, "budget 9 is not the 16 queries of the table"),
         ("resampler-2d", "qwen-vl", 9, {"embed_dim": 30}, "embed_dim=30 must be a multiple of 4 and of num_heads=2"),
