@@ -122,6 +122,11 @@ class Exporter:
     def __init__(self, asked: ModelAsked, subject: Subject, folder: Path, say: Progress) -> None:
         self.asked, self.subject, self.folder, self.say = asked, subject, folder, say
 
+    def _backbone(self) -> str:
+        """Return the host as it was asked for, a folder by its path; else as the model has it."""
+        has_host = self.subject.placement in ("inside", "after")
+        return self.asked.backbone or (self.subject.backbone if has_host else "")
+
     def __call__(self, family: Family, budgets: Sequence[int], *, with_plain: bool) -> Sequence[Made]:
         """Return the graphs; see `edgecomp.search.run.Export`."""
         words = [family.key, *map(str, budgets), *(["plain"] if with_plain else [])]
@@ -129,7 +134,7 @@ class Exporter:
         self.say(f"exporting {out.name}")
         report = export(
             **self._of(family),
-            backbone=self.subject.backbone if self.subject.placement in ("inside", "after") else self.asked.backbone,
+            backbone=self._backbone(),
             budget=list(budgets),
             stem=False,  # whole graphs: what is measured is what one budget exports to
             with_plain=with_plain,

@@ -16,7 +16,7 @@ from edgecomp.backbones.inside import InsideModel
 from edgecomp.backbones.placed import PlacedModel, PlainModel
 from edgecomp.backbones.seam import find_seam
 from edgecomp.backbones.timm import TimmHost, host_part, load_host, plain_vit, state_digest
-from edgecomp.backbones.transformers import TransformersHost, is_tower, load_tower
+from edgecomp.backbones.transformers import TransformersHost, is_tower, load_tower, split_classifier
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor, initialise
 from edgecomp.compressors._checkpoint import Checkpoint, read_checkpoint, weights_origin
@@ -317,10 +317,16 @@ def _own_host(
     _require_finite(module, name)
     origin = WeightsOrigin(kind="module", name=name, sha256=state_digest(module.state_dict()))
     if hasattr(getattr(module, "config", None), "model_type"):
-        if keep_head:
+        own, linear = split_classifier(_copy(module))
+        if keep_head and linear is None:
             raise InvalidSpec(f"{name} has no classifier, so --output logits has nothing to give; use --output tokens")
         tower = TransformersHost(
-            _copy(module), name=name, feature_layer=layer, levels=levels, image_size=order.image_size
+            own,
+            name=name,
+            feature_layer=layer,
+            levels=levels,
+            image_size=order.image_size,
+            linear=linear if keep_head else None,
         )
         return tower, origin
     host = TimmHost(_copy(module), name=name, feature_layer=layer, levels=levels, keep_head=keep_head)
@@ -368,7 +374,12 @@ def _find_site(
             f"--{order.prefix}-prefix: inside {host.name} its {host.num_prefix_tokens} prefix token(s) stay and are "
             "protected; drop the option"
         )
-    if placement == "after" and cls.keeps_prefix and order.prefix != "drop":
+    if placement == "after" and cls.keeps_prefix:
+        if order.prefix == "drop":
+            raise InvalidSpec(
+                f"--drop-prefix: {order.recipe.method} reads the {host.num_prefix_tokens} prefix token(s) of {host.name}; "
+                "drop the option"
+            )
         site = msgspec.structs.replace(site, num_prefix_tokens=host.num_prefix_tokens)
     elif placement == "after" and order.prefix == "keep":
         site = msgspec.structs.replace(site, tokens_in=site.tokens_in + host.num_prefix_tokens)

@@ -16,21 +16,22 @@ from torch import Tensor, nn
 from edgecomp.backbones.attention import SplitAttention
 from edgecomp.backbones.host import Host, HostBlock, require_layers
 from edgecomp.checkpoint import PICKLES
-from edgecomp.compressors._checkpoint import Checkpoint, weights_origin
+from edgecomp.compressors._checkpoint import Checkpoint, load_exactly, weights_origin
 from edgecomp.errors import InvalidSpec, MissingDependency, UnknownName, WeightsError
 from edgecomp.specs import Preprocess
 from edgecomp.specs.backbone import Backbone, is_model_folder
 from edgecomp.specs.origin import WeightsOrigin
 
-__all__ = ["TransformersHost", "is_tower", "load_tower"]
+__all__ = ["TransformersHost", "is_tower", "load_tower", "split_classifier"]
 
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _ENDINGS = (".safetensors", ".index.json", *PICKLES)
+_CLASSIFIER = "classifier."
 _OF_FEATURE_MAPS = ("out_features", "out_indices", "stage_names")
 #: Parts of whole models that are no part of the image tower: text, what joins both, classifiers.
-_FOREIGN = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias", "classifier.")
+_FOREIGN = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias", _CLASSIFIER)
 
 
 class _Family(NamedTuple):
@@ -80,6 +81,7 @@ class TransformersHost(Host):
         levels: further layers that are read.
         image_size: side in pixels; 0: the model's own.
         preprocess: how images are prepared; none: as the family does.
+        linear: the layer that makes logits of pooled tokens; none: there is no classifier.
     """
 
     model: Any
@@ -95,6 +97,7 @@ class TransformersHost(Host):
         levels: Sequence[int] = (),
         image_size: int = 0,
         preprocess: Preprocess | None = None,
+        linear: nn.Linear | None = None,
     ) -> None:
         super().__init__()
         config: Any = getattr(model, "config", None)
@@ -117,15 +120,16 @@ class TransformersHost(Host):
             )
         layers = _part(tower, "encoder.layers", "encoder.layer", "model.layer", "layer")
         self.total_depth = len(layers)
-        runs = require_layers(name, self.total_depth, feature_layer, levels, keep_head=False)
+        runs = require_layers(name, self.total_depth, feature_layer, levels, keep_head=linear is not None)
         del layers[runs:]
         self._layers, self._norm = _path(tower, layers), ""
-        if runs == self.total_depth:
+        if runs == self.total_depth and not (linear is not None and family.title == "CLIP"):  # pools without its norm
             self._norm = _path(tower, _part(tower, "post_layernorm", "layernorm", "norm"))
         self.model = tower
         self.name, self.feature_layer, self.levels = name, feature_layer, tuple(levels)
         self.num_prefix_tokens = family.class_tokens + int(getattr(config, "num_register_tokens", 0) or 0)
-        self.num_classes = 0
+        self.num_classes = linear.out_features if linear is not None else 0
+        self.linear = linear
         mean, std = family.statistics
         self.preprocess = preprocess or Preprocess(self.image_size, 1.0, "bicubic", mean, std)
         _strip(tower, keep_norm=bool(self._norm))
@@ -207,16 +211,22 @@ class TransformersHost(Host):
 
     def norm(self, tokens: Tensor) -> Tensor:
         """Return tokens behind the final norm."""
-        return self.model.get_submodule(self._norm)(tokens)  # type: ignore[no-any-return]
+        return self.model.get_submodule(self._norm)(tokens) if self._norm else tokens
 
-    def head(self, tokens: Tensor) -> Tensor:  # noqa: ARG002 - there is no classifier to give them to
-        """Return the logits of tokens: a tower has none."""
-        raise _no_classifier(self.name)
+    def head(self, tokens: Tensor) -> Tensor:
+        """Return the logits of tokens: of their mean, and in DINOv2 of the class token beside it."""
+        if self.linear is None:
+            raise _no_classifier(self.name)
+        pooled = tokens[:, self.num_prefix_tokens :].mean(1)
+        if self.linear.in_features == 2 * self.embed_dim:
+            pooled = torch.cat([tokens[:, 0], pooled], dim=-1)
+        logits: Tensor = self.linear(pooled)
+        return logits
 
     @property
     def classifier(self) -> nn.Module:
-        """The module that makes logits of an image: a tower has none."""
-        raise _no_classifier(self.name)
+        """The module that makes logits of an image."""
+        return _Classifier(self)
 
     def require_open_blocks(self, *, tokens_move: bool) -> None:
         """Refuse rotary positions where tokens are merged or dropped."""
@@ -225,6 +235,25 @@ class TransformersHost(Host):
                 f"{self.name} is a {self.family.title} with rotary positions, which would have to move with the "
                 "tokens; inside a host, CLIP, SigLIP and DINOv2 work, and behind a host this one does too"
             )
+
+
+class _Classifier(nn.Module):
+    def __init__(self, host: TransformersHost) -> None:
+        super().__init__()
+        self.host = host
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the host's logits."""
+        return self.host.head(self.host.look(image, (), None)[0])
+
+
+def split_classifier(module: nn.Module) -> tuple[nn.Module, nn.Linear | None]:
+    """Return the image tower of a model for classification and its last layer; of a tower itself, and none."""
+    linear = getattr(module, "classifier", None)
+    for name in ("vision_model", "dinov2", "dinov2_with_registers"):
+        if isinstance(linear, nn.Linear) and isinstance(getattr(module, name, None), nn.Module):
+            return getattr(module, name), linear
+    return module, None
 
 
 def _same(x: Tensor) -> Tensor:
@@ -326,7 +355,7 @@ def load_tower(
             where it has none.
         state: tensors to load instead.
         image_size, feature_layer, levels: see `TransformersHost`.
-        keep_head: whether logits are asked, which towers have none of.
+        keep_head: whether logits are asked: of a model for image classification.
         seed: of random weights.
         say: is told what a user should know of the weights.
 
@@ -335,8 +364,6 @@ def load_tower(
     """
     folder, has_folder = Path(name), is_model_folder(name)
     title = folder.resolve().name if has_folder else name
-    if keep_head:
-        raise _no_classifier(title)
     if weights == "pretrained":
         raise InvalidSpec(
             f"--backbone-weights pretrained: models of transformers have no download here; bring the folder of {title} "
@@ -348,10 +375,12 @@ def load_tower(
     if not weights and not source:
         say(f"folder {title} holds a configuration and no weights: they are random")
     if state is None and source:
-        state = _read_state(Path(source), title, say)
+        state = _read_state(Path(source), title, say, keep_head=keep_head)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _build(config, state, title)
+        tower = {key: value for key, value in state.items() if not key.startswith(_CLASSIFIER)} if state else None
+        model = _build(config, tower, title)
+        linear = _make_linear(values, state, title) if keep_head else None
     layout = f"transformers {config.model_type}"
     if state is not None:
         origin = weights_origin(Path(source or weights), state, layout=layout)
@@ -367,8 +396,27 @@ def load_tower(
         levels=levels,
         image_size=image_size,
         preprocess=preprocess,
+        linear=linear.to(torch.get_default_dtype()).eval() if linear is not None else None,
     )
     return host, origin
+
+
+def _make_linear(values: Mapping[str, Any], state: Mapping[str, Tensor] | None, title: str) -> nn.Linear:
+    """Return the last layer of a model for image classification."""
+    if state is None:
+        kinds = values.get("architectures") or [""]
+        if not str(kinds[0]).endswith("ForImageClassification"):
+            raise _no_classifier(title)
+        joined = 2 if values["model_type"].startswith("dinov2") else 1
+        width = values.get("vision_config", values)["hidden_size"]
+        return nn.Linear(joined * width, len(values.get("id2label", ())) or 2)
+    if f"{_CLASSIFIER}weight" not in state:
+        raise _no_classifier(title)
+    weight = state[f"{_CLASSIFIER}weight"]
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    own = {key.removeprefix(_CLASSIFIER): value for key, value in state.items() if key.startswith(_CLASSIFIER)}
+    load_exactly(linear, own, layout=f"classifier of {title}")
+    return linear
 
 
 def _listed_config(name: str, listed: Sequence[Backbone]) -> dict[str, Any]:
@@ -434,10 +482,11 @@ def _holds_weights(folder: Path) -> bool:
     return any(file.name.endswith(_ENDINGS) for file in folder.iterdir())
 
 
-def _read_state(path: Path, title: str, say: Callable[[str], None]) -> dict[str, Tensor]:
+def _read_state(path: Path, title: str, say: Callable[[str], None], *, keep_head: bool) -> dict[str, Tensor]:
     """Read what may be of an image tower; other parts of a whole model are counted, and not read."""
     checkpoint = Checkpoint(path)
-    own = {name: name for name in checkpoint.stored.names if not name.startswith(_FOREIGN)}
+    foreign_parts = tuple(part for part in _FOREIGN if not (keep_head and part == _CLASSIFIER))
+    own = {name: name for name in checkpoint.stored.names if not name.startswith(foreign_parts)}
     foreign = len(checkpoint.stored.names) - len(own)
     if foreign:
         say(f"left unread in the weights of {title}: {foreign} tensors that are no part of the image tower")

@@ -23,7 +23,7 @@ def command(
     ] = "",
     weights: Annotated[str, typer.Option(help="The method's checkpoint (.safetensors, .pt), or `random`.")] = "",
     backbone_weights: Annotated[
-        str, typer.Option(help="The host's checkpoint, `random`, or `pretrained` (downloads through timm).")
+        str, typer.Option(help="The host's checkpoint, `random`, or `pretrained` (downloads by timm).")
     ] = "",
     budget: Annotated[list[str] | None, typer.Option(help="Tokens KEPT: a count or 25%; repeatable.")] = None,
     align: Annotated[int, typer.Option(help="Round each budget up to a multiple of it: 8, 16 or 32.")] = 1,

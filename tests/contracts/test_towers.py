@@ -95,6 +95,22 @@ def test_static_equals_the_original_in_a_tower(one, name, placed, make_inputs):
                 assert float((value.double() - apart.double()).abs().max()) <= 1e-12
 
 
+def test_logits_of_a_tower(tmp_path, make_assembly, make_inputs):
+    """A model for image classification, with nothing removed and with tokens merged inside."""
+    config = transformers.Dinov2Config(**SIZE, mlp_ratio=2, num_labels=5)
+    config.architectures = ["Dinov2ForImageClassification"]
+    config.save_pretrained(tmp_path / "classifier")
+    smoke = Smoke("tome", load_recipe("tome").smoke_presets[0])
+    order = {"backbone": str(tmp_path / "classifier"), "output": "logits", "dtype": "float64"}
+    assembly = make_assembly(smoke, **order)
+    (image,) = make_inputs(assembly, dtype="float64")["seeded"]
+    with torch.inference_mode():
+        for model in assembly.models:
+            assert _error(model, [image]) <= LIMITS["float64"]
+            assert model(image)[0].shape == (2, 5)
+        assert assembly.plain(image)[0].shape == (2, 5)
+
+
 @pytest.mark.parametrize(("one", "name"), IN_TURN, ids=str)
 def test_stem_and_rest_are_the_whole_in_a_tower(one, name, placed, make_inputs):
     assembly = placed(one, name, dtype="float64")

@@ -74,3 +74,44 @@ def test_blocks_that_nothing_reads_are_removed() -> None:
 def test_a_level_that_there_is_not_is_refused(level: int) -> None:
     with pytest.raises(InvalidSpec, match=rf"level {level} of \[-2, {level}\] is no layer of vit: .* from -6 to -1"):
         TimmHost(timm.create_model("test_vit", img_size=64), name="vit", feature_layer=-1, levels=(-2, level))
+
+
+# -- prefix tokens of a host, for methods after it --------------------------------------------------------------
+
+
+def assembly_of(method: str, prefix: str, **words: Any) -> Any:
+    from edgecomp.backbones.assemble import assemble
+    from edgecomp.specs import load_recipe
+    from edgecomp.specs.order import Order
+
+    given = {"backbone": "test_vit", "image_size": 64, "budgets": ("4",), **words}
+    return assemble(Order(recipe=load_recipe(method), prefix=prefix, **given))  # type: ignore[arg-type]
+
+
+def test_prefix_tokens_that_are_kept_go_in_like_patches() -> None:
+    words = {"params": {"head_dim": 16, "depth": 1}, "budgets": ("16",)}
+    plain, kept = assembly_of("perceiver", "", **words), assembly_of("perceiver", "keep", **words)
+    dropped = assembly_of("perceiver", "drop", **words)
+    assert [one.models[0].compressor.site.tokens_in for one in (plain, dropped, kept)] == [16, 16, 17]
+    assert "1 prefix token(s) of test_vit go in like patches" in kept.notes
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        first, *_ = kept.models[0].embed(image)
+        assert torch.equal(first[:, 1:], plain.models[0].embed(image)[0])
+        assert not torch.allclose(kept.models[0](image)[0], plain.models[0](image)[0])
+        assert torch.equal(dropped.models[0](image)[0], plain.models[0](image)[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "prefix", "words", "told"),
+    [
+        ("tome", "keep", {}, r"--keep-prefix: inside test_vit its 1 prefix token\(s\) stay"),
+        ("fastervlm", "keep", {}, r"--keep-prefix: FasterVLM reads class_attention of each patch, which the 1 prefix"),
+        ("prumerge", "drop", {}, r"--drop-prefix: prumerge reads the 1 prefix token\(s\) of test_vit"),
+        ("perceiver", "drop", {"backbone": "none", "image_size": 0}, "--drop-prefix: perceiver stands without a host"),
+        ("lookupvit", "drop", {"backbone": ""}, "--drop-prefix: lookupvit stands without a host"),
+    ],
+)
+def test_prefix_tokens_that_nobody_has_are_refused(method: str, prefix: str, words: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidSpec, match=told):
+        assembly_of(method, prefix, **words)

@@ -17,7 +17,7 @@ import torch  # noqa: E402
 
 from edgecomp.backbones.attention import attend, attend_fused  # noqa: E402
 from edgecomp.backbones.timm import TimmHost  # noqa: E402
-from edgecomp.backbones.transformers import TransformersHost, load_tower  # noqa: E402
+from edgecomp.backbones.transformers import TransformersHost, load_tower, split_classifier  # noqa: E402
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError  # noqa: E402
 from edgecomp.resources import data_path  # noqa: E402
 from edgecomp.specs.backbone import is_model_folder, read_backbones  # noqa: E402
@@ -228,14 +228,33 @@ def test_a_whole_model_in_shards_serves_with_its_image_tower(kind: str, tmp_path
     assert origin.layout == f"transformers {kind}_vision_model"
 
 
+def classifying(name: str) -> Any:
+    if name == "dinov2":
+        config = transformers.Dinov2Config(**TOWERS["dinov2"][2], num_labels=7)
+        return shake(transformers.Dinov2ForImageClassification(config))
+    title = {"clip": "CLIP", "siglip": "Siglip"}[name]
+    config = getattr(transformers, f"{title}Config")(vision_config=PERCEPTRON, num_labels=7)
+    return shake(getattr(transformers, f"{title}ForImageClassification")(config))
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_classifiers_folder_serves_with_its_tower(tmp_path: Path) -> None:
-    config = transformers.Dinov2Config(**TOWERS["dinov2"][2])
-    model = shake(transformers.Dinov2ForImageClassification(config))
-    host, _, notes = load(saved(model, tmp_path))
+@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2"])
+def test_a_classifiers_folder_serves_with_its_tower_and_its_logits(name: str, tmp_path: Path) -> None:
+    model = classifying(name)
+    folder = saved(model, tmp_path)
+    host, _, notes = load(folder)
+    tower = model.dinov2 if name == "dinov2" else model.vision_model
     with torch.inference_mode():
-        assert torch.allclose(host(picture()), model.dinov2(picture()).last_hidden_state[:, 1:], atol=1e-6)
-    assert "2 tensors" in notes[0]
+        expected = last_of(tower, picture())[:, host.num_prefix_tokens :]
+        assert torch.allclose(host(picture()), expected, atol=1e-6)
+        assert "2 tensors" in notes[0]
+        host, _, notes = load(folder, keep_head=True)
+        assert (host.num_classes, notes) == (7, [])
+        logits = model(picture()).logits
+        assert torch.allclose(host.classifier(picture()), logits, atol=1e-6)
+        own, linear = split_classifier(model)
+        host = TransformersHost(own, name="mine", feature_layer=-1, linear=linear)
+        assert torch.allclose(host.classifier(picture()), logits, atol=1e-12)
 
 
 def test_a_folder_with_a_configuration_alone_has_random_weights(tmp_path: Path) -> None:
