@@ -377,8 +377,8 @@ def _find_site(
     if placement == "after" and cls.keeps_prefix:
         if order.prefix == "drop":
             raise InvalidSpec(
-                f"--drop-prefix: {order.recipe.method} reads the {host.num_prefix_tokens} prefix token(s) of {host.name}; "
-                "drop the option"
+                f"--drop-prefix: {order.recipe.method} reads the {host.num_prefix_tokens} prefix token(s) of "
+                f"{host.name}; drop the option"
             )
         site = msgspec.structs.replace(site, num_prefix_tokens=host.num_prefix_tokens)
     elif placement == "after" and order.prefix == "keep":
