@@ -67,7 +67,7 @@ FOLDERS = {
 #: Folders that `test_golden_merging.py`, `..._pruning.py` and `..._projectors.py` read, and their methods.
 ELSEWHERE = {"tocom": "tocom", "tome": "tome", "tome_vit": "tome", "pitome": "pitome", "tofu": "tofu", "dtem": "dtem"}
 ELSEWHERE |= {name: name for name in ("evit", "dynamicvit", "visionzip", "fastervlm", "vispruner", "prumerge")}
-ELSEWHERE |= {"hpc_attention_pruning": "attention-pruning"}
+ELSEWHERE |= {"hpc_attention_pruning": "attention-pruning", "qformer": "q-former"}
 ELSEWHERE |= {name: name.replace("_", "-") for name in ("c_abstractor", "pixel_shuffle", "matryoshka", "tokenpacker")}
 #: The original's word for an output -> edgecomp's; whatever else a file holds is an intermediate value.
 OUTPUTS = {"tokens": "tokens", "latents": "tokens", "y": "tokens", "logits": "logits"}

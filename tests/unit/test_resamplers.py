@@ -121,3 +121,69 @@ def test_what_is_saved_as_an_original_is_read_back(method: str, preset: str, lay
     assert all(torch.equal(value, module.state_dict()[key]) for key, value in other.state_dict().items())
     with pytest.raises(InvalidSpec, match="not in 'flamingo'"):
         module.original_state("flamingo")
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "params", "words"),
+    [
+        ("q-former", 9, {"latents": 4}, "budget 9 is above the 4 queries of the table"),
+        ("q-former", 4, {"words": 600}, "params.words=600 is above params.positions=512"),
+        ("q-former", 4, {"num_heads": 5}, "params.num_heads=5 does not divide embed_dim=32"),
+        ("query-decoder", 64, {"latents": 16, "tokens": 64}, "budget 64 is above the 16 queries of the table"),
+        ("query-decoder", 64, {"num_heads": 5, "tokens": 64}, "params.num_heads=5 does not divide width 32"),
+    ],
+)
+def test_queries_that_do_not_fit_are_refused(method: str, budget: int, params: dict[str, Any], words: str) -> None:
+    preset = {"q-former": "blip-2", "query-decoder": "q144"}[method]
+    with pytest.raises(InvalidSpec) as caught:
+        make(method, budget, preset, **{**TINY, "hidden_dim": 8, **params})
+    assert words in str(caught.value)
+
+
+def test_transformers_own_models_are_read() -> None:
+    """Layouts as transformers saves them, with random weights, in a whole BLIP-2 and InstructBLIP."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    cases = (
+        (transformers.Blip2QFormerModel, transformers.Blip2QFormerConfig, "blip-2", {}),
+        (transformers.InstructBlipQFormerModel, transformers.InstructBlipQFormerConfig, "instructblip", {"words": 5}),
+    )
+    for model_class, config_class, layout, more in cases:
+        config = config_class(**sizes, encoder_hidden_size=24, vocab_size=20, max_position_embeddings=8)
+        original = model_class(config).eval()
+        state = {f"qformer.{name}": value for name, value in original.state_dict().items()}
+        state |= {"query_tokens": torch.randn(1, 4, 32), "vision_model.embeddings.class_embedding": torch.zeros(1)}
+        cls = compressor_class("q-former")
+        assert cls.layout_of(state) == layout
+        given = {"prefix_tokens": 0, "num_heads": 2, **more}
+        found = cls.infer_params(state, cls.parse_params(given, method="q-former"))
+        assert (found["latents"], found["context_dim"], found["depth"], found["cross_every"]) == (4, 24, 2, 2)
+        module = make("q-former", 4, "smoke", **{**given, **found, "tokens": 9, "mask": False})
+        assert module.load_original(state) == layout
+        tokens, queries = torch.randn(2, 9, 24), state["query_tokens"].expand(2, -1, -1)
+        ids = torch.randint(0, 20, (2, 5)) if more else None
+        with torch.inference_mode():
+            if ids is None:
+                expected = original(queries, encoder_hidden_states=tokens).last_hidden_state
+                (got,) = module(tokens)
+            else:
+                real = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+                mask = torch.cat([torch.ones(2, 4), real], 1).long()
+                expected = original(
+                    ids, attention_mask=mask, query_embeds=queries, encoder_hidden_states=tokens
+                ).last_hidden_state[:, :4]
+                got, _ = module(tokens, ids.int(), real)
+        assert float((got - expected).abs().max()) < 1e-5
+
+
+def test_a_torch_decoder_is_read() -> None:
+    layer = torch.nn.TransformerDecoderLayer(32, 2, 48, 0.0, "gelu", batch_first=True, norm_first=True)
+    decoder = torch.nn.TransformerDecoder(layer, 2, torch.nn.LayerNorm(32)).eval()
+    state = {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
+    state["queries"] = torch.randn(4, 32)
+    module = make("query-decoder", 4, "smoke", context_dim=32)
+    assert module.load_original(state) == type(module).layout_of(state) == "torch"
+    tokens = torch.randn(2, 15, 32)
+    with torch.inference_mode():
+        expected = decoder(state["queries"].expand(2, -1, -1), tokens)
+        assert float((module(tokens)[0] - expected).abs().max()) < 1e-5
