@@ -444,7 +444,8 @@ def _require_declared(order: Order, preset: str, rows: int) -> None:
     rule = order.recipe.rule(preset)
     if order.weights == "random" or not rows or rule.allows(rows):
         return
-    others = [name for name in order.recipe.presets if order.recipe.rule(name).allows(rows)]
+    known = [name for name in order.recipe.presets if name not in order.recipe.smoke_presets]
+    others = [name for name in known if order.recipe.rule(name).allows(rows)]
     raise InvalidSpec(
         f"the weights in {order.weights} hold {rows} learned entries, a size that preset {preset} of "
         f"{order.recipe.method} does not declare ({rule}); "

@@ -67,9 +67,10 @@ def _require_known(match: Match, recipe: Recipe, stored: Stored) -> None:
     ]
     if strange:
         below = f" below {match.prefix!r}" if match.prefix else ""
+        told = f"{', '.join(strange[:5])}{', ...' if len(strange) > 5 else ''}"
         raise WeightsError(
-            f"weights file {stored.located.path} is in the layout {match.layout.name} of {recipe.method}, and of the keys"
-            f"{below} {len(strange)} not known: {', '.join(strange[:5])}. Leave them out of the file, or give another"
+            f"weights file {stored.located.path} is in the layout {match.layout.name} of {recipe.method}{below}, with "
+            f"{len(strange)} not known: {told}. Leave them out of the file, or give another"
         )
 
 

@@ -271,8 +271,9 @@ class Perceiver(Compressor):
         latents, width = sizes["latents"]
         found: dict[str, Any] = {"family": family, "latents": latents, "embed_dim": width}
         found["depth"] = 1 + max((int(k.split(".")[1]) for k in own if k.startswith("layers.")), default=-1)
-        if "layers.0.q_norm.weight" in sizes:
-            found.update(qk_norm=True, head_dim=sizes["layers.0.q_norm.weight"][0])
+        found["qk_norm"] = "layers.0.q_norm.weight" in sizes
+        if found["qk_norm"]:
+            found["head_dim"] = sizes["layers.0.q_norm.weight"][0]
         head_dim = found.get("head_dim", params.head_dim)
         if "layers.0.to_q.weight" in sizes and "layers.0.to_kv.weight" in sizes:
             heads = count_heads(sizes["layers.0.to_q.weight"][0], head_dim, name="layers.0.to_q")

@@ -97,11 +97,11 @@ def match_layout(keys: Sequence[str], layout: Layout) -> list[Match]:
     required, optional, foreign = (_expand_all(part) for part in (layout.keys, layout.optional, layout.foreign))
     held: dict[str, set[tuple[str, ...]]] = {}
     parts = {key: tuple(key.split(".")) for key in keys}
-    by_end: dict[str, list[tuple[str, ...]]] = {}
+    by_end: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for pattern in required:
-        by_end.setdefault(pattern[-1], []).append(pattern)
+        by_end.setdefault(pattern[-2:], []).append(pattern)
     for words in parts.values():
-        for pattern in (*by_end.get(words[-1], ()), *(by_end.get("*", ()) if words[-1].isdigit() else ())):
+        for pattern in (found for end in _ends(words) for found in by_end.get(end, ())):
             if len(words) >= len(pattern) and _answers(words[len(words) - len(pattern) :], pattern):
                 prefix = ".".join(words[: len(words) - len(pattern)])
                 held.setdefault(f"{prefix}." if prefix else "", set()).add(pattern)
@@ -114,6 +114,13 @@ def match_layout(keys: Sequence[str], layout: Layout) -> list[Match]:
         for prefix, found in held.items()
         if len(found) == most
     ]
+
+
+def _ends(words: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """Return the last two words, and the last, of the patterns that a key may answer to."""
+    last = (words[-1], "*") if words[-1].isdigit() else (words[-1],)
+    before = (words[-2], "*") if len(words) > 1 and words[-2].isdigit() else words[-2:-1]
+    return {(word,) for word in last} | {(one, word) for one in before for word in last}
 
 
 def _match_under(

@@ -39,9 +39,9 @@ def fitting_methods(weights: dict[str, torch.Tensor]) -> list[str]:
 
 
 def write_whole_model(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write three shards: the compressor's tensors among 3000 of a language model and a vision tower."""
+    """Write three shards: the compressor's tensors among 600 of a language model and a vision tower."""
     state = {f"{WHOLE}{name}": value.contiguous() for name, value in weights.items()}
-    for part, count in (("language_model.model", 1500), ("vision_tower.vision_model", 1500)):
+    for part, count in (("language_model.model", 300), ("vision_tower.vision_model", 300)):
         names = ("self_attn.q_proj.weight", "mlp.fc1.weight", "layer_norm1.bias")
         state |= {f"{part}.layers.{n // 3}.{names[n % 3]}": torch.zeros(1) for n in range(count)}
     shards: list[dict[str, torch.Tensor]] = [{}, {}, {}]
@@ -73,7 +73,7 @@ def test_the_keys_tell_the_layout(path: Path, tmp_path: Path) -> None:
         assert match.layout.name == alone.layout.name
         assert match.prefix == WHOLE + alone.prefix
         assert sorted(match.names.values()) == sorted(f"{WHOLE}{name}" for name in weights)
-        assert len(match.foreign) == 3000
+        assert len(match.foreign) == 600
         read = checkpoint.read(match.names)
         for name, value in read.items():
             assert torch.equal(value.double(), weights[alone.names[name]].float().double()), name
@@ -93,7 +93,7 @@ def test_layouts_are_declared(method: str) -> None:
     """Who tells a layout by its keys declares it, so that it is found in a whole model, and by `inspect --weights`."""
     cls, recipe = compressor_class(method), load_recipe(method)
     declared = {layout.name for layout in recipe.layouts}
-    if cls.layout_of.__func__ is Compressor.layout_of.__func__:  # type: ignore[attr-defined]
+    if recipe.level == "E4" or cls.layout_of.__func__ is Compressor.layout_of.__func__:  # type: ignore[attr-defined]
         assert not declared
         return
     assert declared, f"{method} recognises layouts, and its recipe has no [[layouts]]"
