@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgecomp.api._emulate import runnable
-from edgecomp.api._forced import check_forced
+from edgecomp.api._forced import check_choices
 from edgecomp.api._manifest import make_manifest
 from edgecomp.api._progress import Progress, silent
 from edgecomp.api._request import (
     CALIBRATION_IMAGES,
+    asked_then,
     default_folder,
     read_order,
     request_digest,
@@ -34,12 +35,12 @@ from edgecomp.errors import (
 )
 from edgecomp.evaluation.data import open_images
 from edgecomp.lock import bundle_lock, lock_path
-from edgecomp.parity import OutputParity, ParityReport, SelectionParity, check_bucket, read_goldens
-from edgecomp.parity.check import judge
+from edgecomp.parity import OutputParity, ParityReport, check_bucket, read_goldens
+from edgecomp.parity.check import Judged, judge, label_of
 from edgecomp.report.export import ExportReport
 from edgecomp.runners.chain import open_graph
 from edgecomp.specs import DType, Output, Recipe
-from edgecomp.specs.manifest import Bucket, Manifest, PlainGraph, RouterGraph
+from edgecomp.specs.manifest import Bucket, Manifest, PartGraph
 from edgecomp.specs.order import Order
 from edgecomp.specs.precision import PrecisionPlan
 
@@ -86,6 +87,11 @@ def export(
     router_params: Mapping[str, Any] | None = None,
     router_weights: str | Path = "random",
     pad_to: int = 0,
+    then: str = "",
+    then_preset: str = "",
+    then_params: Mapping[str, Any] | None = None,
+    then_weights: str | Path = "random",
+    between: int = 0,
     with_plain: bool = False,
     seed: int = 0,
     out: str | Path = "",
@@ -130,6 +136,10 @@ def export(
         router_params: parameters of the router.
         router_weights: `random`, or the router's checkpoint, where it has weights.
         pad_to: rows that every bucket gives, prefix tokens among them, with `count` and `mask`; 0: as many as it keeps.
+        then: a second method, which runs on the tokens of the first; budgets are then of what the second keeps.
+        then_preset, then_params: its preset and parameters.
+        then_weights: `random`, or its checkpoint.
+        between: tokens that the first hands to the second; 0: as many as the first keeps by default.
         with_plain: add the uncompressed model as `plain.onnx`.
         seed: of random weights and golden inputs.
         out: the folder to write; default: a name made of method, preset or backbone, and size.
@@ -148,6 +158,7 @@ def export(
     order = read_order(
         method, recipe, preset, backbone, weights, backbone_weights, budget, align, image_size, feature_layer, output,
         input_dtype, params, stem, router, router_params, router_weights, pad_to, seed, prefix,
+        then=asked_then(then, then_preset, then_params, between), then_weights=then_weights,
     )  # fmt: skip
     batch = (batch,) if isinstance(batch, int) else batch
     defaults = order.recipe.defaults
@@ -292,24 +303,31 @@ def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> 
     """Run each graph in ONNX Runtime against the goldens."""
     goldens, tolerance = read_goldens(work), manifest.recipe.tolerances[manifest.precision]
     rows: list[OutputParity] = []
-    chosen: list[SelectionParity] = []
+    missed: list[Bucket | PartGraph] = []
     version = ""
-    graphs: list[Bucket | PlainGraph | RouterGraph] = [*manifest.buckets, *manifest.routers, *manifest.plain]
+    parts = {part.label: part for bucket in manifest.buckets for part in manifest.parts_of(bucket)}
+    graphs: list[Judged] = [*manifest.buckets, *parts.values(), *manifest.routers, *manifest.plain]
     opener = partial(open_graph, "onnxruntime", threads=0)
     with runnable(Bundle(work, manifest), "onnxruntime", progress=progress) as ready:
         for graph in graphs:
-            progress(f"checking {graph.model} in ONNX Runtime")
+            progress(f"checking {label_of(graph)} in ONNX Runtime")
             with opener(ready.bundle, graph) as runner:
                 found = check_bucket(runner, graph, goldens, tolerance)
                 version = runner.version
             rows.extend(found)
-            if not all(found) and isinstance(graph, Bucket) and manifest.precision != "fp32":
-                progress(f"checking {graph.model} with the original's choices forced")
-                # The forced form stays in `parity/`: a board has nothing to make it with.
-                chosen.append(check_forced(ready, graph, goldens, tolerance, open_one=opener))
+            if not all(found) and isinstance(graph, (Bucket, PartGraph)) and manifest.precision != "fp32":
+                missed.append(graph)
+        chosen = check_choices(  # the forced form stays in `parity/`: a board has nothing to make it with
+            ready,
+            missed,
+            goldens,
+            tolerance,
+            open_one=opener,
+            progress=lambda label: progress(f"checking {label} with the original's choices forced"),
+        )
     report = ParityReport(
         str(folder), "onnxruntime", version, 0, manifest.precision, tolerance, tuple(rows),
-        selection=tuple(chosen), emulated=ready.emulated,
+        selection=chosen, emulated=ready.emulated,
     )  # fmt: skip
     if not report:
         worst = report.worst

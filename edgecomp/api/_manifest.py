@@ -79,6 +79,7 @@ def make_manifest(
         notes=tuple(notes),
         files=(),
         prefix=order.prefix,
+        then=assembly.then,
     )
 
 

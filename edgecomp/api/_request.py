@@ -18,6 +18,7 @@ from edgecomp.specs import Recipe, load_recipe, method_names
 from edgecomp.specs.backbone import is_model_folder
 from edgecomp.specs.order import Order
 from edgecomp.specs.precision import PrecisionPlan
+from edgecomp.specs.recipe import Then, followed_by
 from edgecomp.specs.router import router_names
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CALIBRATION_IMAGES",
+    "asked_then",
     "default_folder",
     "read_order",
     "request_digest",
@@ -43,6 +45,7 @@ def read_order(
     budget: str | int | Sequence[str | int], align: int, image_size: int, feature_layer: int, output: str,
     input_dtype: str, params: Mapping[str, Any] | None, stem: bool, router: str,
     router_params: Mapping[str, Any] | None, router_weights: str | Path, pad_to: int, seed: int, prefix: str = "",
+    *, then: Then | None = None, then_weights: str | Path = "random",
 ) -> Order:  # fmt: skip
     """Turn the arguments into an order, loading the recipe; torch is not needed yet for names."""
     if isinstance(method, str) and bool(method) == bool(str(recipe)):
@@ -56,6 +59,11 @@ def read_order(
     compressor = None if isinstance(method, str) else method
     named = str(recipe) or (method if isinstance(method, str) else _method_of(method))
     loaded = load_recipe(named)
+    then = then or loaded.then
+    if then is not None:
+        loaded = followed_by(loaded, then)
+    elif str(then_weights) != "random":
+        raise InvalidSpec(f"--then-weights {then_weights}: there is one method; name the second with --then")
     weights, backbone_weights = _weights_of(loaded, compressor, backbone, weights, backbone_weights)
     if isinstance(backbone, str) and preset:
         loaded.preset(preset)
@@ -66,6 +74,7 @@ def read_order(
             "parameters or weights of a router were given, and no router; give --router NAME, or drop them"
         )
     files = {"--weights": weights, "--backbone-weights": backbone_weights, "--router-weights": router_weights}
+    files["--then-weights"] = then_weights
     for option, path in files.items():
         if option == "--backbone-weights" and is_model_folder(backbone) and str(path) == "":
             continue
@@ -98,8 +107,23 @@ def read_order(
         router_params=dict(router_params or {}),
         router_weights=str(router_weights),
         pad_to=pad_to,
+        then_weights=str(then_weights),
         seed=seed,
     )
+
+
+def asked_then(method: str, preset: str, params: Mapping[str, Any] | None, between: int) -> Then | None:
+    """Return the second method that was asked for, or none."""
+    if method:
+        if between < 0:
+            raise InvalidSpec(f"--between {between} is below 0; give the tokens that the first method hands over")
+        if method not in method_names():
+            raise UnknownName("method", method, method_names())
+        return Then(method, preset, dict(params or {}), between)
+    given = {"--then-preset": preset, "--set then.NAME=VALUE": params, "--between": between}
+    if words := [option for option, value in given.items() if value]:
+        raise InvalidSpec(f"{', '.join(words)}: there is one method; name the second with --then METHOD")
+    return None
 
 
 def _weights_of(
@@ -167,7 +191,8 @@ def default_folder(order: Order) -> Path:
     preset = recipe.preset(order.preset or recipe.defaults.preset)
     is_encoder = not backbone and preset.placement == "encoder"
     size = order.image_size or (preset.image_size or recipe.defaults.image_size if is_encoder else 0)
-    return Path(f"{recipe.method}-{part}" + (f"-{size}" if size else ""))
+    method = f"{recipe.method}-then-{recipe.then.method}" if recipe.then is not None else recipe.method
+    return Path(f"{method}-{part}" + (f"-{size}" if size else ""))
 
 
 def request_digest(
@@ -182,7 +207,7 @@ def request_digest(
     """Return the sha256 of everything that decides what is exported: the request, files, versions, edgecomp's code."""
     files = {
         path: path_digest(Path(path))
-        for path in (order.weights, order.backbone_weights, order.router_weights)
+        for path in (order.weights, order.backbone_weights, order.router_weights, order.then_weights)
         if path not in ("", "random", "pretrained")
     }
     folders = [_folder_digest(order.backbone)] if is_model_folder(order.backbone) else []
@@ -206,6 +231,7 @@ def request_digest(
         "stem": order.stem,
         "router": [order.router, order.router_params, files.get(order.router_weights, order.router_weights)],
         "pad_to": order.pad_to,
+        "then_weights": files.get(order.then_weights, order.then_weights),
         "seed": order.seed,
         "precision": msgspec.to_builtins(plan),
         "opset": opset,

@@ -19,6 +19,7 @@ from edgecomp.backbones.timm import TimmHost, host_part, load_host, plain_vit, s
 from edgecomp.backbones.transformers import TransformersHost, is_tower, load_tower, split_classifier
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor, initialise
+from edgecomp.compressors._chain import Chain
 from edgecomp.compressors._checkpoint import Checkpoint, read_checkpoint, weights_origin
 from edgecomp.compressors._inside import InsideCompressor
 from edgecomp.compressors._pruning import TokenPruner
@@ -26,13 +27,17 @@ from edgecomp.compressors._recognise import recognise, tell
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
 from edgecomp.resources import data_path
 from edgecomp.routers import Router, RouterSite, StemScore, router_class
-from edgecomp.specs import Output, Placement, Preprocess, Preset, Recipe, Site, TokenBudget, parse_budget
+from edgecomp.specs import Output, Placement, Preprocess, Preset, Recipe, Site, TokenBudget, load_recipe, parse_budget
 from edgecomp.specs.backbone import read_backbones
 from edgecomp.specs.budget import read_count
+from edgecomp.specs.manifest import ThenRecord
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import WeightsOrigin, file_origin
+from edgecomp.specs.recipe import Then
 
 __all__ = ["Assembly", "assemble", "settle"]
+
+_TOKENS_RANK = 3
 
 
 class Assembly(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +61,7 @@ class Assembly(msgspec.Struct, frozen=True, kw_only=True):
     router: Router | None
     router_weights: WeightsOrigin | None
     notes: tuple[str, ...]
+    then: ThenRecord | None = None
 
 
 def assemble(order: Order) -> Assembly:
@@ -73,11 +79,15 @@ def assemble(order: Order) -> Assembly:
     keep_head = preset.placement == "inside" and output == "logits"
     host, host_origin = _make_host(order, preset, image_size, keep_head, host_state, cls.levels_of(params), notes)
     site, params = _find_site(order, cls, preset.placement, params, host, image_size or recipe.defaults.image_size)
-    budgets = _choose_budgets(order, cls, preset_name, params, site, notes)
+    alone = _without_the_second(order, preset.placement, output)
+    budgets = _choose_budgets(alone, cls, preset_name, params, site, notes)
     params = cls.for_budgets(params, [budget.tokens_out for budget in budgets])
     preprocess = _find_preprocess(recipe, host, site)
 
     compressors, origin = _make_compressors(order, cls, params, site, budgets, output, state)
+    then = None
+    if recipe.then is not None:
+        compressors, then = _follow(order, recipe.then, compressors, notes)
     if order.pad_to and output == "logits":
         raise InvalidSpec(f"pad_to={order.pad_to}: logits have no rows to fill up; drop --pad-to, or --output logits")
     models = tuple(_place(compressor, host, preprocess, order).eval() for compressor in compressors)
@@ -94,7 +104,7 @@ def assemble(order: Order) -> Assembly:
     if plain is not None and host is None:
         notes.append(f"the uncompressed model is a {plain_name} with random weights: for latency and FLOPs alone")
     rows = getattr(params, "latents", 0) or getattr(params, "table_entries", 0)
-    if state is not None and rows and any(budget.tokens_out < rows for budget in budgets):
+    if state is not None and rows and then is None and any(budget.tokens_out < rows for budget in budgets):
         notes.append(f"the weights hold {rows} learned entries; a smaller budget uses the first of them")
     return Assembly(
         models=models,
@@ -115,6 +125,7 @@ def assemble(order: Order) -> Assembly:
         router=router,
         router_weights=router_origin,
         notes=tuple(notes),
+        then=then,
     )
 
 
@@ -472,6 +483,73 @@ def _aligned(text: str, order: Order, tokens_in: int, notes: list[str]) -> str:
     return str(rounded)
 
 
+def _without_the_second(order: Order, placement: Placement, output: Output) -> Order:
+    """Return the order of the first of two methods in a row, whose budget is what it hands over."""
+    then = order.recipe.then
+    if then is None:
+        return order
+    names = f"{order.recipe.method} then {then.method}"
+    if placement not in ("after", "encoder"):
+        raise InvalidSpec(
+            f"{names}: {order.recipe.method} stands {placement} its host here, and in a row stands what is behind an "
+            "encoder or is one; choose another --preset, or another order"
+        )
+    if output != "tokens":
+        raise InvalidSpec(f"{names}: {then.method} reads tokens, and the output is {output}; drop --output {output}")
+    return msgspec.structs.replace(order, budgets=(str(then.between),) if then.between else (), align=1)
+
+
+def _follow(
+    order: Order, then: Then, compressors: Sequence[Compressor], notes: list[str]
+) -> tuple[list[Compressor], ThenRecord]:
+    """Put the recipe's second method behind the first, once for each budget."""
+    first, method, recipe = compressors[0], order.recipe.method, load_recipe(then.method)
+    names = f"{method} then {then.method}"
+    if len(compressors) > 1:
+        counts = ", ".join(str(one.budget.tokens_out) for one in compressors)
+        raise InvalidSpec(
+            f"{names}: {method} has the budgets {counts} where nothing is said, and hands one count over; say which, "
+            f"for example --between {first.budget.tokens_out}"
+        )
+    if "after" not in recipe.placements:
+        raise InvalidSpec(
+            f"{names}: {then.method} stands {' or '.join(recipe.placements)}, and behind {method} it is handed tokens; "
+            "choose a method that stands after an encoder"
+        )
+    cls = compressor_class(then.method)
+    asked = msgspec.structs.replace(
+        order, recipe=recipe, preset=then.preset, backbone="none", compressor=None, weights=order.then_weights,
+        backbone_weights="random", params=then.params, image_size=0, output="tokens", pad_to=0, seed=order.seed + 1,
+    )  # fmt: skip
+    state, _, saved = _read_weights(asked, cls, notes)
+    preset, params = settle(asked, cls, state, saved, notes)
+    if recipe.preset(preset).placement != "after":
+        raise InvalidSpec(
+            f"{names}: preset {preset} of {then.method} stands {recipe.preset(preset).placement}, and behind {method} "
+            f"it is handed tokens; {recipe.placements['after']} is a preset for these"
+        )
+    tokens = first.output_specs()[0]
+    kept = first.budget.tokens_out
+    if len(tokens.shape) != _TOKENS_RANK:
+        raise InvalidSpec(
+            f"{names}: {method} gives {tokens}, and {then.method} takes tokens [B, N, D]; choose another form"
+        )
+    site = Site(
+        "after",
+        tokens_in=kept,
+        embed_dim=tokens.shape[-1],
+        num_prefix_tokens=tokens.shape[1] - kept,
+        num_heads=getattr(params, "attention_heads", 0),
+    )
+    params = _settle(cls, params, cls.params_of_site(site), asked, f"the tokens of {method}")
+    budgets = _choose_budgets(asked, cls, preset, params, site, notes)
+    params = cls.for_budgets(params, [budget.tokens_out for budget in budgets])
+    seconds, origin = _make_compressors(asked, cls, params, site, budgets, "tokens", state)
+    notes.append(f"{method} hands {kept} tokens to {then.method}")
+    record = ThenRecord(then.method, preset, msgspec.to_builtins(params), kept, origin, recipe.source)
+    return [Chain(first, second, methods=(method, then.method)) for second in seconds], record
+
+
 def _find_preprocess(recipe: Recipe, host: Host | None, site: Site) -> Preprocess | None:
     if host is not None:
         return host.preprocess
@@ -523,6 +601,11 @@ def _make_router(
     if order.router in ("", "fixed"):
         return None, None
     largest = models[-1]
+    if isinstance(largest.compressor, Chain) and len(largest.stem_specs()) > 1:
+        raise InvalidSpec(
+            f"router {order.router}: the first of these methods takes {', '.join(map(str, largest.stem_specs()))}, and "
+            "a router sees the first of it alone; drop --router"
+        )
     compressor, image = largest.compressor, largest.input_specs()[0]
     cuts: tuple[int, ...] = ()
     if isinstance(compressor, InsideCompressor):
@@ -559,7 +642,7 @@ def _make_router(
 def _span(compressor: Compressor, models: Sequence[PlacedModel]) -> tuple[int, int]:
     """Return the tokens that a router's need of 0 and of 1 stand for: of a table its smallest and largest bucket."""
     counts = [model.compressor.budget.tokens_out for model in models]
-    if getattr(compressor.params, "latents", 0):
+    if getattr(compressor.params, "latents", 0) and not isinstance(compressor, Chain):
         return counts[0], counts[-1]
     return 0, compressor.budget.tokens_in
 

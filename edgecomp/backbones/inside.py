@@ -101,9 +101,9 @@ class InsideModel(PlacedModel):
         score = TensorSpec("score", (batch, rows), "float32", "features")
         return (tokens, score) if self.compressor.sums_score else (tokens,)
 
-    def before(self, first: Tensor, seam: int) -> tuple[Tensor, ...]:
+    def before(self, *inputs: Tensor, seam: int) -> tuple[Tensor, ...]:
         """Run the blocks in front of the seam, in which nothing is cut."""
-        trail = self._pass_blocks(self._enter(first), range(seam), self.compressor, attend, self._fold)
+        trail = self._pass_blocks(self._enter(inputs[0]), range(seam), self.compressor, attend, self._fold)
         if not self.compressor.sums_score:
             return (trail.tokens,)
         score = trail.tokens.new_zeros(trail.tokens.shape[:2]) if trail.score is None else trail.score

@@ -11,6 +11,7 @@ from edgecomp.backbones.attention import Attended, attend, attend_fused
 from edgecomp.backbones.host import Host
 from edgecomp.backbones.padding import RowPadding
 from edgecomp.compressors._base import Compressor
+from edgecomp.compressors._chain import Chain
 from edgecomp.compressors._saliency import text_likelihood
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import DType, Output, Preprocess, TensorSpec
@@ -148,19 +149,41 @@ class PlacedModel(nn.Module):
 
     @property
     def seam(self) -> int | None:
-        """Blocks of the host in front of the first thing that depends on the budget; none without a host."""
-        return self.backbone.depth if self.backbone is not None else None
+        """Blocks of the host in front of the first thing that depends on the budget; none without a host.
+
+        Of two methods in a row the first stands in front too, so that they are cut also where there is no host.
+        """
+        if self.backbone is not None:
+            return self.backbone.depth
+        return 0 if isinstance(self.compressor, Chain) else None
+
+    def stem_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
+        """Return the inputs that are read in front of the seam."""
+        specs, compressor = self.input_specs(batch), self.compressor
+        if not isinstance(compressor, Chain):
+            return specs[:1]
+        return specs[: len(compressor.first.input_specs()) - self._features]
+
+    @property
+    def _features(self) -> int:
+        """How many of the compressor's inputs the host hands over beside tokens."""
+        return len(self.compressor.host_features) if self.backbone is not None else 0
 
     def seam_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return what is handed over at the seam."""
+        if isinstance(self.compressor, Chain):
+            return self.compressor.handed_specs(batch)
         return self.compressor.input_specs(batch)[: 1 + len(self.compressor.host_features)]
 
-    def before(self, first: Tensor, seam: int) -> tuple[Tensor, ...]:  # noqa: ARG002 - the whole host is in front
+    def before(self, *inputs: Tensor, seam: int) -> tuple[Tensor, ...]:  # noqa: ARG002 - the whole host is in front
         """Return what is handed over at the seam."""
-        return self.embed(first)
+        given = self.embed(inputs[0])
+        return self.compressor.hand_over(*given, *inputs[1:]) if isinstance(self.compressor, Chain) else given
 
     def behind(self, *inputs: Tensor, seam: int) -> tuple[Tensor, ...]:  # noqa: ARG002 - as above
-        """Return the outputs of what was handed over, and of the inputs but the first."""
+        """Return the outputs of what was handed over, and of the inputs that the stem does not take."""
+        if isinstance(self.compressor, Chain):
+            return self.give(self.compressor.finish(*inputs))
         return self.give(self.compressor(*inputs))
 
     def raw_pixels(self, given: Tensor) -> Tensor:
@@ -203,6 +226,10 @@ class _Reference(nn.Module):
     def forward(self, first: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Return the original's outputs."""
         return self.placed.give(self.original(*self.placed.embed(first, attend_fused), *rest))
+
+    def hand_over(self, first: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """Return what the first of two originals in a row hands to the second."""
+        return self.original.hand_over(*self.placed.embed(first, attend_fused), *rest)  # type: ignore[operator, no-any-return]
 
 
 class PlainModel(nn.Module):

@@ -54,7 +54,8 @@ def command(
     calibration_images: Annotated[int | None, typer.Option(help="The most images read of it; default: 64.")] = None,
     opset: Annotated[int | None, typer.Option(help="18 to 20; default: 20, and 22 with bf16.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="params.NAME=VALUE, or router.NAME=VALUE; repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="params.NAME=VALUE, router.NAME=VALUE or then.NAME=VALUE; repeatable."),
     ] = None,
     no_stem: Annotated[
         bool, typer.Option("--no-stem", help="Whole graphs, also where several buckets share a part.")
@@ -62,6 +63,12 @@ def command(
     router: Annotated[str, typer.Option(help="What picks a bucket; `edgecomp list routers` shows them.")] = "",
     router_weights: Annotated[str, typer.Option(help="The router's checkpoint, or `random`.")] = "random",
     pad_to: Annotated[int | None, typer.Option(help="Rows that every bucket gives, with count and mask.")] = None,
+    then: Annotated[str, typer.Option(help="A second method, on the first one's tokens.")] = "",
+    then_preset: Annotated[str, typer.Option(help="A named size of its recipe.")] = "",
+    then_weights: Annotated[str, typer.Option(help="Its checkpoint, or `random`.")] = "random",
+    between: Annotated[
+        int | None, typer.Option(help="Tokens that the first hands to the second; --budget is what the second keeps.")
+    ] = None,
     with_plain: Annotated[bool, typer.Option("--with-plain", help="Add the uncompressed model.")] = False,
     seed: Annotated[int, typer.Option(help="Of random weights and golden inputs.")] = 0,
     out: Annotated[str, typer.Option(help="The folder to write; default: named after method and size.")] = "",
@@ -71,7 +78,7 @@ def command(
     """Rewrite a compressor for static shapes, export it to ONNX, prove it, and write a bundle."""
     params, router_params = parse_sets(set_ or [], "params"), parse_sets(set_ or [], "router")
     numbers = {"--image-size": image_size, "--feature-layer": feature_layer, "--opset": opset, "--pad-to": pad_to}
-    numbers["--calibration-images"] = calibration_images
+    numbers |= {"--calibration-images": calibration_images, "--between": between}
     for option, number in numbers.items():
         if number == 0:
             raise InvalidSpec(f"{option} 0 is out of range; leave it out for the default")
@@ -103,6 +110,11 @@ def command(
             router_params=router_params,
             router_weights=router_weights,
             pad_to=pad_to or 0,
+            then=then,
+            then_preset=then_preset,
+            then_params=parse_sets(set_ or [], "then"),
+            then_weights=then_weights,
+            between=between or 0,
             with_plain=with_plain,
             seed=seed,
             out=Path(out) if out else "",
@@ -119,7 +131,7 @@ def command(
     finish(report)
 
 
-def parse_sets(words: list[str], space: Literal["params", "router"]) -> dict[str, Any]:
+def parse_sets(words: list[str], space: Literal["params", "router", "then"]) -> dict[str, Any]:
     """Read the `SPACE.NAME=VALUE` words of one space; a value is TOML where it parses, else text."""
     import msgspec
 
@@ -127,7 +139,7 @@ def parse_sets(words: list[str], space: Literal["params", "router"]) -> dict[str
     for word in words:
         key, equals, value = word.partition("=")
         prefix, _, name = key.partition(".")
-        if not equals or prefix not in ("params", "router") or not name:
+        if not equals or prefix not in ("params", "router", "then") or not name:
             raise InvalidSpec(f"--set {word!r} is not of the form params.NAME=VALUE; for example --set params.depth=4")
         if prefix != space:
             continue

@@ -13,7 +13,7 @@ from torch import nn
 
 from edgecomp.backbones.assemble import Assembly
 from edgecomp.backbones.placed import PlacedModel, PlainModel
-from edgecomp.backbones.seam import Stem
+from edgecomp.backbones.seam import Rest, Stem
 from edgecomp.bundle import GOLDEN, choice_key, golden_key
 from edgecomp.export.choices import ChoiceRecorder
 from edgecomp.images import PixelType, read_image, resize_and_crop, to_pixels
@@ -68,12 +68,66 @@ def write_goldens(
             for spec, want, have in zip(model.output_specs(batch), expected, got, strict=True):
                 compare(case, spec.name, have, want)
                 tensors[golden_key("output", case, spec.name, part=part)] = np.ascontiguousarray(want)
-            for number, choice in enumerate(recorder.choices):  # equal outputs: these are the original's choices
-                tensors[choice_key(case, part, number, f"{choice.op}.scores")] = choice.scores
-                tensors[choice_key(case, part, number, f"{choice.op}.indices")] = choice.indices
+            if assembly.then is None or assembly.seam is None:
+                tensors |= _choices(recorder, case, part)  # equal outputs: these are the original's choices
+        if assembly.then is not None and assembly.seam is not None:
+            tensors |= _goldens_of_parts(assembly, inputs, case, batch, compare)
     if assembly.router is not None:
         tensors |= _router_goldens(assembly, tensors, batch)
     (folder / GOLDEN).write_bytes(save(tensors))
+
+
+def _goldens_of_parts(
+    assembly: Assembly,
+    inputs: Mapping[str, Array],
+    case: str,
+    batch: int,
+    compare: Callable[[str, str, Array, Array], None],
+) -> dict[str, Array]:
+    """Return what the original of the first of two methods hands over, and the choices of each by itself.
+
+    The second's choices are those on what the first's original gave; the golden file has them in place of the choices
+    of both in a row, for the graphs are cut between them.
+    """
+    seam, tensors = assembly.seam, dict[str, Array]()
+    assert seam is not None
+    stem = Stem(assembly.models[-1], seam)
+    arrays = [inputs[spec.name] for spec in stem.input_specs(batch)]
+    expected = run_module(_Handing(assembly.models[-1]).eval(), arrays)
+    with ChoiceRecorder() as recorder:
+        got = run_module(stem, arrays)
+    tensors |= _choices(recorder, case, "stem")
+    handed: dict[str, Array] = {}
+    for spec, want, have in zip(stem.output_specs(batch), expected, got, strict=True):
+        compare(case, f"{spec.name} of {assembly.preset}", have, want)
+        handed[spec.name] = want
+        tensors[golden_key("output", case, spec.name, part="stem")] = np.ascontiguousarray(want)
+    for model in assembly.models:
+        rest = Rest(model, seam)
+        with ChoiceRecorder() as recorder:
+            run_module(rest, [{**inputs, **handed}[spec.name] for spec in rest.input_specs(batch)])
+        tensors |= _choices(recorder, case, f"m{model.compressor.budget.tokens_out}")
+    return tensors
+
+
+class _Handing(nn.Module):
+    """What the first of two originals in a row hands to the second."""
+
+    def __init__(self, model: PlacedModel) -> None:
+        super().__init__()
+        self.original = model.reference()
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return it."""
+        return self.original.hand_over(*inputs)  # type: ignore[operator, no-any-return]
+
+
+def _choices(recorder: ChoiceRecorder, case: str, part: str) -> dict[str, Array]:
+    tensors: dict[str, Array] = {}
+    for number, choice in enumerate(recorder.choices):
+        tensors[choice_key(case, part, number, f"{choice.op}.scores")] = choice.scores
+        tensors[choice_key(case, part, number, f"{choice.op}.indices")] = choice.indices
+    return tensors
 
 
 def _router_goldens(assembly: Assembly, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:

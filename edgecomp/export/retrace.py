@@ -56,6 +56,11 @@ def reassemble(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_wei
     }
     for option, (given, origin) in files.items():
         _require_same(option, given, origin)
+    if manifest.then is not None and manifest.then.weights.kind != "random":
+        raise BundleError(
+            f"the weights of {manifest.then.method} came from {manifest.then.weights}, and those of a second method "
+            "cannot be given again here; use --selection --explain, which need none"
+        )
     order = Order(
         recipe=manifest.recipe,
         preset=manifest.preset,

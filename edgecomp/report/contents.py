@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from edgecomp.engines import EngineRecord
-from edgecomp.report.export import precision_line, router_line
+from edgecomp.report.export import precision_line, router_line, then_lines
 from edgecomp.report.text import flops, size, table
 from edgecomp.specs.manifest import Bucket, Manifest
 
@@ -158,12 +158,19 @@ def _describe_bundle(contents: BundleContents) -> str:
         f"{contents.path}: edgecomp bundle, schema {m.schema}, {size(contents.size_bytes)}, whole (all hashes match)",
         f"  method     {m.method}, preset {m.preset}, {m.placement}, backbone {m.backbone}",
         f"  params     {params}",
+        *then_lines(m),
+        *([f"  params     {', '.join(f'{name}={value}' for name, value in m.then.params.items())}"] if m.then else []),
         f"  weights    {m.weights}",
         *([f"  backbone   {m.backbone_weights}"] if m.backbone_weights else []),
         f"  precision  {precision_line(m)}; output {m.output}, input {m.input_dtype}",
         *_islands(m),
         *([f"  router     {router_line(m.router)}"] if m.router is not None else []),
         f"  source     {m.recipe.source.paper}; {m.recipe.source.upstream} ({m.recipe.source.licence})",
+        *(
+            [f"             {m.then.source.paper}; {m.then.source.upstream} ({m.then.source.licence})"]
+            if m.then
+            else []
+        ),
         f"  made with  {', '.join(f'{name} {version}' for name, version in m.tools.items())}",
         *(f"  note       {note}" for note in m.notes),
         "",

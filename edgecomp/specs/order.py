@@ -32,6 +32,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
         router: a router's name, or none.
         router_params, router_weights: its parameters that the user set, and its weights: `random`, or a path.
         pad_to: rows that every bucket gives, prefix tokens among them; 0: as many as it keeps.
+        then_weights: of the recipe's second method: `random`, or a path.
     """
 
     recipe: Recipe
@@ -53,4 +54,5 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     router_params: Mapping[str, Any] = {}
     router_weights: str = "random"
     pad_to: int = 0
+    then_weights: str = "random"
     seed: int = 0
