@@ -56,14 +56,16 @@ def compressor(
         raise InvalidSpec(f"{method}: grid={grid}, queries={queries}: neither can be below 0")
     if grid:
         params |= {"grid": grid} if "grid" in known else {"tokens": _tokens_of(method, grid, params)}
-    if queries and "queries" in known:
+    if isinstance(queries, int) and queries and "queries" in known:
         params["queries"] = queries
     order = read_order(
         method, "", preset, "none", weights, "random", (str(queries),) if queries else (), 1, image_size, 0, output,
         "", params, False, "", None, "random", 0, seed,
     )  # fmt: skip
     made = assemble(order)
-    return made.models[0].compressor.train()
+    module = made.models[0].compressor.train()
+    module.preset = made.preset
+    return module
 
 
 def _tokens_of(method: str, grid: int, params: dict[str, Any]) -> int:

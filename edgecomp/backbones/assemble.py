@@ -20,7 +20,7 @@ from edgecomp.backbones.transformers import TransformersHost, is_tower, load_tow
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor, initialise
 from edgecomp.compressors._chain import Chain
-from edgecomp.compressors._checkpoint import Checkpoint, read_checkpoint, weights_origin
+from edgecomp.compressors._checkpoint import Checkpoint, Saved, read_checkpoint, weights_origin
 from edgecomp.compressors._inside import InsideCompressor
 from edgecomp.compressors._pruning import TokenPruner
 from edgecomp.compressors._recognise import recognise, tell
@@ -35,7 +35,7 @@ from edgecomp.specs.order import Order
 from edgecomp.specs.origin import WeightsOrigin, file_origin
 from edgecomp.specs.recipe import Then
 
-__all__ = ["Assembly", "assemble", "settle"]
+__all__ = ["Assembly", "assemble", "require_declared", "settle"]
 
 _TOKENS_RANK = 3
 
@@ -133,34 +133,33 @@ def settle(
     order: Order,
     cls: type[Compressor],
     state: Mapping[str, Tensor] | None,
-    saved: Mapping[str, Any],
+    saved: Saved,
     notes: list[str],
 ) -> tuple[str, Any]:
     """Return preset and parameters: what was asked for, and what the weights decide.
 
     Args:
-        saved: parameters that the weights were saved with; the preset's hold for all others.
+        saved: what the weights say of the module that they were saved from.
     """
-    preset = _choose_preset(order, cls, state, notes)
-    values = {**order.recipe.preset(preset).params, **saved}
-    for name in saved.keys() & order.params.keys():
-        if name not in ("tokens", "latents") and saved[name] != order.params[name]:
+    preset = _choose_preset(order, cls, state, saved, notes)
+    for name in saved.params.keys() & order.params.keys():
+        if name not in ("tokens", "latents") and saved.params[name] != order.params[name]:
             raise InvalidSpec(
-                f"params.{name}={order.params[name]} was set, and the weights were saved with {saved[name]}; drop the "
-                "--set, or match them"
+                f"params.{name}={order.params[name]} was set, and the weights were saved with {saved.params[name]}; "
+                "drop the --set, or match them"
             )
-    return preset, _choose_params(order, cls, values, state, notes)
+    return preset, _choose_params(order, cls, order.recipe.preset(preset).params, state, saved, notes)
 
 
 def _read_weights(
     order: Order, cls: type[Compressor], notes: list[str]
-) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None, dict[str, Any]]:
-    """Return the compressor's tensors, the host's, and the parameters that they were saved with, if they say so.
+) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None, Saved]:
+    """Return the compressor's tensors, the host's, and what they say of the module that they were saved from.
 
     A file with both prefixes, or an original's, serves for compressor and host.
     """
     if order.weights == "random":
-        return None, None, {}
+        return None, None, Saved()
     checkpoint = Checkpoint(Path(order.weights))
     if not any(key.startswith(("compressor.", "backbone.")) for key in checkpoint.stored.names):
         match = recognise(order.recipe, cls, checkpoint.stored)
@@ -168,7 +167,7 @@ def _read_weights(
             notes.append(tell(match, order.recipe.method))
         state = checkpoint.read(match.names if match is not None else None, say=notes.append)
         own, host = cls.split_checkpoint(state)
-        return (own or state), (host or None), checkpoint.saved_params
+        return (own or state), (host or None), checkpoint.saved
     state = checkpoint.read(say=notes.append)
     own = {key.removeprefix("compressor."): value for key, value in state.items() if key.startswith("compressor.")}
     host = host_part(state)
@@ -178,10 +177,12 @@ def _read_weights(
             f"weights file {order.weights} holds keys of compressor and host, and {len(stray)} of neither: "
             f"{', '.join(stray[:5])}; remove them"
         )
-    return (own or state), (host or None), {}
+    return (own or state), (host or None), Saved()
 
 
-def _choose_preset(order: Order, cls: type[Compressor], state: Mapping[str, Tensor] | None, notes: list[str]) -> str:
+def _choose_preset(
+    order: Order, cls: type[Compressor], state: Mapping[str, Tensor] | None, saved: Saved, notes: list[str]
+) -> str:
     """Return the preset: the one named, the one of the checkpoint's layout, or the placement's own."""
     recipe = order.recipe
     if order.preset:
@@ -203,6 +204,9 @@ def _choose_preset(order: Order, cls: type[Compressor], state: Mapping[str, Tens
         placement = _placement_with(recipe, order.backbone)
     else:
         placement = recipe.preset(recipe.defaults.preset).placement
+    if saved.preset in recipe.presets and recipe.preset(saved.preset).placement == placement:
+        notes.append(f"the weights were saved from the preset {saved.preset}")
+        return saved.preset
     layout = cls.layout_of(state) if state is not None else ""
     for name, preset in recipe.presets.items():
         if layout and preset.layout == layout and preset.placement == placement:
@@ -240,6 +244,7 @@ def _choose_params(
     cls: type[Compressor],
     preset: Mapping[str, Any],
     state: Mapping[str, Tensor] | None,
+    saved: Saved,
     notes: list[str],
 ) -> Any:
     method = order.recipe.method
@@ -247,7 +252,7 @@ def _choose_params(
         values = {**msgspec.to_builtins(order.compressor.params), **order.params}
     else:
         cls.parse_params(preset, method=f"a preset of the recipe of {method}")
-        values = {**preset, **order.params}
+        values = {**preset, **saved.params, **order.params}
     params = cls.parse_params(values, method=method)
     if state is None:
         return params
@@ -258,7 +263,7 @@ def _choose_params(
             f"weights file {order.weights} is in no layout of {method} ({type(error).__name__}: {error}); "
             f"first keys: {', '.join(list(state)[:5])}"
         ) from error
-    assumed = [name for name in cls.unstored_params if name not in found and name not in order.params]
+    assumed = [name for name in cls.unstored_params if name not in {*found, *saved.params, *order.params}]
     if assumed:
         taken = ", ".join(f"params.{name}={getattr(params, name)}" for name in assumed)
         notes.append(f"assumed, since no checkpoint stores it: {taken}; --set it if the model was trained otherwise")
@@ -427,7 +432,7 @@ def _choose_budgets(
             )
         return (order.compressor.budget,)
     if not asked:
-        _require_declared(order, preset, rows)
+        require_declared(order, preset, rows)
         decided = cls.default_counts(params, site) or ((rows,) if rows and rule.allows(rows) else rule.default)
         if max(decided) > tokens_in:
             raise InvalidSpec(
@@ -450,7 +455,7 @@ def _choose_budgets(
     return tuple(sorted(parsed, key=lambda budget: budget.tokens_out))
 
 
-def _require_declared(order: Order, preset: str, rows: int) -> None:
+def require_declared(order: Order, preset: str, rows: int) -> None:
     """Refuse weights whose learned table has a size that the recipe does not declare: no budget would be its own."""
     rule = order.recipe.rule(preset)
     if order.weights == "random" or not rows or rule.allows(rows):

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from edgecomp.backbones.assemble import settle
+from edgecomp.backbones.assemble import require_declared, settle
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._checkpoint import Checkpoint
 from edgecomp.compressors._recognise import OWN, fitting, fitting_own
@@ -68,9 +68,9 @@ def _settled(checkpoint: Checkpoint, method: str, match: Match, asked: Mapping[s
     inside = "inside" in recipe.placements and recipe.preset(recipe.defaults.preset).placement == "inside"
     backbone = "" if inside or match.layout.name == OWN else "none" if "after" in recipe.placements else ""
     order = Order(recipe=recipe, weights=str(checkpoint.path), backbone=backbone, params=asked)
-    preset, params = settle(order, cls, state, checkpoint.saved_params, notes)
+    preset, params = settle(order, cls, state, checkpoint.saved, notes)
     placement = recipe.preset(preset).placement
-    decided = (*checkpoint.saved_params, *cls.infer_params(state, params))
+    decided = (*checkpoint.saved.params, *cls.infer_params(state, params))
     made = Candidate(
         method, match, preset, placement, msgspec.to_builtins(params), tuple(dict.fromkeys(decided)),
         width=int(getattr(params, cls.width_param, 0)), rule=recipe.rule(preset), notes=tuple(notes),
@@ -80,5 +80,7 @@ def _settled(checkpoint: Checkpoint, method: str, match: Match, asked: Mapping[s
     site = cls.site_without_host(params, placement, recipe.preset(preset).image_size or recipe.defaults.image_size)
     rows = getattr(params, "latents", 0) or getattr(params, "table_entries", 0)
     rule = recipe.rule(preset)
+    if not cls.default_counts(params, site):
+        require_declared(order, preset, rows)
     default = cls.default_counts(params, site) or ((rows,) if rows and rule.allows(rows) else rule.default)
     return msgspec.structs.replace(made, tokens_in=cls.count_tokens(params, site), default=tuple(default))

@@ -61,6 +61,8 @@ class Compressor(nn.Module):
     """
 
     Params: ClassVar[type[Params]] = Params
+    #: Of the recipe, which a module was made from; "" where nobody said so.
+    preset: str = ""
     #: The parameter that a host's width decides.
     width_param: ClassVar[str] = "embed_dim"
     #: Parameters that no checkpoint stores; the export says which value it took.
@@ -199,13 +201,14 @@ class Compressor(nn.Module):
             path: a file that ends in .safetensors; it is replaced at once or not at all.
             layout: of an original that the method can be saved in; "": edgecomp's own names.
         """
-        from edgecomp.compressors._checkpoint import METHOD, PARAMS, write_checkpoint
+        from edgecomp.compressors._checkpoint import METHOD, PARAMS, PRESET, write_checkpoint
 
         if layout:
             return write_checkpoint(Path(path), self.original_state(layout), metadata={})
         method = type(self).__module__.rpartition(".")[2].replace("_", "-")
         params = msgspec.json.encode(self.params, order="sorted").decode()
-        return write_checkpoint(Path(path), self.state_dict(), metadata={METHOD: method, PARAMS: params})
+        told = {METHOD: method, PARAMS: params} | ({PRESET: self.preset} if self.preset else {})
+        return write_checkpoint(Path(path), self.state_dict(), metadata=told)
 
     @classmethod
     def parse_params(cls, values: Mapping[str, Any], *, method: str) -> Any:

@@ -25,7 +25,9 @@ from edgecomp.specs.origin import WeightsOrigin, file_origin
 __all__ = [
     "METHOD",
     "PARAMS",
+    "PRESET",
     "Checkpoint",
+    "Saved",
     "load_exactly",
     "part_with",
     "read_checkpoint",
@@ -36,8 +38,19 @@ __all__ = [
     "write_checkpoint",
 ]
 
-METHOD, PARAMS = "edgecomp.method", "edgecomp.params"  # in the metadata of what `Compressor.save` writes
+METHOD, PARAMS, PRESET = (
+    "edgecomp.method",
+    "edgecomp.params",
+    "edgecomp.preset",
+)  # in the metadata of what `Compressor.save` writes
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """What `Compressor.save` wrote of its module beside the weights; nothing in other files."""
+
+    params: dict[str, Any] = {}
+    preset: str = ""
 
 
 class Checkpoint:
@@ -69,13 +82,14 @@ class Checkpoint:
         return self.stored.located.path
 
     @property
-    def saved_params(self) -> dict[str, Any]:
-        """The parameters of the module that `Compressor.save` wrote; none of other files."""
-        text = self.stored.metadata.get(PARAMS, "{}")
+    def saved(self) -> Saved:
+        """What the file says of the module that it was saved from."""
+        metadata = self.stored.metadata
         try:
-            return msgspec.json.decode(text, type=dict[str, Any])
+            params = msgspec.json.decode(metadata.get(PARAMS, "{}"), type=dict[str, Any])
         except msgspec.DecodeError as error:
             raise WeightsError(f"weights file {self.path}: {PARAMS} in its metadata is damaged ({error})") from None
+        return Saved(params, metadata.get(PRESET, ""))
 
     def read(
         self, names: Mapping[str, str] | None = None, *, say: Callable[[str], None] = lambda note: None
