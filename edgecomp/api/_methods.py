@@ -186,12 +186,7 @@ def _notes(weights: str) -> tuple[str, ...]:
 def _export(name: str, root: Path, words: Mapping[str, Any], *, with_plain: bool) -> Bundle:
     """Return the bundle of a method; an export that is there and answers the same request is taken as it is."""
     told = ",".join(f"{key}={value}" for key, value in words.items())
-    parts = (
-        name,
-        Path(str(words["backbone"])).name,
-        str(words["budget"]),
-        hashlib.sha256(told.encode()).hexdigest()[:8],
-    )
+    parts = (name, str(words["backbone"]), str(words["budget"]), hashlib.sha256(told.encode()).hexdigest()[:8])
     folder = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part) for part in parts) + ("-plain" if with_plain else "")
     return open_bundle(export(name, **words, with_plain=with_plain, out=root / folder, force=True).bundle)
 
