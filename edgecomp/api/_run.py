@@ -10,7 +10,7 @@ from edgecomp.api._draw import picture_of, require_drawable, write_picture
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import Bundle, open_bundle
 from edgecomp.errors import InvalidSpec, RunError
-from edgecomp.images import read_image, to_pixels
+from edgecomp.images import PixelType, read_image, to_pixels
 from edgecomp.inputs import read_tensors, require_inputs, write_tensors
 from edgecomp.patches import Picture
 from edgecomp.report.run import OutputSummary, RunReport, drawn_layers
@@ -18,6 +18,7 @@ from edgecomp.resources import photograph_path
 from edgecomp.runners import Array, require_threads
 from edgecomp.runners.chain import open_graph
 from edgecomp.serving import Model
+from edgecomp.slices import Prepared, policy_of, prepare_slices
 from edgecomp.specs import TensorSpec
 from edgecomp.specs.manifest import Bucket
 
@@ -60,6 +61,9 @@ def run(
     """
     require_threads(threads)
     opened = open_bundle(Path(bundle))
+    sliced = _slice(opened, input_file, batch)
+    if sliced is not None:
+        batch = len(sliced.image)
     smallest = min(bucket.batch for bucket in opened.select(batch=batch))
     exact = budget if smallest > 1 else None  # one image is served as `edgecomp.load` does: by the bucket that suffices
     bucket = max(opened.select(budget=exact, batch=batch), key=lambda b: (b.budget.tokens_out, -b.batch))
@@ -69,7 +73,7 @@ def run(
         require_drawable(opened, batch=batch, drawing=draw)
     picture: Picture | None = None
     features = read_tensors(text_features) if str(text_features) else None
-    if bucket.batch == 1:
+    if bucket.batch == 1 and sliced is None:
         progress(f"{bundle} in {runner}")
         request = _read_request(bucket, path, features, str(text_features))
         with Model(opened, runner=runner, threads=threads, resident=1) as model:
@@ -86,11 +90,15 @@ def run(
             raise InvalidSpec(
                 f"a text or its features go with one image, and batch {bucket.batch} takes a file of all inputs"
             )
-        inputs = _read_inputs(opened, bucket, path)
+        inputs = _read_inputs(opened, bucket, path) if sliced is None else _sliced_inputs(bucket, sliced)
         progress(f"{bucket.model} in {runner}")
         with open_graph(runner, opened, bucket, threads=threads) as loaded:
             outputs, version = loaded.infer(inputs), loaded.version
         reason, signals = f"batch {bucket.batch}, which `run` does not route", {}
+        if sliced is not None:
+            grid = " x ".join(map(str, sliced.grid)) + " slices and an overview" if sliced.grid else "one slice"
+            reason = f"{grid} of a batch of {bucket.batch}"
+            outputs = {name: array[: sliced.count] for name, array in outputs.items()}
     if str(out):
         write_tensors(Path(out), outputs)
     if picture is not None:
@@ -110,6 +118,45 @@ def run(
         layers=drawn_layers(picture.patches) if picture is not None else (),
         notes=picture.patches.notes if picture is not None else (),
     )
+
+
+def _slice(opened: Bundle, input_file: str | Path, batch: int | None) -> Prepared | None:
+    """Cut the image of a request to a slice-wise bundle whose encoder takes images; none for any other."""
+    manifest = opened.manifest
+    path = Path(input_file) if str(input_file) else photograph_path()
+    first = manifest.buckets[0].inputs[0]
+    if manifest.method != "slice-wise" or first.kind != "image" or path.suffix.lower() in _TENSOR_FILES:
+        return None
+    if len(first.shape) != 4:
+        raise InvalidSpec(
+            f"{path} is one image, and this bundle takes {first.shape[1]} in a request; give a file of inputs"
+        )
+    assert manifest.preprocess is not None
+    dtype: PixelType = "uint8" if first.dtype == "uint8" else "float32"
+    batches = sorted({bucket.batch for bucket in opened.select(batch=batch)})
+    policy = policy_of(manifest.params)
+    return prepare_slices(read_image(path), policy, manifest.preprocess, batches=batches, dtype=dtype)
+
+
+def _sliced_inputs(bucket: Bucket, sliced: Prepared) -> dict[str, Array]:
+    """Name the inputs that the slices give; any other is refused."""
+    inputs: dict[str, Array] = {}
+    for spec in bucket.inputs:
+        if spec.kind == "image":
+            inputs[spec.name] = sliced.image
+        elif spec.kind == "mask" and spec.shape == sliced.mask.shape:
+            inputs[spec.name] = sliced.mask
+        elif spec.kind == "sizes" and _are_packed(sliced):
+            inputs[spec.name] = sliced.sizes
+        else:
+            raise InvalidSpec(f"{bucket.model} takes {spec} beside the slices; give a file of all inputs")
+    return inputs
+
+
+def _are_packed(sliced: Prepared) -> bool:
+    """Whether the real tokens of each slice stand in front, one row behind the other: those of full width do."""
+    side = round(sliced.mask.shape[1] ** 0.5)
+    return bool((sliced.sizes[: sliced.count, 1] == side).all())
 
 
 def _read_request(
