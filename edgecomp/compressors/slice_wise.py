@@ -31,8 +31,8 @@ class SliceWiseParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=T
     Attributes:
         tokens: tokens of a slice where no host says how many.
         context_dim: width of the incoming tokens; a host decides it.
-        method: any method that stands after an encoder, where wanted with one of its presets: `perceiver:idefics2`.
-        inner: parameters of that method that replace the preset's, for example `{num_heads=16}`.
+        inner: any method that stands after an encoder, where wanted with one of its presets: `perceiver:idefics2`.
+        inner_params: parameters of that method that replace the preset's, for example `{num_heads=16}`.
         images: images in one request, side by side; above 1 they become an axis behind the batch of slices.
         resolution, patch, most, overview, fit: how images are cut, for who prepares them; see `edgecomp.slices`. No
             graph depends on them.
@@ -40,8 +40,8 @@ class SliceWiseParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     tokens: Positive = 1024
     context_dim: Positive = 1152
-    method: str = "resampler-2d"
-    inner: dict[str, Any] = msgspec.field(default_factory=dict)
+    inner: str = "resampler-2d"
+    inner_params: dict[str, Any] = msgspec.field(default_factory=dict)
     images: Positive = 1
     resolution: Annotated[int, Meta(ge=1, le=8192)] = 448
     patch: Annotated[int, Meta(ge=1, le=1024)] = 14
@@ -76,7 +76,7 @@ class SliceWise(Compressor):
         if inner.host_features or inner.keeps_prefix:
             needs = ", ".join(inner.host_features) or "prefix tokens"
             raise InvalidSpec(
-                f"slice-wise: {params.method} reads {needs} of its encoder, which knows nothing of slices here; "
+                f"slice-wise: {params.inner} reads {needs} of its encoder, which knows nothing of slices here; "
                 "choose a method that reads tokens alone, or export it by itself with --batch 1,3,4,5,7,10"
             )
         self.inner = inner
@@ -112,7 +112,7 @@ class SliceWise(Compressor):
     @property
     def remarks(self) -> tuple[str, ...]:
         """Say what is inside."""
-        return (f"each slice through {self.params.method}", *self.inner.remarks)
+        return (f"each slice through {self.params.inner}", *self.inner.remarks)
 
     # -- what the inner method decides -----------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class SliceWise(Compressor):
         """Let the inner method complete its own parameters."""
         inner, own = _inner(params)
         completed = msgspec.to_builtins(inner.for_budgets(own, counts))
-        return msgspec.structs.replace(params, inner={**params.inner, **completed})
+        return msgspec.structs.replace(params, inner_params={**params.inner_params, **completed})
 
     @classmethod
     def default_counts(cls, params: SliceWiseParams, site: Site) -> tuple[int, ...]:
@@ -141,7 +141,7 @@ class SliceWise(Compressor):
         inner, own = _inner(params)
         found = inner.infer_params(_own_part(state), own)
         context = {"context_dim": found[inner.width_param]} if inner.width_param in found else {}
-        return {"inner": {**params.inner, **found}, **context}
+        return {"inner_params": {**params.inner_params, **found}, **context}
 
     def load_original(self, state: Mapping[str, Tensor], *, unread: Sequence[str] = ()) -> str:
         """Load a checkpoint of the inner method, in any of its layouts."""
@@ -150,23 +150,23 @@ class SliceWise(Compressor):
 
 def _inner(params: SliceWiseParams, site: Site | None = None) -> tuple[type[Compressor], Any]:
     """Return the inner method and its parameters."""
-    cls, preset = _preset_of(params.method)
-    values = {**preset, **params.inner}
+    cls, preset = _preset_of(params.inner)
+    values = {**preset, **params.inner_params}
     values |= {"tokens": params.tokens, cls.width_param: params.context_dim}
     if site is not None:
         values |= cls.params_of_site(site)
-    return cls, cls.parse_params(values, method=f"{params.method} (inside slice-wise)")
+    return cls, cls.parse_params(values, method=f"{params.inner} (inside slice-wise)")
 
 
 @functools.lru_cache(maxsize=64)
 def _preset_of(named: str) -> tuple[type[Compressor], dict[str, Any]]:
     method, _, preset = named.partition(":")
     if method == "slice-wise":
-        raise InvalidSpec("slice-wise: params.method=slice-wise: slices are not sliced again; name another method")
+        raise InvalidSpec("slice-wise: params.inner=slice-wise: slices are not sliced again; name another method")
     recipe = load_recipe(method)
     if "after" not in recipe.placements:
         raise InvalidSpec(
-            f"slice-wise: params.method={method} stands {' or '.join(recipe.placements)}; choose one that stands after "
+            f"slice-wise: params.inner={method} stands {' or '.join(recipe.placements)}; choose one that stands after "
             "an encoder, as `edgecomp list methods` shows them"
         )
     chosen = recipe.preset(preset or recipe.placements["after"])

@@ -196,11 +196,11 @@ def test_run_slices_an_image(bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        ({"method": "slice-wise"}, "slices are not sliced again"),
-        ({"method": "perceiver:idefics9"}, "no preset of perceiver 'idefics9'"),
-        ({"method": "evit"}, "params.method=evit stands inside"),
-        ({"method": "q-former", "inner": {"depth": 1}}, "reads prefix tokens of its encoder"),
-        ({"inner": {"nonsense": 1}}, "resampler-2d:minicpm-v (inside slice-wise)"),
+        ({"inner": "slice-wise"}, "slices are not sliced again"),
+        ({"inner": "perceiver:idefics9"}, "no preset of perceiver 'idefics9'"),
+        ({"inner": "evit"}, "params.inner=evit stands inside"),
+        ({"inner": "q-former", "inner_params": {"depth": 1}}, "reads prefix tokens of its encoder"),
+        ({"inner_params": {"nonsense": 1}}, "resampler-2d:minicpm-v (inside slice-wise)"),
     ],
 )
 def test_methods_that_cannot_be_inside_are_refused(params: dict[str, Any], words: str) -> None:
@@ -218,14 +218,14 @@ def test_a_checkpoint_of_the_inner_method_is_read() -> None:
 
     cls, recipe = compressor_class("slice-wise"), load_recipe("slice-wise")
     inner = {"embed_dim": 32, "num_heads": 2}
-    sizes = {"preset": "resampler", "method": "resampler-2d", "tokens": 9, "context_dim": 24}
-    module, other = (cls.from_recipe(recipe, 4, **sizes, inner=inner) for _ in range(2))
+    sizes = {"preset": "resampler", "inner": "resampler-2d", "tokens": 9, "context_dim": 24}
+    module, other = (cls.from_recipe(recipe, 4, **sizes, inner_params=inner) for _ in range(2))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_()
     state = module.inner.original_state("omnilmm")
-    found = cls.infer_params(state, cls.parse_params({"inner": inner}, method="slice-wise"))
-    assert found["inner"]["queries"] == 4
+    found = cls.infer_params(state, cls.parse_params({"inner_params": inner}, method="slice-wise"))
+    assert found["inner_params"]["queries"] == 4
     assert found["context_dim"] == 24
     assert other.load_original(state) == "omnilmm"
     assert all(torch.equal(value, module.state_dict()[key]) for key, value in other.state_dict().items())
