@@ -246,6 +246,9 @@ def stored_of(
                 f"checkpoint {located.path}: its index says that {name!r} is in {shard}, which does not hold it; "
                 "the files are not of one checkpoint, copy them again"
             )
+    odd = next((name for name in (*entries, *lost) if not name.isprintable()), None)
+    if odd is not None:
+        raise WeightsError(f"checkpoint {located.path} names a tensor {odd!r}, with control characters; rename it")
     if located.index:
         entries = {name: entry for name, entry in entries.items() if name in located.index}
     if not entries and not lost:

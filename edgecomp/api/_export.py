@@ -108,8 +108,9 @@ def export(
         preset: a named size of the recipe.
         backbone: a timm ViT's name, a folder of an image tower that transformers saved, a listed tower's name, `none`
             (tokens are the input), or a timm ViT or image tower of your own.
-        weights: `random`, or the compressor's checkpoint (.safetensors, .pt). A file that holds both compressor
-            and host (keys `compressor.*` and `backbone.*`) serves for both.
+        weights: `random`, or the compressor's checkpoint, alone or in a whole model: a file (.safetensors, .pt), an
+            index, or a folder of shards. A file that holds both compressor and host (keys `compressor.*` and
+            `backbone.*`) serves for both.
         backbone_weights: `random`, `pretrained` (timm downloads them), or the host's checkpoint; "": `random`, and of a
             folder the weights in it.
         budget: tokens kept, each a count or a percentage such as "25%"; one bucket each.

@@ -21,7 +21,9 @@ def command(
     backbone: Annotated[
         str, typer.Option(help="A timm ViT, a folder of transformers, or `none`: tokens are the input.")
     ] = "",
-    weights: Annotated[str, typer.Option(help="The method's checkpoint (.safetensors, .pt), or `random`.")] = "",
+    weights: Annotated[
+        str, typer.Option(help="The method's checkpoint, alone or in a whole model: a file or a folder; or `random`.")
+    ] = "",
     backbone_weights: Annotated[
         str, typer.Option(help="The host's checkpoint, `random`, or `pretrained` (downloads by timm).")
     ] = "",

@@ -140,7 +140,11 @@ class Compressor(nn.Module):
 
     @classmethod
     def layout_of(cls, state: Mapping[str, Tensor]) -> str:
-        """Return the checkpoint layout that the keys tell, as recipes write it; "" for edgecomp's own."""
+        """Return the checkpoint layout that the keys tell; "" for edgecomp's own.
+
+        The recipe declares each under `[[layouts]]`. By that the keys of a whole model are found and stripped of their
+        prefix before this class sees them, so that it need know neither prefixes nor what else a file holds.
+        """
         return ""
 
     @classmethod

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -176,6 +177,11 @@ def _lying(folder: Path) -> Path:
     return folder
 
 
+def _control(folder: Path) -> Path:
+    save_file({"a\n\x1b[2J": torch.ones(1)}, folder / "x.safetensors")
+    return folder
+
+
 def _text(folder: Path, text: str = "{not json") -> Path:
     (folder / "model.safetensors.index.json").write_text(text)
     return folder
@@ -248,6 +254,7 @@ BAD: list[tuple[Callable[[Path], Path], tuple[str, ...]]] = [
     (_outside("x.exe"), ("names 'x.exe'", "ends in neither .safetensors")),
     (_half, ("is not whole", "model-00002-of-00002.safetensors", "12 of the tensors", "connector.blocks.1.0.")),
     (_lying, ("its index says that 'c' is in model-00002-of-00002.safetensors, which does not hold it",)),
+    (_control, (r"names a tensor 'a\n\x1b[2J'", "control characters")),
     (_text, ("model.safetensors.index.json is no JSON",)),
     (lambda folder: _text(folder, '{"weight_map": {"a": 3}}'), ("has no weight_map of names and files",)),
     (_none_there, ("names 1 shards, and none of them is there, first gone.safetensors",)),
@@ -301,6 +308,29 @@ def test_a_mix_of_types_is_said_with_counts(tmp_path: Path) -> None:
     read = Checkpoint(tmp_path / "mix.safetensors").read(say=said.append)
     assert {value.dtype for value in read.values()} == {torch.float32}
     assert said == ["mix.safetensors stores float32 (14 tensors), bfloat16 (13 tensors); it was read as float32"]
+
+
+def test_random_bytes_in_headers_and_indices_raise_nothing_else(tmp_path: Path) -> None:
+    """Whatever a header or an index is altered to, it is read or refused, and refused in words."""
+    write_shards(tmp_path, {"a.weight": torch.ones(2, 3)}, {"b.weight": torch.zeros(4)})
+    generator = np.random.default_rng(0)
+    refusals = []
+    for file in sorted(tmp_path.iterdir()):
+        whole = file.read_bytes()
+        header = len(whole) if file.suffix == ".json" else 8 + int.from_bytes(whole[:8], "little")
+        for _ in range(150):
+            altered = bytearray(whole)
+            for position in generator.integers(0, header, int(generator.integers(1, 4))):
+                altered[position] = int(generator.choice(np.frombuffer(b'0129{}[]",:-./x\\\xff\x00', np.uint8)))
+            file.write_bytes(altered)
+            try:
+                read_checkpoint(tmp_path)
+            except WeightsError as error:
+                refusals.append(str(error))
+        file.write_bytes(whole)
+    assert len(refusals) > 300
+    assert [text for text in refusals if "\n" in text or str(tmp_path) not in text] == []
+    assert set(read_checkpoint(tmp_path)) == {"a.weight", "b.weight"}
 
 
 def test_weights_of_another_grid_are_refused(tmp_path: Path) -> None:

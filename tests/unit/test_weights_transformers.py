@@ -1,4 +1,4 @@
-"""Whole models as transformers saves them, in shards: recognised, read in part, and equal to transformers' own module."""
+"""Whole models as transformers saves them in shards: recognised, read in part, equal to transformers' own module."""
 
 from __future__ import annotations
 
