@@ -77,7 +77,7 @@ class SliceWise(Compressor):
             needs = ", ".join(inner.host_features) or "prefix tokens"
             raise InvalidSpec(
                 f"slice-wise: {params.inner} reads {needs} of its encoder, which knows nothing of slices here; "
-                "choose a method that reads tokens alone, or export it by itself, with as many --batch as there are buckets"
+                "choose a method that reads tokens alone, or export it by itself with a --batch for each bucket"
             )
         self.inner = inner
 
