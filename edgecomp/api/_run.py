@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
+from PIL import Image
 
 from edgecomp.api._draw import picture_of, require_drawable, write_picture
 from edgecomp.api._progress import Progress, silent
@@ -21,10 +26,12 @@ from edgecomp.serving import Model
 from edgecomp.slices import Prepared, policy_of, prepare_slices
 from edgecomp.specs import TensorSpec
 from edgecomp.specs.manifest import Bucket
+from edgecomp.strips import render_strips
 
 __all__ = ["run"]
 
 _TENSOR_FILES = (".safetensors", ".npz")
+_TEXT_FILE = ".txt"
 
 
 def run(
@@ -39,6 +46,7 @@ def run(
     runner: str = "onnxruntime",
     threads: int = 0,
     draw: str | Path = "",
+    font: str | Path = "",
     progress: Progress = silent,
 ) -> RunReport:
     """Run one bucket once: the one of `budget`, the one that the bundle's router picks, or the largest.
@@ -46,13 +54,15 @@ def run(
     Args:
         bundle: the folder.
         input_file: an image (JPEG, PNG, WebP, BMP), prepared as the manifest says and repeated over the batch; or a
-            .safetensors or .npz file with the model's named inputs; "": the photograph that ships with edgecomp.
+            .safetensors or .npz file with the model's named inputs; or a .txt file for a model that reads strips of
+            text, whose batch is then the smallest that holds it; "": the photograph that ships with edgecomp.
         text: the question, for a router that reads words.
         text_features: a .safetensors or .npz file with the inputs beside the image, by name, of a model that has some.
         out: where to write the outputs, .safetensors or .npz; "": nowhere.
         budget: tokens wanted; the smallest bucket that keeps so many serves, at a batch above 1 the one of that count.
         batch: which of the bundle's batches; None: the smallest. A batch above 1 is not routed.
         runner, threads: as in `parity`.
+        font: a TrueType file to render a text with; "": the font that Pillow brings.
         draw: where to write a picture of what became of the image's patches, .png, .svg or .html; "": nowhere.
         progress: takes one line for each step.
 
@@ -71,9 +81,15 @@ def run(
     _require_out(opened, out)
     if str(draw):
         require_drawable(opened, batch=batch, drawing=draw)
+    strips: _Strips | None = None
+    if str(font) and path.suffix.lower() != _TEXT_FILE:
+        raise InvalidSpec(f"--font {font}: {path} is no {_TEXT_FILE} file, and nothing is rendered; drop it")
+    if path.suffix.lower() == _TEXT_FILE:
+        candidates = opened.select(budget=budget, batch=batch)
+        bucket, strips = _read_strips(opened, candidates, path, font)
     picture: Picture | None = None
     features = read_tensors(text_features) if str(text_features) else None
-    if bucket.batch == 1 and sliced is None:
+    if bucket.batch == 1 and sliced is None and strips is None:
         progress(f"{bundle} in {runner}")
         request = _read_request(bucket, path, features, str(text_features))
         with Model(opened, runner=runner, threads=threads, resident=1) as model:
@@ -90,7 +106,10 @@ def run(
             raise InvalidSpec(
                 f"a text or its features go with one image, and batch {bucket.batch} takes a file of all inputs"
             )
-        inputs = _read_inputs(opened, bucket, path) if sliced is None else _sliced_inputs(bucket, sliced)
+        if strips is not None:
+            inputs = strips.inputs
+        else:
+            inputs = _read_inputs(opened, bucket, path) if sliced is None else _sliced_inputs(bucket, sliced)
         progress(f"{bucket.model} in {runner}")
         with open_graph(runner, opened, bucket, threads=threads) as loaded:
             outputs, version = loaded.infer(inputs), loaded.version
@@ -99,6 +118,9 @@ def run(
             grid = " x ".join(map(str, sliced.grid)) + " slices and an overview" if sliced.grid else "one slice"
             reason = f"{grid} of a batch of {bucket.batch}"
             outputs = {name: array[: sliced.count] for name, array in outputs.items()}
+        if strips is not None:
+            reason = strips.said
+            outputs = {name: array[: strips.count] for name, array in outputs.items()}
     if str(out):
         write_tensors(Path(out), outputs)
     if picture is not None:
@@ -182,6 +204,41 @@ def _require_out(opened: Bundle, out: str | Path) -> None:
         raise InvalidSpec(f"--out {out} must end in {' or '.join(_TENSOR_FILES)}")
     if str(out) and opened.path.resolve() in Path(out).resolve().parents:
         raise InvalidSpec(f"--out {out} lies in the bundle, which would no longer be whole; choose another place")
+
+
+class _Strips(NamedTuple):
+    """A rendered text as inputs, how many images of the batch hold it, and that in words."""
+
+    inputs: dict[str, Array]
+    count: int
+    said: str
+
+
+def _read_strips(opened: Bundle, candidates: Sequence[Bucket], path: Path, font: str | Path) -> tuple[Bucket, _Strips]:
+    """Render a text for the smallest batch that holds it."""
+    specs = {spec.name: spec for spec in candidates[0].inputs}
+    preprocess = opened.manifest.preprocess
+    if set(specs) != {"image", "patch_mask"} or preprocess is None:
+        raise InvalidSpec(
+            f"{path} is a text, and {opened.path} takes {', '.join(map(str, specs.values()))}; a text is rendered "
+            "for a model with image and patch_mask: `edgecomp export --method vist --backbone "
+            "vit_large_patch14_clip_224`"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"text {path} cannot be read ({error}); give a file in UTF-8") from None
+    size, rows = preprocess.size, math.isqrt(specs["patch_mask"].shape[1])
+    batches = sorted({bucket.batch for bucket in candidates})
+    rendered = render_strips(text, images=batches, size=size, patch=size // rows, font=font)
+    bucket = max((b for b in candidates if b.batch == len(rendered.images)), key=lambda b: b.budget.tokens_out)
+    exact = msgspec.structs.replace(preprocess, crop=1.0)
+    dtype: PixelType = "uint8" if specs["image"].dtype == "uint8" else "float32"
+    pixels = [to_pixels(Image.fromarray(page), exact, dtype) for page in rendered.images]
+    pages = "image" if rendered.used == 1 else "images"
+    said = f"{rendered.used} {pages} of text ({rendered.pixels} pixels of line), in the batch of {bucket.batch}"
+    inputs: dict[str, Array] = {"image": np.concatenate(pixels), "patch_mask": rendered.patch_mask}
+    return bucket, _Strips(inputs, rendered.used, said)
 
 
 def _read_inputs(opened: Bundle, bucket: Bucket, path: Path) -> dict[str, Array]:

@@ -66,6 +66,7 @@ ROWS = [
      {"kept": (5, 16), "source_map": (21,), "first_size": (12, 1)}),
     ("attention-pruning", "smoke", "tome", 9, "5", {}, {"merged": (5, 16), "size": (5, 1), "source_map": (21,)}),
     ("perceiver", "smoke-host", "attention-pruning", 8, "3", {"score": "norm"}, {"kept": (3, 64), "then_index": (3,)}),
+    ("llava-uhd", "smoke-host", "attention-pruning", 9, "4", {"score": "norm"}, {"kept": (4, 32), "then_index": (4,)}),
     (FIRST, "smoke", "perceiver", 20, "16", {"num_heads": 2, "head_dim": 8, "depth": 1},
      {"latents": (16, 16), "first_index": (20,)}),
     ("slow-fast", "smoke", "tome", 9, "5", {},
@@ -173,6 +174,22 @@ def test_half_precision_holds_each_part(made):
     opened = made(**ROW, budget=7, precision="fp16")
     assert opened.manifest.stem[0].precision == "fp16"
     assert api.parity(opened.path)
+
+
+def test_a_resampler_and_what_prunes_its_latents(tmp_path):
+    """LLaVA-UHD's queries have no attention of a class token: they are chosen by their norm."""
+    options = {"preset": "smoke-host", "then": "attention-pruning", "budget": 4, "out": tmp_path / "row"}
+    with pytest.raises(InvalidSpec, match=r"llava-uhd then attention-pruning: .* reads class_attention"):
+        api.export("llava-uhd", **options)
+    opened = open_bundle(api.export("llava-uhd", **options, then_params={"score": "norm"}).bundle)
+    assert opened.manifest.then.between == 9
+    report = api.parity(opened.path, selection=True)
+    assert report
+    assert {row.model for row in report.outputs} == {
+        "model.m4.b1.onnx",
+        "stem.onnx (llava-uhd alone)",
+        "model.m4.b1.onnx (attention-pruning alone)",
+    }
 
 
 def test_what_is_needed_besides_goes_to_its_part(made):
