@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,12 +80,8 @@ def run(
     _require_out(opened, out)
     if str(draw):
         require_drawable(opened, batch=batch, drawing=draw)
-    strips: _Strips | None = None
-    if str(font) and path.suffix.lower() != _TEXT_FILE:
-        raise InvalidSpec(f"--font {font}: {path} is no {_TEXT_FILE} file, and nothing is rendered; drop it")
-    if path.suffix.lower() == _TEXT_FILE:
-        candidates = opened.select(budget=budget, batch=batch)
-        bucket, strips = _read_strips(opened, candidates, path, font)
+    strips = _read_strips(opened, path, font, budget=budget, batch=batch)
+    bucket = strips.bucket if strips is not None else bucket
     picture: Picture | None = None
     features = read_tensors(text_features) if str(text_features) else None
     if bucket.batch == 1 and sliced is None and strips is None:
@@ -106,10 +101,7 @@ def run(
             raise InvalidSpec(
                 f"a text or its features go with one image, and batch {bucket.batch} takes a file of all inputs"
             )
-        if strips is not None:
-            inputs = strips.inputs
-        else:
-            inputs = _read_inputs(opened, bucket, path) if sliced is None else _sliced_inputs(bucket, sliced)
+        inputs = _sliced_inputs(bucket, sliced) if sliced is not None else _read_inputs(opened, bucket, path, strips)
         progress(f"{bucket.model} in {runner}")
         with open_graph(runner, opened, bucket, threads=threads) as loaded:
             outputs, version = loaded.infer(inputs), loaded.version
@@ -119,8 +111,7 @@ def run(
             reason = f"{grid} of a batch of {bucket.batch}"
             outputs = {name: array[: sliced.count] for name, array in outputs.items()}
         if strips is not None:
-            reason = strips.said
-            outputs = {name: array[: strips.count] for name, array in outputs.items()}
+            reason, outputs = strips.said, {name: array[: strips.used] for name, array in outputs.items()}
     if str(out):
         write_tensors(Path(out), outputs)
     if picture is not None:
@@ -207,15 +198,23 @@ def _require_out(opened: Bundle, out: str | Path) -> None:
 
 
 class _Strips(NamedTuple):
-    """A rendered text as inputs, how many images of the batch hold it, and that in words."""
+    """A rendered text as inputs of a bucket, how many images of its batch hold it, and that in words."""
 
+    bucket: Bucket
     inputs: dict[str, Array]
-    count: int
+    used: int
     said: str
 
 
-def _read_strips(opened: Bundle, candidates: Sequence[Bucket], path: Path, font: str | Path) -> tuple[Bucket, _Strips]:
-    """Render a text for the smallest batch that holds it."""
+def _read_strips(
+    opened: Bundle, path: Path, font: str | Path, *, budget: str | int | None, batch: int | None
+) -> _Strips | None:
+    """Render a text for the smallest batch that holds it; none of a file that is no text."""
+    if path.suffix.lower() != _TEXT_FILE:
+        if str(font):
+            raise InvalidSpec(f"--font {font}: {path} is no {_TEXT_FILE} file, and nothing is rendered; drop it")
+        return None
+    candidates = opened.select(budget=budget, batch=batch)
     specs = {spec.name: spec for spec in candidates[0].inputs}
     preprocess = opened.manifest.preprocess
     if set(specs) != {"image", "patch_mask"} or preprocess is None:
@@ -238,10 +237,12 @@ def _read_strips(opened: Bundle, candidates: Sequence[Bucket], path: Path, font:
     pages = "image" if rendered.used == 1 else "images"
     said = f"{rendered.used} {pages} of text ({rendered.pixels} pixels of line), in the batch of {bucket.batch}"
     inputs: dict[str, Array] = {"image": np.concatenate(pixels), "patch_mask": rendered.patch_mask}
-    return bucket, _Strips(inputs, rendered.used, said)
+    return _Strips(bucket, inputs, rendered.used, said)
 
 
-def _read_inputs(opened: Bundle, bucket: Bucket, path: Path) -> dict[str, Array]:
+def _read_inputs(opened: Bundle, bucket: Bucket, path: Path, strips: _Strips | None) -> dict[str, Array]:
+    if strips is not None:
+        return strips.inputs
     if path.suffix.lower() in _TENSOR_FILES:
         tensors = read_tensors(path)
         require_inputs(tensors, bucket.inputs, str(path))
