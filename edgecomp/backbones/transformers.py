@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from edgecomp.backbones.attention import SplitAttention
@@ -29,6 +30,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _ENDINGS = (".safetensors", ".index.json", *PICKLES)
 _CLASSIFIER = "classifier."
+_NAMES_DTYPE = Version("4.56")  # before it the argument was torch_dtype
 _OF_FEATURE_MAPS = ("out_features", "out_indices", "stage_names")
 #: Parts of whole models that are no part of the image tower: text, what joins both, classifiers.
 _FOREIGN = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias", _CLASSIFIER)
@@ -460,6 +462,11 @@ def _make_config(values: dict[str, Any], title: str) -> Any:
         )
     if kind not in _FAMILIES:
         raise UnknownName(f"model_type of {title}", kind, (*_FAMILIES, *_TOGETHER), hint=f"These are {_KNOWN}.")
+    if not hasattr(transformers, _FAMILIES[kind].config):
+        raise InvalidSpec(
+            f"{title} is a {_FAMILIES[kind].title}, which transformers {transformers.__version__} does not have; "
+            "install a newer one"
+        )
     try:
         own = {key: value for key, value in values.items() if key not in _OF_FEATURE_MAPS}
         config = getattr(transformers, _FAMILIES[kind].config).from_dict(own)
@@ -503,13 +510,9 @@ def _build(config: Any, state: Mapping[str, Tensor] | None, title: str) -> nn.Mo
             made: nn.Module = cls(config)
             return made
         with _quiet_transformers():
-            model, told = cls.from_pretrained(
-                None,
-                config=copy.deepcopy(config),
-                state_dict=dict(state),
-                output_loading_info=True,
-                dtype=torch.float32,
-            )
+            words: dict[str, Any] = {"config": copy.deepcopy(config), "output_loading_info": True}
+            words["torch_dtype" if Version(transformers.__version__) < _NAMES_DTYPE else "dtype"] = torch.float32
+            model, told = cls.from_pretrained(None, state_dict=dict(state), **words)
     except Exception as error:  # noqa: BLE001 - likewise, of a wrong tensor too
         if state is None:
             raise InvalidSpec(f"{title} cannot be built by transformers: {_first_line(error)}") from None

@@ -71,7 +71,9 @@ def picture(size: int = 64) -> torch.Tensor:
 
 def last_of(model: Any, image: torch.Tensor, **words: Any) -> torch.Tensor:
     tokens = model(image, **words).last_hidden_state
-    return model.post_layernorm(tokens) if type(model).__name__ == "CLIPVisionModel" else tokens
+    if not type(model).__name__.startswith("CLIP"):
+        return tokens
+    return getattr(model, "vision_model", model).post_layernorm(tokens)
 
 
 @pytest.mark.parametrize("name", TOWERS)
