@@ -24,7 +24,7 @@ def command(
     ] = None,
     json: JSON = False,
 ) -> None:
-    """Show what is in a bundle, ONNX file, engine or checkpoint; exit 1: not as recorded, or weights of no method."""
+    """Show what a bundle, ONNX file, engine or checkpoint holds; exit 1: not as recorded, or no method's weights."""
     report = api.inspect(path, weights=weights, params=parse_sets(set_ or [], "params"))
 
     def text() -> str:
