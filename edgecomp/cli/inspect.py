@@ -24,7 +24,7 @@ def command(
     ] = None,
     json: JSON = False,
 ) -> None:
-    """Show what a bundle, ONNX file, engine or checkpoint holds; exit 1: not as recorded, or no method's weights."""
+    """Show what a bundle, ONNX file, engine or checkpoint holds; exit 1: altered, or of no method."""
     report = api.inspect(path, weights=weights, params=parse_sets(set_ or [], "params"))
 
     def text() -> str:
