@@ -157,6 +157,14 @@ def test_a_fault_in_either_part_is_named(made, tmp_path):
     assert missed == [("stem.onnx (spatial-frequency-protect alone)", CASES[-1], "handed")]
 
 
+def test_profile_names_the_method_of_each_stage(made):
+    opened = made(**ROW, budget=[4, 7], stem=True)
+    report = api.profile(opened.path, budget=4, threads=1, runs=5, warmup_s=0.01, duration_s=0.05)
+    stages = {stage.name: stage.how for profile in report.profiles for stage in profile.stages}
+    assert stages["stem"].startswith("test_vit and spatial-frequency-protect; ")
+    assert stages["behind the stem"].startswith("tome; ")
+
+
 def test_parts_in_a_row_are_the_whole_graph(made):
     parts, whole = (made(**ROW, budget=[4, 7], stem=stem) for stem in (True, False))
     goldens = read_goldens(parts.path)
