@@ -259,11 +259,12 @@ def _samples(
     plan: PrecisionPlan, assembly: Assembly, folder: str | Path, limit: int, seed: int, progress: Progress
 ) -> tuple[Sampled | None, tuple[str, ...]]:
     """Return what to calibrate with, if anything, and notes about it."""
+    from edgecomp.export.golden import input_specs_of
     from edgecomp.export.samples import golden_samples, image_samples, require_image
 
     if not plan.needs_samples:
         return None, ()
-    specs = assembly.models[0].input_specs(1)
+    specs = input_specs_of(assembly, 1)
     if not str(folder):
         return golden_samples(specs, seed=seed, preprocess=assembly.preprocess), ()
     require_image(specs, source=str(folder))

@@ -109,7 +109,7 @@ def assemble(order: Order) -> Assembly:
     return Assembly(
         models=models,
         preset=preset_name,
-        placement=preset.placement,
+        placement=site.placement,
         params=msgspec.to_builtins(params),
         output=output,
         backbone=host.name if host is not None else "none",
@@ -221,8 +221,8 @@ def _choose_preset(
 def _placement_with(recipe: Recipe, backbone: object) -> Placement:
     """Return where a method stands with a host (its default place, if that takes one), or with none."""
     own = recipe.preset(recipe.defaults.preset).placement
-    if isinstance(backbone, str) and backbone == "none":
-        return "after" if "after" in recipe.placements else own
+    if isinstance(backbone, str) and backbone == "none":  # an encoder has none anyhow
+        return "after" if "after" in recipe.placements and own != "encoder" else own
     placement = own if own in ("inside", "after") else "after"
     if placement not in recipe.placements:
         raise InvalidSpec(

@@ -13,6 +13,7 @@ from edgecomp.errors import InvalidSpec
 
 __all__ = [
     "adaptive_line",
+    "antialiased_line",
     "bicubic_line",
     "bilinear_line",
     "bilinear_matrix",
@@ -94,6 +95,13 @@ def adaptive_line(source: int, target: int) -> Tensor:
         first, last = index * source // target, -(-(index + 1) * source // target)
         line[index, first:last] = 1.0 / (last - first)
     return line
+
+
+def antialiased_line(source: int, target: int) -> Tensor:
+    """Return the (target, source) fp64 matrix of a bicubic resize on a line, corners not aligned, with antialias."""
+    unit = torch.eye(source, dtype=torch.float64)[:, None, None]  # (source, 1, 1, source)
+    line = F.interpolate(unit, size=(1, target), mode="bicubic", align_corners=False, antialias=True)
+    return line[:, 0, 0].T
 
 
 def bilinear_line(source: int, target: int) -> Tensor:

@@ -21,7 +21,7 @@ from edgecomp.resources import photograph_path
 from edgecomp.specs import Preprocess, TensorSpec
 from edgecomp.words import WORD_SIGNALS, read_words
 
-__all__ = ["golden_inputs", "run_module", "write_goldens"]
+__all__ = ["golden_inputs", "input_specs_of", "run_module", "write_goldens"]
 
 Array = npt.NDArray[np.generic]
 _POSITIONS = 0.1  # standard deviation of the table of positions; tokens have one
@@ -50,7 +50,7 @@ def write_goldens(
     """
     from safetensors.numpy import save
 
-    specs = assembly.models[0].input_specs(batch)
+    specs = input_specs_of(assembly, batch)
     models: dict[str, PlacedModel | PlainModel] = {
         f"m{model.compressor.budget.tokens_out}": model for model in assembly.models
     }
@@ -60,8 +60,8 @@ def write_goldens(
     for case, inputs in golden_inputs(specs, seed=seed, preprocess=assembly.preprocess).items():
         for name, array in inputs.items():
             tensors[golden_key("input", case, name)] = np.ascontiguousarray(array)
-        arrays = [inputs[spec.name] for spec in specs]
         for part, model in models.items():
+            arrays = [inputs[spec.name] for spec in model.input_specs(batch)]
             expected = run_module(model.reference().eval(), arrays)
             with ChoiceRecorder() as recorder:
                 got = run_module(model, arrays)
@@ -128,6 +128,12 @@ def _choices(recorder: ChoiceRecorder, case: str, part: str) -> dict[str, Array]
         tensors[choice_key(case, part, number, f"{choice.op}.scores")] = choice.scores
         tensors[choice_key(case, part, number, f"{choice.op}.indices")] = choice.indices
     return tensors
+
+
+def input_specs_of(assembly: Assembly, batch: int) -> tuple[TensorSpec, ...]:
+    """Return what the models of all buckets take together: a bucket may take an input that another has not."""
+    specs = {spec.name: spec for model in assembly.models for spec in model.input_specs(batch)}
+    return tuple(specs.values())
 
 
 def _router_goldens(assembly: Assembly, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
@@ -293,8 +299,10 @@ def _turned(pixels: npt.NDArray[np.uint8], row: int) -> npt.NDArray[np.uint8]:
 def _photographs(rows: int, preprocess: Preprocess, spec: TensorSpec) -> Array:
     from PIL import Image
 
+    size = spec.shape[-2]  # not that of the preprocessing where an input is a part of an image
+    preprocess = Preprocess(size, preprocess.crop, preprocess.interpolation, preprocess.mean, preprocess.std)
     pixels = np.asarray(resize_and_crop(read_image(photograph_path()), preprocess))
-    whole = Preprocess(preprocess.size, 1.0, preprocess.interpolation, preprocess.mean, preprocess.std)
+    whole = Preprocess(size, 1.0, preprocess.interpolation, preprocess.mean, preprocess.std)
     dtype: PixelType = "uint8" if spec.dtype == "uint8" else "float32"
     turned = [np.ascontiguousarray(_turned(pixels, row)) for row in range(rows)]
     return np.concatenate([to_pixels(Image.fromarray(t), whole, dtype) for t in turned]).reshape(spec.shape)

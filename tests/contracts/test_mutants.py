@@ -113,6 +113,32 @@ def ignored_mask(model, bucket):
     return changes
 
 
+def mirrored_kernel(model, bucket):
+    """The kernel of a convolution that shrinks a grid is read from right to left."""
+
+    def change(value):
+        kernel = ir.convenience.get_const_tensor(value).numpy()
+        _set_constant(value, kernel[..., ::-1])
+
+    return [lambda v=node.inputs[1]: change(v) for node in _shrinking(model)]
+
+
+def shifted_kernel(model, bucket):
+    """Zeros stand in front of a grid alone, and not around it, so that a kernel lies beside its place."""
+
+    def change(node):
+        top, left, bottom, right = node.attributes["pads"].as_ints()
+        node.attributes["pads"] = ir.AttrInt64s("pads", [top + bottom, left + right, 0, 0])
+
+    padded = [node for node in _shrinking(model) if any(node.attributes["pads"].as_ints())]
+    return [lambda n=node: change(n) for node in padded]
+
+
+def _shrinking(model):
+    convolutions = [node for node in _own_nodes(model) if node.op_type == "Conv" and len(node.outputs[0].shape) == 4]
+    return [node for node in convolutions if max(node.attributes["strides"].as_ints()) > 1]
+
+
 def _merge_mutation(model, **attributes):
     """Change an attribute of all merge nodes, and give them the body that goes with it."""
     nodes = [node for node in model.graph if node.op_type == "TopKMerge"]
@@ -300,7 +326,8 @@ SELECTING = (farthest_for_nearest, first_k)
 WEIGHTLESS = (farthest_for_nearest, swapped_comparison, dropped_division)
 PROJECTING = (dropped_residual, identity, transposed_grid, wrong_rows, dropped_activation)
 POOLING = (dropped_transpose, first_of_bin, sums_for_means)
-OTHERS = (wrong_rows, dropped_activation, *POOLING)
+SHRINKING = (mirrored_kernel, shifted_kernel)
+OTHERS = (wrong_rows, dropped_activation, *POOLING, *SHRINKING)
 MUTATIONS = (*REQUIRED, wrong_axis, swapped_kv, ignored_mask, *MERGING, *WEIGHTLESS, first_k, *OTHERS)
 LEAST = 3  # mutations that must apply to each preset
 
@@ -363,6 +390,8 @@ def test_every_required_mutation_applies_to_the_method(smokes, bundle_of, assemb
         graphs.append((smoke, bucket, _load(bundle, bucket)))
     if has_weights or "inside" in placements:  # a method that maps a grid to a grid has no heads to exchange
         required = PROJECTING if all(_is_plain(model) for _, _, model in graphs) else REQUIRED
+        if required is REQUIRED and not any(_softmaxes(model) or model.functions for _, _, model in graphs):
+            required = (transposed_grid, *SELECTING)  # weights that score and merge, and none that attend
     if not any(_residuals(model) for _, _, model in graphs):  # a method without any residual sum has none to lose
         required = tuple(mutation for mutation in required if mutation not in (dropped_residual, identity))
     kinds = set()
