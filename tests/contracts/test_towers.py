@@ -31,7 +31,7 @@ CONFIGS = {
     "siglip": lambda: transformers.SiglipVisionConfig(**SIZE, intermediate_size=96),
     "dinov2": lambda: transformers.Dinov2WithRegistersConfig(**SIZE, mlp_ratio=2, num_register_tokens=4),
 }
-_QUICK = ("dynamicvit", "evit", "visionzip")  # one in each tower; `-m slow` has the others
+_QUICK = {"dynamicvit": "siglip", "evit": "dinov2", "visionzip": "clip"}  # `-m slow` has the others
 BLOCKS = {"clip": "encoder.layers", "siglip": "encoder.layers", "dinov2": "encoder.layer"}
 
 
@@ -48,7 +48,7 @@ def presets_in_hosts():
 
 
 HOSTED = presets_in_hosts()
-IN_TURN = [(smoke, list(CONFIGS)[place % len(CONFIGS)]) for place, smoke in enumerate(HOSTED)]
+IN_TURN = [(one, _QUICK.get(one.method, list(CONFIGS)[place % len(CONFIGS)])) for place, one in enumerate(HOSTED)]
 QUICK = [pair if pair[0].method in _QUICK else pytest.param(*pair, marks=pytest.mark.slow) for pair in IN_TURN]
 
 
