@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FASHION = ROOT / "examples" / "fashion_mnist"
+REAL = Path("/usr/share/datasets/fashion-mnist")
 
 
 def run(script: str, *words: object, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -118,6 +119,25 @@ def test_training_runs(data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "top-1 on 64 test images" in done.stdout
     assert (tmp_path / "w.safetensors").stat().st_size == (FASHION / "weights.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["noise", "real", "absent"])
+def test_a_resampler_is_trained_saved_and_exported(kind: str, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxruntime")
+    folder = {"noise": data, "real": REAL, "absent": tmp_path / "nowhere"}[kind]
+    if kind == "real" and not REAL.is_dir():
+        pytest.skip(f"there is no Fashion-MNIST in {REAL}; apt-get install dataset-fashion-mnist brings it")
+    done = run("resampler.py", "--data", folder, "--out", tmp_path / "out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    if kind == "absent":
+        assert done.stdout.startswith(f"skipped: there is no Fashion-MNIST in {folder}")
+        assert list(tmp_path.iterdir()) == []
+        return
+    top1 = float(re.findall(r"9 of 49 tokens: ([\d.]+)%", done.stdout)[0])
+    assert top1 > (75 if kind == "real" else 0)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "out.safetensors"]
+    assert (tmp_path / "out" / "model.m9.b1.onnx").is_file()
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ def doctor() -> DoctorReport:
             _look_at_package("torch", needed_for="exporting", extra="export"),
             _look_at_package("onnx", needed_for="exporting", extra="export"),
             _look_at_package("timm", needed_for="backbones from timm", extra="export"),
+            _look_at_package("transformers", needed_for="backbones from transformers", extra="export"),
             _look_at_onnxruntime(has_gpu=has_gpu),
             *_look_at_tensorrt(driver, is_jetson=is_jetson),
             _look_at_driver(driver, has_gpu=has_gpu, is_jetson=is_jetson),

@@ -240,7 +240,9 @@ def costs_of(folder: Path, graph: Graph) -> GraphCosts:
     from edgecomp.export.costs import count_costs
 
     costs = count_costs(folder / graph.model)
-    return in_a_row(count_costs(folder / graph.stem), costs) if graph.stem else costs
+    if not graph.stem:
+        return costs
+    return in_a_row(count_costs(folder / graph.stem), costs, taken={spec.name for spec in graph.inputs})
 
 
 def _plain(manifest: Manifest, batch: int) -> list[PlainGraph]:

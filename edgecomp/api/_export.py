@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgecomp.api._emulate import runnable
-from edgecomp.api._forced import check_forced
+from edgecomp.api._forced import check_choices
 from edgecomp.api._manifest import make_manifest
 from edgecomp.api._progress import Progress, silent
 from edgecomp.api._request import (
     CALIBRATION_IMAGES,
+    asked_then,
     default_folder,
     read_order,
     request_digest,
@@ -34,12 +35,12 @@ from edgecomp.errors import (
 )
 from edgecomp.evaluation.data import open_images
 from edgecomp.lock import bundle_lock, lock_path
-from edgecomp.parity import OutputParity, ParityReport, SelectionParity, check_bucket, read_goldens
-from edgecomp.parity.check import judge
+from edgecomp.parity import OutputParity, ParityReport, check_bucket, read_goldens
+from edgecomp.parity.check import Judged, judge, label_of
 from edgecomp.report.export import ExportReport
 from edgecomp.runners.chain import open_graph
 from edgecomp.specs import DType, Output, Recipe
-from edgecomp.specs.manifest import Bucket, Manifest, PlainGraph, RouterGraph
+from edgecomp.specs.manifest import Bucket, Manifest, PartGraph
 from edgecomp.specs.order import Order
 from edgecomp.specs.precision import PrecisionPlan
 
@@ -71,6 +72,7 @@ def export(
     batch: int | Sequence[int] = (),
     image_size: int = 0,
     feature_layer: int = 0,
+    prefix: str = "",
     output: Output | str = "",
     input_dtype: DType | str = "",
     precision: str = "",
@@ -85,6 +87,11 @@ def export(
     router_params: Mapping[str, Any] | None = None,
     router_weights: str | Path = "random",
     pad_to: int = 0,
+    then: str = "",
+    then_preset: str = "",
+    then_params: Mapping[str, Any] | None = None,
+    then_weights: str | Path = "random",
+    between: int = 0,
     with_plain: bool = False,
     seed: int = 0,
     out: str | Path = "",
@@ -99,15 +106,20 @@ def export(
         method: a method's name, or a `Compressor` of your own (a trained one keeps its weights).
         recipe: a recipe's TOML file, instead of `method`.
         preset: a named size of the recipe.
-        backbone: a timm ViT's name, `none` (tokens are the input), or a timm ViT of your own.
-        weights: `random`, or the compressor's checkpoint (.safetensors, .pt). A file that holds both compressor
-            and host (keys `compressor.*` and `backbone.*`) serves for both.
-        backbone_weights: `random`, `pretrained` (timm downloads them), or the host's checkpoint.
+        backbone: a timm ViT's name, a folder of an image tower that transformers saved, a listed tower's name, `none`
+            (tokens are the input), or a timm ViT or image tower of your own.
+        weights: `random`, or the compressor's checkpoint, alone or in a whole model: a file (.safetensors, .pt), an
+            index, or a folder of shards. A file that holds both compressor and host (keys `compressor.*` and
+            `backbone.*`) serves for both.
+        backbone_weights: `random`, `pretrained` (timm downloads them), or the host's checkpoint; "": `random`, and of a
+            folder the weights in it.
         budget: tokens kept, each a count or a percentage such as "25%"; one bucket each.
         align: 1, or 8, 16 or 32: budgets are rounded up to a multiple of it, which hardware likes.
         batch: batch sizes; one graph for each budget and batch.
         image_size: side of the image in pixels, a multiple of the patch.
         feature_layer: which of the host's layers is compressed, counted from the end (-1: after the final norm).
+        prefix: `drop` or `keep` the host's class and register tokens in front of a method after it; "": as the method
+            takes them. One that takes patches alone is handed what is kept like patches.
         output: `tokens` or `logits`.
         input_dtype: `float32` (B, 3, S, S), normalised; or `uint8` (B, S, S, 3), raw RGB frames.
         precision: `fp32`; `fp16` or `bf16`, which all nodes compute in but the islands, which stay in fp32; `int8` or
@@ -125,6 +137,10 @@ def export(
         router_params: parameters of the router.
         router_weights: `random`, or the router's checkpoint, where it has weights.
         pad_to: rows that every bucket gives, prefix tokens among them, with `count` and `mask`; 0: as many as it keeps.
+        then: a second method, which runs on the tokens of the first; budgets are then of what the second keeps.
+        then_preset, then_params: its preset and parameters.
+        then_weights: `random`, or its checkpoint.
+        between: tokens that the first hands to the second; 0: as many as the first keeps by default.
         with_plain: add the uncompressed model as `plain.onnx`.
         seed: of random weights and golden inputs.
         out: the folder to write; default: a name made of method, preset or backbone, and size.
@@ -142,7 +158,8 @@ def export(
     started = time.perf_counter()
     order = read_order(
         method, recipe, preset, backbone, weights, backbone_weights, budget, align, image_size, feature_layer, output,
-        input_dtype, params, stem, router, router_params, router_weights, pad_to, seed,
+        input_dtype, params, stem, router, router_params, router_weights, pad_to, seed, prefix,
+        then=asked_then(then, then_preset, then_params, between), then_weights=then_weights,
     )  # fmt: skip
     batch = (batch,) if isinstance(batch, int) else batch
     defaults = order.recipe.defaults
@@ -242,11 +259,12 @@ def _samples(
     plan: PrecisionPlan, assembly: Assembly, folder: str | Path, limit: int, seed: int, progress: Progress
 ) -> tuple[Sampled | None, tuple[str, ...]]:
     """Return what to calibrate with, if anything, and notes about it."""
+    from edgecomp.export.golden import input_specs_of
     from edgecomp.export.samples import golden_samples, image_samples, require_image
 
     if not plan.needs_samples:
         return None, ()
-    specs = assembly.models[0].input_specs(1)
+    specs = input_specs_of(assembly, 1)
     if not str(folder):
         return golden_samples(specs, seed=seed, preprocess=assembly.preprocess), ()
     require_image(specs, source=str(folder))
@@ -287,24 +305,31 @@ def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> 
     """Run each graph in ONNX Runtime against the goldens."""
     goldens, tolerance = read_goldens(work), manifest.recipe.tolerances[manifest.precision]
     rows: list[OutputParity] = []
-    chosen: list[SelectionParity] = []
+    missed: list[Bucket | PartGraph] = []
     version = ""
-    graphs: list[Bucket | PlainGraph | RouterGraph] = [*manifest.buckets, *manifest.routers, *manifest.plain]
+    parts = {part.label: part for bucket in manifest.buckets for part in manifest.parts_of(bucket)}
+    graphs: list[Judged] = [*manifest.buckets, *parts.values(), *manifest.routers, *manifest.plain]
     opener = partial(open_graph, "onnxruntime", threads=0)
     with runnable(Bundle(work, manifest), "onnxruntime", progress=progress) as ready:
         for graph in graphs:
-            progress(f"checking {graph.model} in ONNX Runtime")
+            progress(f"checking {label_of(graph)} in ONNX Runtime")
             with opener(ready.bundle, graph) as runner:
                 found = check_bucket(runner, graph, goldens, tolerance)
                 version = runner.version
             rows.extend(found)
-            if not all(found) and isinstance(graph, Bucket) and manifest.precision != "fp32":
-                progress(f"checking {graph.model} with the original's choices forced")
-                # The forced form stays in `parity/`: a board has nothing to make it with.
-                chosen.append(check_forced(ready, graph, goldens, tolerance, open_one=opener))
+            if not all(found) and isinstance(graph, (Bucket, PartGraph)) and manifest.precision != "fp32":
+                missed.append(graph)
+        chosen = check_choices(  # the forced form stays in `parity/`: a board has nothing to make it with
+            ready,
+            missed,
+            goldens,
+            tolerance,
+            open_one=opener,
+            progress=lambda label: progress(f"checking {label} with the original's choices forced"),
+        )
     report = ParityReport(
         str(folder), "onnxruntime", version, 0, manifest.precision, tolerance, tuple(rows),
-        selection=tuple(chosen), emulated=ready.emulated,
+        selection=chosen, emulated=ready.emulated,
     )  # fmt: skip
     if not report:
         worst = report.worst

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
@@ -13,16 +13,18 @@ import msgspec
 
 from edgecomp import __version__
 from edgecomp.api._emulate import Runnable
+from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import Bundle
 from edgecomp.errors import BundleError, MissingDependency
 from edgecomp.parity import NO_LIMITS, Limits, SelectionParity, check_selection
+from edgecomp.parity.check import label_of
 from edgecomp.runners import Array, Runner
 from edgecomp.specs import Tolerance
 from edgecomp.specs.choice import ForcedGraph
-from edgecomp.specs.manifest import Bucket, Graph
+from edgecomp.specs.manifest import Bucket, Graph, PartGraph
 from edgecomp.specs.origin import file_sha256
 
-__all__ = ["check_forced", "forced_graph"]
+__all__ = ["check_choices", "check_forced", "forced_graph"]
 
 _FOLDER = "parity"
 _LARGEST_SIDECAR = 4 << 20
@@ -37,7 +39,7 @@ class Opener(Protocol):
 
 def check_forced(
     ready: Runnable,
-    bucket: Bucket,
+    bucket: Bucket | PartGraph,
     goldens: Mapping[str, Array],
     tolerance: Tolerance,
     *,
@@ -53,7 +55,7 @@ def check_forced(
     """
     path, forced = forced_graph(ready.source, bucket)
     if not forced.choices:
-        return SelectionParity(bucket.model, (), ())
+        return SelectionParity(label_of(bucket), (), ())
     path = ready.form(path)
     with ExitStack() as stack:
         loaded = stack.enter_context(open_one(ready.bundle, bucket, model=path))
@@ -63,9 +65,38 @@ def check_forced(
         )
 
 
+def check_choices(
+    ready: Runnable,
+    graphs: Sequence[Bucket | PartGraph],
+    goldens: Mapping[str, Array],
+    tolerance: Tolerance,
+    *,
+    open_one: Opener,
+    open_other: Opener | None = None,
+    limits: Limits = NO_LIMITS,
+    progress: Progress = silent,
+) -> tuple[SelectionParity, ...]:
+    """Run the forced forms of graphs; of two methods in a row each by itself: the whole has the choices of both."""
+    found: dict[str, SelectionParity] = {}
+    for graph in graphs:
+        parts = ready.source.manifest.parts_of(graph) if isinstance(graph, Bucket) else ()
+        for one in parts or (graph,):
+            if label_of(one) in found:
+                continue
+            progress(label_of(one))
+            found[label_of(one)] = check_forced(
+                ready, one, goldens, tolerance, limits=limits, open_one=open_one, open_other=open_other
+            )
+        if parts:
+            choices = (choice for part in parts for choice in found[part.label].choices)
+            ours = tuple(msgspec.structs.replace(choice, model=graph.model) for choice in choices)
+            found[graph.model] = SelectionParity(graph.model, (), ours)
+    return tuple(found.values())
+
+
 def forced_graph(
     bundle: Bundle,
-    bucket: Bucket,
+    bucket: Bucket | PartGraph,
     *,
     spare: Path | None = None,
     needed_for: str = "`edgecomp parity --selection`",
@@ -120,14 +151,15 @@ def _read(sidecar: Path) -> ForcedGraph | None:
     return found if found.edgecomp == __version__ else None
 
 
-def _make(bundle: Bundle, bucket: Bucket, target: Path, needed_for: str) -> ForcedGraph:
+def _make(bundle: Bundle, bucket: Bucket | PartGraph, target: Path, needed_for: str) -> ForcedGraph:
     try:
         from edgecomp.export.forced import write_forced
     except ImportError as error:
         raise MissingDependency(error.name or str(error), needed_for=needed_for, extra="export") from error
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        choices = write_forced(bundle.path / bucket.model, temporary, prefix="model." if bucket.stem else "")
+        is_part = bool(bucket.stem) or isinstance(bucket, PartGraph)
+        choices = write_forced(bundle.path / bucket.model, temporary, prefix="model." if is_part else "")
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

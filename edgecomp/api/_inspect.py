@@ -1,26 +1,55 @@
-"""`edgecomp inspect`: what is inside a bundle, an ONNX file or an engine, from files alone."""
+"""`edgecomp inspect`: what is inside a bundle, an ONNX file, an engine or a checkpoint, from files alone."""
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgecomp.bundle import open_bundle
 from edgecomp.engines import read_record
-from edgecomp.errors import BuildError, EdgecompError, MissingDependency, RunError
-from edgecomp.report.contents import BundleContents, EngineContents, OnnxContents
+from edgecomp.errors import BuildError, EdgecompError, InvalidSpec, MissingDependency, RunError
+from edgecomp.report.contents import (
+    BundleContents,
+    CheckpointFile,
+    EngineContents,
+    OnnxContents,
+    WeightsContents,
+    WeightsFit,
+)
+from edgecomp.specs import load_recipe, method_names
+from edgecomp.specs.layout import best_match, name_groups
 from edgecomp.specs.origin import file_sha256
+
+if TYPE_CHECKING:
+    from edgecomp.backbones.weights import Candidate
+    from edgecomp.checkpoint import Stored
 
 __all__ = ["inspect"]
 
 
-def inspect(path: str | Path) -> BundleContents | OnnxContents | EngineContents:
-    """Return what a bundle, an ONNX file or an engine holds; nothing is run.
+def inspect(
+    path: str | Path = "", *, weights: str | Path = "", params: Mapping[str, Any] | None = None
+) -> BundleContents | OnnxContents | EngineContents | WeightsContents:
+    """Return what a bundle, an ONNX file, an engine or a checkpoint holds; nothing is run.
+
+    Args:
+        path: a bundle, an .onnx file or an .engine file.
+        weights: instead of it, a checkpoint: a file, or a folder of shards.
+        params: of a method, where a checkpoint does not store them.
 
     Raises:
         BundleError: a bundle that is not whole. RunError: the file is absent, or none of the three.
-        MissingDependency: reading ONNX needs the package onnx.
+        WeightsError: what is no checkpoint. MissingDependency: ONNX needs the package onnx, weights torch.
     """
+    if bool(str(path)) == bool(str(weights)):
+        raise InvalidSpec("give either a bundle, an .onnx file or an .engine file, or --weights FILE|FOLDER")
+    if params and not str(weights):
+        raise InvalidSpec(f"parameters are for a checkpoint: drop {', '.join(params)}, or give --weights")
+    if str(weights):
+        return _inspect_weights(Path(weights), params or {})
     path = Path(path)
     if path.is_dir():
         opened = open_bundle(path)
@@ -36,6 +65,71 @@ def inspect(path: str | Path) -> BundleContents | OnnxContents | EngineContents:
     if path.suffix in (".engine", ".plan", ".trt"):
         return _inspect_engine(path)
     raise RunError(f"{path} ends in {path.suffix!r}; give a bundle, an .onnx file or an .engine file")
+
+
+def _inspect_weights(path: Path, params: Mapping[str, Any]) -> WeightsContents:
+    try:
+        from edgecomp.backbones.weights import candidates
+    except ImportError as error:
+        raise MissingDependency(error.name or str(error), needed_for="`inspect --weights`", extra="export") from error
+    checkpoint, found = candidates(path, params)
+    stored = checkpoint.stored
+    return WeightsContents(
+        path=str(path),
+        files=tuple(CheckpointFile(file.name, file.stat().st_size) for file in stored.located.files),
+        absent=stored.located.absent,
+        note=stored.located.note,
+        saved_by=stored.metadata.get("edgecomp.method", ""),
+        types=dict(Counter(entry.dtype for entry in stored.entries.values()).most_common()),
+        tensors=len(stored.names),
+        first_keys=stored.names[:8],
+        groups=name_groups(stored.names, count=8),
+        fits=tuple(_fit(candidate, stored, params) for candidate in found),
+        nearest="" if found else _nearest(stored.names),
+    )
+
+
+def _fit(candidate: Candidate, stored: Stored, params: Mapping[str, Any]) -> WeightsFit:
+    match, names = candidate.match, candidate.match.names
+    held = [stored.entries[key] for key in names.values() if key in stored.entries]
+    return WeightsFit(
+        method=candidate.method,
+        layout=match.layout.name,
+        prefix=match.prefix,
+        tensors=len(names),
+        size_bytes=sum(entry.num_bytes for entry in held),
+        foreign=len(match.foreign),
+        foreign_groups=name_groups(match.foreign),
+        unknown=match.unknown,
+        preset=candidate.preset,
+        placement=candidate.placement,
+        params=candidate.params,
+        decided=candidate.decided,
+        width=candidate.width,
+        tokens_in=candidate.tokens_in,
+        kept=candidate.default,
+        may_keep=str(candidate.rule) if candidate.rule is not None else "",
+        notes=candidate.notes,
+        problem=candidate.problem,
+        command="" if candidate.problem else _command(candidate, stored.located.path, params),
+    )
+
+
+def _command(candidate: Candidate, path: Path, params: Mapping[str, Any]) -> str:
+    host = {"encoder": "", "after": " --backbone none", "inside": " --backbone HOST", "llm": ""}[candidate.placement]
+    sets = "".join(f" --set params.{name}={value}" for name, value in params.items())
+    return f"edgecomp export --method {candidate.method} --weights {shlex.quote(str(path))}{host}{sets}"
+
+
+def _nearest(names: tuple[str, ...]) -> str:
+    """Return which layout of which method a checkpoint that fits none is nearest to, and what differs."""
+    found = [(best_match(names, load_recipe(method).layouts), method) for method in method_names()]
+    near = [(match.share, match, method) for match, method in found if match is not None and match.share > 0]
+    if not near:
+        return ""
+    _, match, method = max(near, key=lambda item: item[0])
+    below = f" below {match.prefix!r}" if match.prefix else ""
+    return f"{match.layout.name} of {method}{below}, with {match.differences()}"
 
 
 def _inspect_engine(path: Path) -> EngineContents:

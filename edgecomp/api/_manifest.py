@@ -75,10 +75,18 @@ def make_manifest(
         plain=graphs.plain,
         stem=graphs.stem,
         router=_router_record(assembly, order, graphs.router),
-        tools=tools(),
+        tools=tools(*(["transformers"] if _is_tower(assembly) else [])),
         notes=tuple(notes),
         files=(),
+        prefix=order.prefix,
+        then=assembly.then,
     )
+
+
+def _is_tower(assembly: Assembly) -> bool:
+    """Say whether the host is of transformers."""
+    origin = assembly.backbone_weights
+    return origin is not None and origin.layout.startswith("transformers")
 
 
 def _router_record(assembly: Assembly, order: Order, graphs: tuple[RouterGraph, ...]) -> RouterRecord | None:

@@ -57,7 +57,7 @@ def compare_methods(
     *,
     image: str | Path = "",
     backbone: str = BACKBONE,
-    backbone_weights: str | Path = "random",
+    backbone_weights: str | Path = "",
     image_size: int = 0,
     budget: str | int = BUDGET,
     batch: int = 1,
@@ -78,7 +78,7 @@ def compare_methods(
     Args:
         methods: names, one text with commas, or `all`.
         image: a JPEG, PNG, WebP or BMP file; "": the photograph that ships with edgecomp.
-        backbone: a timm ViT's name.
+        backbone: a timm ViT's name, or a folder or listed name of an image tower of transformers.
         backbone_weights: as for `export`; errors of a random host say little of a trained one.
         image_size: pixels a side; 0: the host's own.
         budget: tokens kept, a count or a percentage.
@@ -146,7 +146,7 @@ def compare_methods(
         created=now(),
         edgecomp=__version__,
         image=path.name,
-        backbone=backbone,
+        backbone=manifest.backbone,
         image_size=manifest.image_size,
         weights=weights,
         budget=str(budget),

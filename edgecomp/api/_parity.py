@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from edgecomp.api._emulate import runnable
-from edgecomp.api._forced import check_forced
+from edgecomp.api._forced import check_choices
 from edgecomp.api._layers import compare_layers
 from edgecomp.api._progress import Progress, silent
 from edgecomp.api._torch import TORCH, open_torch
@@ -23,7 +23,6 @@ from edgecomp.parity import (
     LayerParity,
     OutputParity,
     ParityReport,
-    SelectionParity,
     SelfTest,
     cases_of,
     check_bucket,
@@ -33,11 +32,12 @@ from edgecomp.parity import (
     read_goldens,
     read_limits,
 )
+from edgecomp.parity.check import Judged, label_of
 from edgecomp.runners import Array, Runner, open_runner, require_threads, runner_names
 from edgecomp.runners.chain import open_graph
 from edgecomp.serving import Answer, Model
 from edgecomp.specs import Tolerance
-from edgecomp.specs.manifest import Bucket, Graph, PlainGraph, RouterGraph
+from edgecomp.specs.manifest import Bucket, Graph, PartGraph
 
 __all__ = ["parity"]
 
@@ -106,7 +106,9 @@ def parity(
     buckets = list(opened.select(budget=budget, batch=batch))
     in_torch = TORCH in (one.name, against)
     precision = "fp32" if one.name == TORCH else manifest.precision
-    graphs: list[Bucket | PlainGraph | RouterGraph] = list(buckets)
+    graphs: list[Judged] = list(buckets)
+    if not in_torch:
+        graphs += {part.label: part for bucket in buckets for part in manifest.parts_of(bucket)}.values()
     routers = [graph for graph in manifest.routers if batch in (None, graph.batch)] if budget is None else []
     if budget is None:
         graphs += [] if in_torch else routers
@@ -114,19 +116,18 @@ def parity(
     limits.require_known(spec.name for graph in graphs for spec in graph.outputs)
     goldens, tolerance = read_goldens(opened.path), manifest.recipe.tolerances[precision]
     rows: list[OutputParity] = []
-    choosing: list[Bucket] = []
-    chosen: list[SelectionParity] = []
+    choosing: list[Bucket | PartGraph] = []
     tests: list[SelfTest] = []
     version = ""
     with runnable(opened, one.name, progress=progress) as ready:
         for graph in graphs:
-            progress(f"{graph.model} in {runner}")
+            progress(f"{label_of(graph)} in {runner}")
             with ExitStack() as stack:
                 loaded = stack.enter_context(one.open(ready.bundle, graph))
                 expected = stack.enter_context(other.open(ready.bundle, graph)) if other is not None else None
                 found = check_bucket(loaded, graph, goldens, tolerance, limits=limits, against=expected)
                 rows.extend(found)
-                if isinstance(graph, Bucket) and (selection or (precision != "fp32" and not all(found))):
+                if isinstance(graph, (Bucket, PartGraph)) and (selection or (precision != "fp32" and not all(found))):
                     choosing.append(graph)
                 version = loaded.version
                 if self_test and isinstance(graph, Bucket):
@@ -148,25 +149,22 @@ def parity(
                     backbone_weights=str(backbone_weights),
                 )
             )
-        for bucket in choosing:
-            progress(f"choices of {bucket.model} in {runner}")
-            chosen.append(
-                check_forced(
-                    ready,
-                    bucket,
-                    goldens,
-                    tolerance,
-                    limits=limits,
-                    open_one=one.open,
-                    open_other=None if other is None or other.name == TORCH else other.open,
-                )
-            )
+        chosen = check_choices(
+            ready,
+            choosing,
+            goldens,
+            tolerance,
+            limits=limits,
+            open_one=one.open,
+            open_other=None if other is None or other.name == TORCH else other.open,
+            progress=lambda label: progress(f"choices of {label} in {runner}"),
+        )
         if budget is None and manifest.router is not None and other is None and not in_torch:
             progress(f"requests as the router sends them, in {runner}")
             rows.extend(_check_routed(ready.bundle, goldens, tolerance, runner=one.name, threads=one.threads))
     return ParityReport(
         str(bundle), one.name, version, one.threads, precision, tolerance, tuple(rows),
-        against=against, limits=limits, selection=tuple(chosen), self_tests=tuple(tests), layers=tuple(layers),
+        against=against, limits=limits, selection=chosen, self_tests=tuple(tests), layers=tuple(layers),
         culprits=find_culprits(layers, limit=tolerance.max_rel), emulated=ready.emulated,
         left_out=tuple(graph.model for graph in routers) if in_torch else (),
     )  # fmt: skip

@@ -292,8 +292,20 @@ def _with_stages(opened: Bundle, profiles: Sequence[LatencyProfile], plan: Plan)
             else ()
         )
         is_whole = one.role not in ("router", "stem")
-        found.append(msgspec.structs.replace(one, stages=(*before, *router, *one.stages)) if is_whole else one)
+        own = _named_by_method(manifest, one.stages)
+        found.append(msgspec.structs.replace(one, stages=(*before, *router, *own)) if is_whole else one)
     return tuple(found)
+
+
+def _named_by_method(manifest: Manifest, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Say of two methods in a row in which stage each runs."""
+    if manifest.then is None:
+        return stages
+    host = f"{manifest.backbone} and " if manifest.backbone != "none" else ""
+    runs = {"stem": f"{host}{manifest.method}", "behind the stem": manifest.then.method}
+    return tuple(
+        msgspec.structs.replace(one, how=f"{runs[one.name]}; {one.how}") if one.name in runs else one for one in stages
+    )
 
 
 def _types(opened: Bundle, models: Sequence[str], runner: str) -> dict[str, dict[str, int]]:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edgecomp import __version__
+from edgecomp.checkpoint import locate, path_digest
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
 from edgecomp.resources import source_digest
 from edgecomp.specs import Recipe, load_recipe, method_names
+from edgecomp.specs.backbone import is_model_folder
 from edgecomp.specs.order import Order
-from edgecomp.specs.origin import file_sha256
 from edgecomp.specs.precision import PrecisionPlan
+from edgecomp.specs.recipe import Then, followed_by
 from edgecomp.specs.router import router_names
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CALIBRATION_IMAGES",
+    "asked_then",
     "default_folder",
     "read_order",
     "request_digest",
@@ -41,18 +44,26 @@ def read_order(
     method: Any, recipe: str | Path, preset: str, backbone: Any, weights: str | Path, backbone_weights: str | Path,
     budget: str | int | Sequence[str | int], align: int, image_size: int, feature_layer: int, output: str,
     input_dtype: str, params: Mapping[str, Any] | None, stem: bool, router: str,
-    router_params: Mapping[str, Any] | None, router_weights: str | Path, pad_to: int, seed: int,
+    router_params: Mapping[str, Any] | None, router_weights: str | Path, pad_to: int, seed: int, prefix: str = "",
+    *, then: Then | None = None, then_weights: str | Path = "random",
 ) -> Order:  # fmt: skip
     """Turn the arguments into an order, loading the recipe; torch is not needed yet for names."""
     if isinstance(method, str) and bool(method) == bool(str(recipe)):
         raise InvalidSpec("give either a method or a recipe file: --method NAME or --recipe FILE")
     if input_dtype not in ("", "float32", "uint8"):
         raise UnknownName("input dtype", input_dtype, ("float32", "uint8"))
+    if prefix not in ("", "drop", "keep"):
+        raise UnknownName("fate of prefix tokens", prefix, ("drop", "keep"))
     if str(recipe) and Path(recipe).suffix != ".toml":
         raise InvalidSpec(f"--recipe {recipe} does not end in .toml; a method's name is given with --method")
     compressor = None if isinstance(method, str) else method
     named = str(recipe) or (method if isinstance(method, str) else _method_of(method))
     loaded = load_recipe(named)
+    then = then or loaded.then
+    if then is not None:
+        loaded = followed_by(loaded, then)
+    elif str(then_weights) != "random":
+        raise InvalidSpec(f"--then-weights {then_weights}: there is one method; name the second with --then")
     weights, backbone_weights = _weights_of(loaded, compressor, backbone, weights, backbone_weights)
     if isinstance(backbone, str) and preset:
         loaded.preset(preset)
@@ -63,9 +74,14 @@ def read_order(
             "parameters or weights of a router were given, and no router; give --router NAME, or drop them"
         )
     files = {"--weights": weights, "--backbone-weights": backbone_weights, "--router-weights": router_weights}
+    files["--then-weights"] = then_weights
     for option, path in files.items():
-        if str(path) not in ("random", "pretrained") and not Path(path).is_file():
-            raise WeightsError(f"weights file {path} is not there; check the path, or use {option} random")
+        if option == "--backbone-weights" and is_model_folder(backbone) and str(path) == "":
+            continue
+        if str(path) not in ("random", "pretrained"):
+            if not Path(path).exists():
+                raise WeightsError(f"weights file {path} is not there; check the path, or use {option} random")
+            locate(Path(path))
     if str(weights) == "pretrained":
         raise InvalidSpec(
             "--weights pretrained: compressors have no download; give a file, "
@@ -82,6 +98,7 @@ def read_order(
         budgets=(str(budget),) if isinstance(budget, (str, int)) else tuple(map(str, budget)),
         image_size=image_size,
         feature_layer=feature_layer,
+        prefix=prefix,  # type: ignore[arg-type]
         output=output,
         input_dtype=input_dtype or loaded.defaults.input_dtype,  # type: ignore[arg-type]
         params=dict(params or {}),
@@ -90,15 +107,32 @@ def read_order(
         router_params=dict(router_params or {}),
         router_weights=str(router_weights),
         pad_to=pad_to,
+        then_weights=str(then_weights),
         seed=seed,
     )
+
+
+def asked_then(method: str, preset: str, params: Mapping[str, Any] | None, between: int) -> Then | None:
+    """Return the second method that was asked for, or none."""
+    if method:
+        if between < 0:
+            raise InvalidSpec(f"--between {between} is below 0; give the tokens that the first method hands over")
+        if method not in method_names():
+            raise UnknownName("method", method, method_names())
+        return Then(method, preset, dict(params or {}), between)
+    given = {"--then-preset": preset, "--set then.NAME=VALUE": params, "--between": between}
+    if words := [option for option, value in given.items() if value]:
+        raise InvalidSpec(f"{', '.join(words)}: there is one method; name the second with --then METHOD")
+    return None
 
 
 def _weights_of(
     recipe: Recipe, compressor: Any, backbone: Any, weights: str | Path, backbone_weights: str | Path
 ) -> tuple[str | Path, str | Path]:
-    """Return the weights that were asked for, or the recipe's; a module of the user's brings its own."""
+    """Return the weights that were asked for, or the recipe's; a module or a folder of the user's brings its own."""
     own = recipe.defaults.weights if compressor is None else "random"
+    if is_model_folder(backbone) and recipe.defaults.backbone_weights == "random":
+        return weights if str(weights) else own, backbone_weights
     host = recipe.defaults.backbone_weights if isinstance(backbone, str) and backbone != "none" else "random"
     return weights if str(weights) else own, backbone_weights if str(backbone_weights) else host
 
@@ -152,11 +186,13 @@ def default_folder(order: Order) -> Path:
     """Return `<method>-<preset or backbone>` in the current folder, with the image size where it was chosen."""
     recipe = order.recipe
     backbone = order.backbone if isinstance(order.backbone, str) else type(order.backbone).__name__
+    backbone = Path(backbone).resolve().name if is_model_folder(backbone) else backbone.rpartition("/")[2]
     part = order.preset or {"none": "tokens"}.get(backbone, backbone) or recipe.defaults.preset
     preset = recipe.preset(order.preset or recipe.defaults.preset)
     is_encoder = not backbone and preset.placement == "encoder"
     size = order.image_size or (preset.image_size or recipe.defaults.image_size if is_encoder else 0)
-    return Path(f"{recipe.method}-{part}" + (f"-{size}" if size else ""))
+    method = f"{recipe.method}-then-{recipe.then.method}" if recipe.then is not None else recipe.method
+    return Path(f"{method}-{part}" + (f"-{size}" if size else ""))
 
 
 def request_digest(
@@ -170,35 +206,39 @@ def request_digest(
 ) -> str:
     """Return the sha256 of everything that decides what is exported: the request, files, versions, edgecomp's code."""
     files = {
-        path: file_sha256(Path(path))
-        for path in (order.weights, order.backbone_weights, order.router_weights)
-        if path not in ("random", "pretrained")
+        path: path_digest(Path(path))
+        for path in (order.weights, order.backbone_weights, order.router_weights, order.then_weights)
+        if path not in ("", "random", "pretrained")
     }
+    folders = [_folder_digest(order.backbone)] if is_model_folder(order.backbone) else []
     modules = [_module_digest(item) for item in (order.backbone, order.compressor) if not isinstance(item, str)]
     asked = {
         "recipe": msgspec.to_builtins(order.recipe),
         "preset": order.preset,
         "backbone": order.backbone if isinstance(order.backbone, str) else "",
         "modules": modules,
+        "folders": folders,
         "weights": files.get(order.weights, order.weights),
         "backbone_weights": files.get(order.backbone_weights, order.backbone_weights),
         "budgets": order.budgets,
         "align": order.align,
         "image_size": order.image_size,
         "feature_layer": order.feature_layer,
+        "prefix": order.prefix,
         "output": order.output,
         "input_dtype": order.input_dtype,
         "params": order.params,
         "stem": order.stem,
         "router": [order.router, order.router_params, files.get(order.router_weights, order.router_weights)],
         "pad_to": order.pad_to,
+        "then_weights": files.get(order.then_weights, order.then_weights),
         "seed": order.seed,
         "precision": msgspec.to_builtins(plan),
         "opset": opset,
         "calibration": [_folder_digest(calibration), calibration_images],
         "batches": batches,
         "with_plain": with_plain,
-        "tools": tools(),
+        "tools": tools("transformers"),
         "edgecomp": source_digest(),
     }
     return hashlib.sha256(msgspec.json.encode(asked, order="sorted")).hexdigest()
@@ -221,9 +261,9 @@ def _module_digest(module: Any) -> str:
     return f"{type(module).__qualname__} {module!r} {state_digest(module.state_dict())}"
 
 
-def tools() -> dict[str, str]:
+def tools(*others: str) -> dict[str, str]:
     found = {"edgecomp": __version__}
-    for name in _TOOLS:
+    for name in (*_TOOLS, *others):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

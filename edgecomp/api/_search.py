@@ -43,6 +43,7 @@ from edgecomp.search.run import Ask, Made, Measure, Tools, run_search
 from edgecomp.search.space import STEPS, Family, budgets_of, precisions_of, schedules_of
 from edgecomp.search.state import Journal, Where
 from edgecomp.specs import load_recipe, load_target
+from edgecomp.specs.backbone import is_model_folder
 from edgecomp.specs.recipe import Defaults
 
 __all__ = ["search"]
@@ -179,7 +180,7 @@ def search(
         exhaustive=exhaustive,
         control=asked.target == "local" or bool(asked.on),
     )
-    folder = Path(out) if str(out) else Path(f"search-{subject.method}-{preset or subject.backbone}")
+    folder = Path(out) if str(out) else Path(f"search-{subject.method}-{preset or Path(subject.backbone).name}")
     if dry_run:
         return plan_of(ask, asked)
     with bundle_lock(folder, "search", say=progress):
@@ -375,6 +376,8 @@ def _write_recipe(folder: Path, outcome: Outcome, exporter: Exporter, model: Mod
     kept.append(opened.path.name)
     bucket = next(one for one in opened.manifest.buckets if one.budget.tokens_out == winner.tokens)
     of_files = {"weights": model.weights, "backbone_weights": model.backbone_weights}
+    if is_model_folder(model.backbone):
+        of_files["backbone"] = model.backbone
     if opened.manifest.samples is not None and model.calibration:
         of_files["calibration"] = model.calibration
     defaults = opened.manifest.recipe.defaults

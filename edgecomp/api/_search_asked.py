@@ -12,6 +12,7 @@ from edgecomp import __version__
 from edgecomp.api._request import tools
 from edgecomp.api._search_export import Described, ModelAsked
 from edgecomp.api._search_measure import KIND
+from edgecomp.checkpoint import path_digest
 from edgecomp.profiles.machine import Machine
 from edgecomp.report.search import SearchPlan
 from edgecomp.resources import source_digest
@@ -81,7 +82,7 @@ def depends_on(asked: SearchAsked, model: ModelAsked, ask: Ask, machine: Machine
     given = msgspec.to_builtins(model)
     for field in ("weights", "backbone_weights", "recipe"):
         if given[field] not in ("", "random", "pretrained"):
-            given[field] = file_sha256(Path(given[field]))
+            given[field] = path_digest(Path(given[field])) if field != "recipe" else file_sha256(Path(given[field]))
     given["calibration"] = _listing(model.calibration)
     fields = {
         "edgecomp": f"{__version__} {source_digest()[:16]}",

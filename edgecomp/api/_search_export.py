@@ -84,13 +84,15 @@ def describe(asked: ModelAsked) -> Described:
             schedules = tuple(dict.fromkeys((own, *every)))
     places = [spec.name for spec in compressor.output_specs() if spec.name in _PLACES]
     is_host = assembly.plain is not None and assembly.placement in ("inside", "after")
+    cls = compressor_class(order.recipe.method)
+    possible = cls.possible_counts(compressor.params, compressor.site)
     subject = Subject(
         method=order.recipe.method,
         preset=assembly.preset,
         placement=assembly.placement,
         backbone=assembly.backbone,
-        tokens_in=compressor_class(order.recipe.method).count_tokens(compressor.params, compressor.site),
-        rule=order.recipe.rule(assembly.preset),
+        tokens_in=cls.count_tokens(compressor.params, compressor.site),
+        rule=order.recipe.rule(assembly.preset).narrowed(possible),
         schedules=schedules,
         has_plain=assembly.plain is not None,
         image_size=assembly.image_size,
@@ -120,6 +122,11 @@ class Exporter:
     def __init__(self, asked: ModelAsked, subject: Subject, folder: Path, say: Progress) -> None:
         self.asked, self.subject, self.folder, self.say = asked, subject, folder, say
 
+    def _backbone(self) -> str:
+        """Return the host as it was asked for, a folder by its path; else as the model has it."""
+        has_host = self.subject.placement in ("inside", "after")
+        return self.asked.backbone or (self.subject.backbone if has_host else "")
+
     def __call__(self, family: Family, budgets: Sequence[int], *, with_plain: bool) -> Sequence[Made]:
         """Return the graphs; see `edgecomp.search.run.Export`."""
         words = [family.key, *map(str, budgets), *(["plain"] if with_plain else [])]
@@ -127,7 +134,7 @@ class Exporter:
         self.say(f"exporting {out.name}")
         report = export(
             **self._of(family),
-            backbone=self.subject.backbone if self.subject.placement in ("inside", "after") else self.asked.backbone,
+            backbone=self._backbone(),
             budget=list(budgets),
             stem=False,  # whole graphs: what is measured is what one budget exports to
             with_plain=with_plain,

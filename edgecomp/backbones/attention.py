@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from edgecomp.compressors._attention import split_heads
 from edgecomp.compressors._inside import Shift
-from edgecomp.errors import InvalidSpec
 
-if TYPE_CHECKING:
-    from edgecomp.backbones.timm import TimmHost
-
-__all__ = ["Attended", "Folded", "attend", "attend_fused", "fold", "require_plain_blocks"]
-
-_FAMILIES = "vit, deit, deit3, CLIP, SigLIP, DINOv2 (pre-norm blocks with absolute positions)"
+__all__ = ["Attended", "Folded", "SplitAttention", "attend", "attend_fused", "fold"]
 
 
 class Folded(NamedTuple):
@@ -41,33 +37,72 @@ class Attended(NamedTuple):
     weights: Tensor | None
 
 
-def require_plain_blocks(host: TimmHost) -> None:
-    """Refuse a host whose blocks this module would not run as they are meant.
+class SplitAttention:
+    """An attention that has a matrix each for queries, keys and values, in the words of timm's.
 
-    Raises:
-        InvalidSpec: blocks in parallel, post-norm, differential or rotary attention.
+    Args:
+        query, key, value, proj: linear layers.
+        num_heads: of all of them.
+        rotate: gives queries and keys (B, H, N, d) their rotary positions.
     """
-    from timm.layers import Attention
-    from timm.models.vision_transformer import Block
 
-    for index, block in enumerate(host.model.blocks):
-        kinds = f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"
-        if type(block) is not Block or type(block.attn) is not Attention:
-            raise InvalidSpec(
-                f"block {index} of {host.name} is a {kinds}; compressors that look into a host know pre-norm "
-                f"blocks with plain attention (Block with Attention). Hosts that work: {_FAMILIES}"
-            )
+    gate = None
+
+    def __init__(
+        self,
+        query: nn.Linear,
+        key: nn.Linear,
+        value: nn.Linear,
+        proj: nn.Linear,
+        *,
+        num_heads: int,
+        rotate: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:
+        self.query, self.key, self.value, self.proj = query, key, value, proj
+        self.num_heads, self.head_dim = num_heads, query.out_features // num_heads
+        self.scale = self.head_dim**-0.5
+        self.q_norm = self.k_norm = rotate
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return what it reads of x (B, N, D), by torch's fused attention."""
+        return attend_fused(self, x, weigh=False).read
+
+    @staticmethod
+    def norm(read: Tensor) -> Tensor:
+        """Return what was read as it is: there is no norm in front of the projection."""
+        return read
 
 
 def fold(attention: Any, shift: Shift) -> Folded:
     """Return an attention's matrices of queries and values with what is added to them, (D, D) each."""
-    query, _, value = attention.qkv.weight.chunk(3)
+    if isinstance(attention, SplitAttention):
+        query, value = attention.query.weight, attention.value.weight
+    else:
+        query, _, value = attention.qkv.weight.chunk(3)
     parts = ((matrix, low) for matrix, low in zip((query, value), shift, strict=True))
     return Folded(*(matrix + (low.up * low.weights) @ low.down for matrix, low in parts))
 
 
 def _project(attention: Any, x: Tensor, shift: Shift | Folded | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values (B, H, N, d), after the norms of queries and keys."""
+    project = _project_split if isinstance(attention, SplitAttention) else _project_joint
+    queries, keys, values = project(attention, x, shift)
+    return attention.q_norm(queries), attention.k_norm(keys), values
+
+
+def _project_split(attention: SplitAttention, x: Tensor, shift: Shift | Folded | None) -> tuple[Tensor, ...]:
+    if isinstance(shift, Folded):
+        query = F.linear(x, shift.query, attention.query.bias)
+        value = F.linear(x, shift.value, attention.value.bias)
+    else:
+        query, value = attention.query(x), attention.value(x)
+    if isinstance(shift, Shift):
+        added = [F.linear(F.linear(x, low.down) * low.weights, low.up) for low in shift]
+        query, value = query + added[0], value + added[1]
+    return tuple(split_heads(part, attention.num_heads) for part in (query, attention.key(x), value))
+
+
+def _project_joint(attention: Any, x: Tensor, shift: Shift | Folded | None) -> tuple[Tensor, ...]:
     batch, tokens, _ = x.shape
     if isinstance(shift, Folded):
         weight = torch.cat([shift.query, attention.qkv.weight.chunk(3)[1], shift.value])
@@ -78,8 +113,7 @@ def _project(attention: Any, x: Tensor, shift: Shift | Folded | None) -> tuple[T
         query, value = (F.linear(F.linear(x, low.down) * low.weights, low.up) for low in shift)
         projected = projected + torch.cat([query, torch.zeros_like(query), value], -1)
     qkv = projected.reshape(batch, tokens, 3, attention.num_heads, attention.head_dim)
-    queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return attention.q_norm(queries), attention.k_norm(keys), values
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _finish(attention: Any, x: Tensor, read: Tensor) -> Tensor:
@@ -102,7 +136,7 @@ def attend(
     """Run an attention on x (B, N, D), op by op.
 
     Args:
-        attention: timm's module.
+        attention: timm's module, or a `SplitAttention`.
         x: (B, N, D).
         size: (B, N, 1) makes it proportional (arXiv:2210.09461, equation 1).
         weigh: return the weights too.

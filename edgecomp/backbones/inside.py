@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edgecomp.backbones.attention import Folded, attend, attend_fused, fold, require_plain_blocks
+from edgecomp.backbones.attention import Folded, attend, attend_fused, fold
+from edgecomp.backbones.host import Host, HostBlock
 from edgecomp.backbones.placed import PlacedModel
-from edgecomp.backbones.timm import TimmHost
 from edgecomp.compressors._inside import BlockState, InsideCompressor, Trail
 from edgecomp.specs import DType, Preprocess, TensorSpec
 
@@ -19,7 +19,7 @@ __all__ = ["InsideModel"]
 
 
 class InsideModel(PlacedModel):
-    """A timm vision transformer in which a compressor works between attention and MLP of each block.
+    """A vision transformer in which a compressor works between attention and MLP of each block.
 
     Shapes: image (B, 3, S, S) -> the compressor's outputs. The host's blocks run as a static sequence, each on as many
     tokens as the one before left; its weights and modules are its own, and nothing of it is replaced. LayerScale, norms
@@ -27,19 +27,19 @@ class InsideModel(PlacedModel):
     """
 
     compressor: InsideCompressor
-    backbone: TimmHost
+    backbone: Host
 
     def __init__(
         self,
         compressor: InsideCompressor,
-        backbone: TimmHost,
+        backbone: Host,
         *,
         preprocess: Preprocess | None,
         input_dtype: DType,
         pad_to: int = 0,
     ) -> None:
         super().__init__(compressor, backbone, preprocess=preprocess, input_dtype=input_dtype, pad_to=pad_to)
-        require_plain_blocks(backbone)
+        backbone.require_open_blocks(tokens_move=True)
 
     @contextmanager
     def as_exported(self) -> Iterator[None]:
@@ -62,7 +62,7 @@ class InsideModel(PlacedModel):
         if _buffer_of(index, "query") in buffers:
             return Folded(*(buffers[_buffer_of(index, part)] for part in Folded._fields))
         shift = self.compressor.shift(index)
-        return None if shift is None else fold(self.backbone.model.blocks[index].attn, shift)
+        return None if shift is None else fold(self.backbone.block(index).attention, shift)
 
     @property
     def media_shape(self) -> tuple[int, ...]:
@@ -101,9 +101,9 @@ class InsideModel(PlacedModel):
         score = TensorSpec("score", (batch, rows), "float32", "features")
         return (tokens, score) if self.compressor.sums_score else (tokens,)
 
-    def before(self, first: Tensor, seam: int) -> tuple[Tensor, ...]:
+    def before(self, *inputs: Tensor, seam: int) -> tuple[Tensor, ...]:
         """Run the blocks in front of the seam, in which nothing is cut."""
-        trail = self._pass_blocks(self._enter(first), range(seam), self.compressor, attend, self._fold)
+        trail = self._pass_blocks(self._enter(inputs[0]), range(seam), self.compressor, attend, self._fold)
         if not self.compressor.sums_score:
             return (trail.tokens,)
         score = trail.tokens.new_zeros(trail.tokens.shape[:2]) if trail.score is None else trail.score
@@ -124,31 +124,30 @@ class InsideModel(PlacedModel):
 
     def _pass_blocks(self, trail: Trail, blocks: range, reducer: Any, attend: Any, shift_of: Any) -> Trail:
         for index in blocks:
-            block = self.backbone.model.blocks[index]
+            block = self.backbone.block(index)
             trail = self._pass_block(block, index, trail, reducer, partial(attend, shift=shift_of(index)))
         return trail
 
     def _leave(self, trail: Trail) -> tuple[Tensor, ...]:
-        vit: Any = self.backbone.model
-        trail = trail._replace(tokens=vit.norm(trail.tokens))
+        trail = trail._replace(tokens=self.backbone.norm(trail.tokens))
         if self.compressor.output == "logits":
-            return (vit.forward_head(trail.tokens),)
+            return (self.backbone.head(trail.tokens),)
         return self.give(self.compressor.finish(trail))
 
-    def _pass_block(self, block: Any, index: int, trail: Trail, reducer: Any, attend: Any) -> Trail:
+    def _pass_block(self, block: HostBlock, index: int, trail: Trail, reducer: Any, attend: Any) -> Trail:
         compressor = self.compressor
         acts = compressor.acts if compressor.acts_in(index) else ""
         if acts == "before block":
             trail = compressor.advance(reducer, index, _state_of(trail), trail)
         normed = block.norm1(trail.tokens)
-        seen = attend(block.attn, normed, compressor.attention_bias(trail), weigh=compressor.reads_attention)
-        trail = trail._replace(tokens=trail.tokens + block.ls1(seen.read))
+        seen = attend(block.attention, normed, compressor.attention_bias(trail), weigh=compressor.reads_attention)
+        trail = trail._replace(tokens=trail.tokens + block.scale1(seen.read))
         if seen.weights is not None:
             trail = compressor.observe(index, seen.weights, trail)
         if acts == "after attention":
             state = _state_of(trail)._replace(normed=normed, keys=seen.keys, attention=seen.weights, read=seen.read)
             trail = compressor.advance(reducer, index, state, trail)
-        return trail._replace(tokens=trail.tokens + block.ls2(block.mlp(block.norm2(trail.tokens))))
+        return trail._replace(tokens=trail.tokens + block.scale2(block.mlp(block.norm2(trail.tokens))))
 
     def reference(self) -> nn.Module:
         """Return the same host with the compressor's eager original and torch's own attention."""

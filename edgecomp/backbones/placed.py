@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from edgecomp.backbones.attention import Attended, attend, attend_fused, require_plain_blocks
+from edgecomp.backbones.attention import Attended, attend, attend_fused
+from edgecomp.backbones.host import Host
 from edgecomp.backbones.padding import RowPadding
-from edgecomp.backbones.timm import TimmHost
 from edgecomp.compressors._base import Compressor
+from edgecomp.compressors._chain import Chain
 from edgecomp.compressors._saliency import text_likelihood
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import DType, Output, Preprocess, TensorSpec
@@ -64,7 +65,7 @@ class PlacedModel(nn.Module):
     def __init__(
         self,
         compressor: Compressor,
-        backbone: TimmHost | None,
+        backbone: Host | None,
         *,
         preprocess: Preprocess | None,
         input_dtype: DType = "float32",
@@ -127,36 +128,62 @@ class PlacedModel(nn.Module):
         host, names = self.backbone, self.compressor.host_features
         if host is None:
             return (first,)
-        if names or self.compressor.keeps_prefix:
-            tokens, features = host.look(first, names, attend)
+        batch, media, size = first.shape[0], self.media_shape, host.image_size
+        image = first.reshape(-1, 3, size, size) if media else first
+        site, prefix = self.compressor.site, host.num_prefix_tokens
+        hands_prefix = site.tokens_in + site.num_prefix_tokens > host.site.tokens_in
+        if names or hands_prefix:
+            tokens, features = host.look(image, names, attend)
             if "text_likelihood" in names:
                 features["text_likelihood"] = text_likelihood(self.raw_pixels(given), host.patch_size)
-            if not self.compressor.keeps_prefix:
-                tokens = tokens[:, host.num_prefix_tokens :]
-            return (tokens, *(features[name] for name in names))
-        if not self.media_shape:
-            return (host(first),)
-        batch, size = first.shape[0], host.image_size
-        tokens = host(first.reshape(-1, 3, size, size))
-        return (tokens.reshape(batch, *self.media_shape, *tokens.shape[1:]),)
+            if not hands_prefix:
+                tokens = tokens[:, prefix:]
+                if "keys" in features:
+                    features["keys"] = features["keys"][:, prefix:]
+            handed = (tokens, *(features[name] for name in names))
+        else:
+            handed = (host(image),)
+        return tuple(one.reshape(batch, *media, *one.shape[1:]) for one in handed) if media else handed
 
     # -- the point from which buckets differ ----------------------------------------------------------
 
     @property
     def seam(self) -> int | None:
-        """Blocks of the host in front of the first thing that depends on the budget; none without a host."""
-        return self.backbone.depth if self.backbone is not None else None
+        """Blocks of the host in front of the first thing that depends on the budget; none without a host.
+
+        Of two methods in a row the first stands in front too, so that they are cut also where there is no host.
+        """
+        if self.backbone is not None:
+            return self.backbone.depth
+        return 0 if isinstance(self.compressor, Chain) else None
+
+    def stem_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
+        """Return the inputs that are read in front of the seam."""
+        specs, compressor = self.input_specs(batch), self.compressor
+        if not isinstance(compressor, Chain):
+            return specs[:1]
+        return specs[: len(compressor.first.input_specs()) - self._features]
+
+    @property
+    def _features(self) -> int:
+        """How many of the compressor's inputs the host hands over beside tokens."""
+        return len(self.compressor.host_features) if self.backbone is not None else 0
 
     def seam_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return what is handed over at the seam."""
+        if isinstance(self.compressor, Chain):
+            return self.compressor.handed_specs(batch)
         return self.compressor.input_specs(batch)[: 1 + len(self.compressor.host_features)]
 
-    def before(self, first: Tensor, seam: int) -> tuple[Tensor, ...]:  # noqa: ARG002 - the whole host is in front
+    def before(self, *inputs: Tensor, seam: int) -> tuple[Tensor, ...]:  # noqa: ARG002 - the whole host is in front
         """Return what is handed over at the seam."""
-        return self.embed(first)
+        given = self.embed(inputs[0])
+        return self.compressor.hand_over(*given, *inputs[1:]) if isinstance(self.compressor, Chain) else given
 
     def behind(self, *inputs: Tensor, seam: int) -> tuple[Tensor, ...]:  # noqa: ARG002 - as above
-        """Return the outputs of what was handed over, and of the inputs but the first."""
+        """Return the outputs of what was handed over, and of the inputs that the stem does not take."""
+        if isinstance(self.compressor, Chain):
+            return self.give(self.compressor.finish(*inputs))
         return self.give(self.compressor(*inputs))
 
     def raw_pixels(self, given: Tensor) -> Tensor:
@@ -170,7 +197,7 @@ class PlacedModel(nn.Module):
         return _Reference(self)
 
 
-def _require_features(compressor: Compressor, host: TimmHost) -> None:
+def _require_features(compressor: Compressor, host: Host) -> None:
     """Refuse a host that cannot hand over what a compressor after it reads."""
     if compressor.site.placement == "inside":
         return
@@ -180,8 +207,14 @@ def _require_features(compressor: Compressor, host: TimmHost) -> None:
             f"{type(compressor).__name__} reads {by_class[0]}, and {host.name} has no class token; choose a host with "
             "one (vit, deit, CLIP, DINOv2), or a score that needs none"
         )
-    if compressor.host_features or compressor.keeps_prefix:
-        require_plain_blocks(host)
+    site = compressor.site
+    if compressor.host_features and site.tokens_in > host.site.tokens_in:
+        raise InvalidSpec(
+            f"--keep-prefix: {type(compressor).__name__} reads {compressor.host_features[0]} of each patch, which the "
+            f"{host.num_prefix_tokens} prefix token(s) of {host.name} have none of; drop the option"
+        )
+    if any(name not in ("levels", "text_likelihood") for name in compressor.host_features):
+        host.require_open_blocks(tokens_move=False)
 
 
 class _Reference(nn.Module):
@@ -194,12 +227,16 @@ class _Reference(nn.Module):
         """Return the original's outputs."""
         return self.placed.give(self.original(*self.placed.embed(first, attend_fused), *rest))
 
+    def hand_over(self, first: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """Return what the first of two originals in a row hands to the second."""
+        return self.original.hand_over(*self.placed.embed(first, attend_fused), *rest)  # type: ignore[operator, no-any-return]
+
 
 class PlainModel(nn.Module):
     """The model without its compressor: an encoder's patch tokens, or the plain ViT's logits.
 
     Args:
-        encoder: a `TimmHost`, or for logits a plain ViT.
+        encoder: a `Host`, or for logits a plain ViT.
         placed: the model that it is compared with; it takes the same image.
         output: name of what comes out, `tokens` or `logits`.
         shape: of what comes out for one image, without the batch.

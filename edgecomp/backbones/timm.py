@@ -2,60 +2,63 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
-from edgecomp.backbones.attention import Attended
-from edgecomp.compressors._base import HostFeature
-from edgecomp.compressors._checkpoint import load_exactly, read_checkpoint
+from edgecomp.backbones.host import Host, HostBlock, require_layers
+from edgecomp.compressors._checkpoint import load_exactly, read_checkpoint, state_digest, weights_origin
 from edgecomp.errors import InvalidSpec, RunError, UnknownName, WeightsError
-from edgecomp.specs import Preprocess, Site
-from edgecomp.specs.origin import WeightsOrigin, file_origin
-
-Attend = Callable[..., Attended]
+from edgecomp.specs import Preprocess
+from edgecomp.specs.backbone import Backbone
+from edgecomp.specs.origin import WeightsOrigin
 
 __all__ = ["TimmHost", "host_part", "load_host", "plain_vit", "state_digest"]
 
-_MORE = "`edgecomp list backbones` shows those that were tried, timm.list_models() all."
+_MORE = (
+    "`edgecomp list backbones` shows those that were tried, timm.list_models() all of timm; a folder that transformers "
+    "saved is given by its path."
+)
 _CLASSIFIER = ("head.*", "head_dist.*", "fc_norm.*")  # keys of a checkpoint that no token passes
 _FAMILIES = "vit, deit, deit3, CLIP, SigLIP, DINOv2 (VisionTransformer in timm)"
+_OPEN_FAMILIES = "vit, deit, deit3, CLIP, SigLIP, DINOv2 (pre-norm blocks with absolute positions)"
 
 
-class TimmHost(nn.Module):
-    """The patch tokens of a timm vision transformer at one layer.
-
-    Shapes: image (B, 3, S, S) -> tokens (B, N, D). Prefix tokens (class, distillation, registers) are
-    dropped. Layer -1 is the encoder's output after its final norm; -2, -3, ... are the hidden states after
-    earlier blocks, without a norm, and the blocks behind them are not part of the graph.
+class TimmHost(Host):
+    """A timm vision transformer; see `Host`.
 
     Args:
         model: a timm VisionTransformer; blocks and head that are not needed are removed from it.
         name: what to call it.
         feature_layer: counted from the end, -1 or lower.
+        levels: further layers that are read.
         keep_head: leave the classifier on, for logits.
     """
 
-    def __init__(self, model: nn.Module, *, name: str, feature_layer: int, keep_head: bool = False) -> None:
+    model: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        feature_layer: int,
+        levels: Sequence[int] = (),
+        keep_head: bool = False,
+    ) -> None:
         super().__init__()
         _require_vit(model, name)
         vit: Any = model
-        depth = len(vit.blocks)
-        if not 1 <= depth + 1 + feature_layer <= depth:
-            raise InvalidSpec(f"feature layer {feature_layer} of {name} must lie between -{depth} and -1")
-        if keep_head and feature_layer != -1:
-            raise InvalidSpec(
-                f"logits come after the last layer of {name}, and feature layer {feature_layer} was asked"
-            )
-        vit.prune_intermediate_layers([depth + feature_layer], prune_norm=feature_layer != -1, prune_head=not keep_head)
+        self.total_depth = len(vit.blocks)
+        runs = require_layers(name, self.total_depth, feature_layer, levels, keep_head=keep_head)
+        vit.prune_intermediate_layers([runs - 1], prune_norm=runs < self.total_depth, prune_head=not keep_head)
         self.model = vit
         self.name = name
         self.feature_layer = feature_layer
+        self.levels = tuple(levels)
         self.num_prefix_tokens = int(vit.num_prefix_tokens)
         self.num_classes = int(vit.num_classes) if keep_head else 0
         if keep_head and not self.num_classes:
@@ -71,20 +74,24 @@ class TimmHost(nn.Module):
         )
 
     @property
-    def site(self) -> Site:
-        """What a compressor after this host is handed."""
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
         rows, columns = self.model.patch_embed.grid_size
-        return Site(
-            "after",
-            image_size=self.image_size,
-            tokens_in=rows * columns,
-            embed_dim=self.model.embed_dim,
-            num_heads=int(getattr(getattr(self.model.blocks[0], "attn", None), "num_heads", 0)),
-        )
+        return int(rows), int(columns)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of its tokens."""
+        return int(self.model.embed_dim)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of its attention; 0 where there is none."""
+        return int(getattr(getattr(self.model.blocks[0], "attn", None), "num_heads", 0))
 
     @property
     def depth(self) -> int:
-        """How many blocks it has."""
+        """How many blocks it runs."""
         return len(self.model.blocks)
 
     @property
@@ -97,46 +104,48 @@ class TimmHost(nn.Module):
         """Whether the first prefix token is a class token."""
         return getattr(self.model, "cls_token", None) is not None
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Return the patch tokens."""
-        return self.model.forward_features(image)[:, self.num_prefix_tokens :]  # type: ignore[no-any-return]
-
-    def look(self, image: Tensor, names: Sequence[HostFeature], attend: Attend) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return all tokens (B, P + N, D), prefix tokens in front, and features of the attention by name.
-
-        Args:
-            image: (B, 3, S, S).
-            names: of the features.
-            attend: how the attention whose weights are read is run.
-        """
-        vit, prefix = self.model, self.num_prefix_tokens
-        tokens = self.embed(image)
-        found: dict[str, Tensor] = {}
-        last = len(vit.blocks) - 1
-        for index, block in enumerate(vit.blocks):
-            if index < last and "cumulative_attention" not in names:
-                tokens = block(tokens)
-                continue
-            seen = attend(block.attn, block.norm1(tokens))
-            tokens = tokens + block.ls1(seen.read)
-            tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
-            assert seen.weights is not None
-            received = seen.weights.mean(2)[:, :, prefix:]
-            total = found.get("cumulative_attention")
-            found = {
-                "class_attention": seen.weights[:, :, 0, prefix:],
-                "received_attention": received,
-                "cumulative_attention": received if total is None else total + received,
-                "attention_output": seen.read[:, prefix:],
-                "class_query": seen.queries[:, :, 0].flatten(1),
-                "keys": seen.keys.transpose(1, 2).flatten(2),
-            }
-        return vit.norm(tokens), {name: found[name] for name in names if name in found}
+    def block(self, index: int) -> HostBlock:
+        """Return a block by its number."""
+        block: Any = self.model.blocks[index]
+        parts = (getattr(block, name, None) for name in ("norm1", "attn", "ls1", "norm2", "mlp", "ls2"))
+        return HostBlock(block, *parts)  # type: ignore[arg-type]
 
     def embed(self, image: Tensor) -> Tensor:
         """Return what goes into the first block: (B, P + N, D)."""
         vit = self.model
         return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(image))))  # type: ignore[no-any-return]
+
+    def norm(self, tokens: Tensor) -> Tensor:
+        """Return tokens behind the final norm."""
+        return self.model.norm(tokens)  # type: ignore[no-any-return]
+
+    def head(self, tokens: Tensor) -> Tensor:
+        """Return the logits of tokens behind the final norm."""
+        return self.model.forward_head(tokens)  # type: ignore[no-any-return]
+
+    @property
+    def classifier(self) -> nn.Module:
+        """The module that makes logits of an image."""
+        return self.model  # type: ignore[no-any-return]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the patch tokens."""
+        if self.depth == self.total_depth + 1 + self.feature_layer:
+            return self.model.forward_features(image)[:, self.num_prefix_tokens :]  # type: ignore[no-any-return]
+        return super().forward(image)
+
+    def require_open_blocks(self, *, tokens_move: bool) -> None:  # noqa: ARG002 - none of these blocks is rotary
+        """Refuse blocks that are not pre-norm ones with plain attention."""
+        from timm.layers import Attention
+        from timm.models.vision_transformer import Block
+
+        for index, block in enumerate(self.model.blocks):
+            kinds = f"{type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}"
+            if type(block) is not Block or type(block.attn) is not Attention:
+                raise InvalidSpec(
+                    f"block {index} of {self.name} is a {kinds}; compressors that look into a host know pre-norm "
+                    f"blocks with plain attention (Block with Attention). Hosts that work: {_OPEN_FAMILIES}"
+                )
 
 
 def _require_vit(model: nn.Module, name: str) -> None:
@@ -159,10 +168,12 @@ def _is_rotary(model: nn.Module) -> bool:
 def load_host(
     name: str,
     *,
+    listed: Sequence[Backbone] = (),
     weights: str,
     state: Mapping[str, Tensor] | None,
     image_size: int,
     feature_layer: int,
+    levels: Sequence[int] = (),
     keep_head: bool = False,
     seed: int,
     say: Callable[[str], None],
@@ -171,11 +182,12 @@ def load_host(
 
     Args:
         name: timm's name, for example `vit_small_patch16_224`.
+        listed: other hosts, for an error that names what there is.
         weights: `random`, `pretrained` (timm downloads them; the one way to a download), or a file.
         state: tensors to load instead of a file (a checkpoint that holds compressor and host).
         image_size: side in pixels, a multiple of the patch; 0: the model's own. Position tables of a file are
             resized to it.
-        feature_layer, keep_head: see `TimmHost`.
+        feature_layer, levels, keep_head: see `TimmHost`.
         seed: of random weights.
         say: is told what a user should know of the weights.
 
@@ -187,6 +199,7 @@ def load_host(
 
     if not timm.is_model(name):
         known = [m for m in timm.list_models() if m.startswith(("vit_", "deit"))]
+        known += [one.name for one in listed if one.library == "transformers"]
         raise UnknownName("backbone", name, _nearest(name, known), hint=_MORE)
     if weights not in ("random", "pretrained") and state is None:
         state = read_checkpoint(Path(weights), say=say)
@@ -226,8 +239,8 @@ def load_host(
         origin = WeightsOrigin(kind="random", seed=seed)
     else:
         _load_state(model, state or {}, name, say, keep_head=keep_head)
-        origin = file_origin(Path(weights), layout=f"timm {name}")
-    return TimmHost(model, name=name, feature_layer=feature_layer, keep_head=keep_head), origin
+        origin = weights_origin(Path(weights), state or {}, layout=f"timm {name}")
+    return TimmHost(model, name=name, feature_layer=feature_layer, levels=levels, keep_head=keep_head), origin
 
 
 def _nearest(name: str, known: list[str]) -> list[str]:
@@ -279,13 +292,3 @@ def plain_vit(arguments: Mapping[str, Any], *, image_size: int, num_classes: int
         torch.manual_seed(seed)
         vit: nn.Module = VisionTransformer(img_size=image_size, num_classes=num_classes, global_pool=pool, **arguments)
     return vit.eval()
-
-
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 over names, types, shapes and bytes of all tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(msgspec.json.encode([name, str(tensor.dtype), list(tensor.shape)]))
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -30,7 +30,7 @@ VERBS = {
     "evaluate": "Measure accuracy on labelled images, beside the plain model's, and the speed of both.",
     "calibrate": "Set a router's thresholds from real images, so that a target holds.",
     "check": "Hold every node of a graph to a target, without building; exit 1 at the verdict of --fail-on, or worse.",
-    "inspect": "Show what is in a bundle, an ONNX file or an engine; exit 1 when an engine is not as its record says.",
+    "inspect": "Show what a bundle, ONNX file, engine or checkpoint holds; exit 1: altered, or of no method.",
     "doctor": "Say what is installed here, what is missing, and what conflicts; exit 1 when something conflicts.",
     "verify": "Prove a bundle on this machine: hashes, engines, parity, latency; exit 1 when a stage fails.",
     "report": "Make tables, plots and a page of results; with no option the tables are printed.",

@@ -22,7 +22,10 @@ def command(
         str, typer.Option(help="Compare methods instead, on one host and image: names with commas, or `all`.")
     ] = "",
     image: Annotated[str, typer.Option(help="With --methods: the image; default: the shipped photograph.")] = "",
-    backbone: Annotated[str, typer.Option(help="With --methods: a timm ViT; default: vit_small_patch16_224.")] = "",
+    backbone: Annotated[
+        str,
+        typer.Option(help="With --methods: a timm ViT, or a folder of transformers; default: vit_small_patch16_224."),
+    ] = "",
     backbone_weights: Annotated[
         str, typer.Option(help="With --methods: `random`, `pretrained`, or the host's checkpoint.")
     ] = "",

@@ -18,10 +18,14 @@ def command(
     method: Annotated[str, typer.Option(help="A method's name; `edgecomp list methods` shows them.")] = "",
     recipe: Annotated[str, typer.Option(help="A recipe's TOML file, instead of --method.")] = "",
     preset: Annotated[str, typer.Option(help="A named size of the recipe.")] = "",
-    backbone: Annotated[str, typer.Option(help="A timm ViT in front, or `none`: tokens are the input.")] = "",
-    weights: Annotated[str, typer.Option(help="The method's checkpoint (.safetensors, .pt), or `random`.")] = "",
+    backbone: Annotated[
+        str, typer.Option(help="A timm ViT, a folder of transformers, or `none`: tokens are the input.")
+    ] = "",
+    weights: Annotated[
+        str, typer.Option(help="The method's checkpoint, alone or in a whole model: a file or a folder; or `random`.")
+    ] = "",
     backbone_weights: Annotated[
-        str, typer.Option(help="The host's checkpoint, `random`, or `pretrained` (downloads through timm).")
+        str, typer.Option(help="The host's checkpoint, `random`, or `pretrained` (downloads by timm).")
     ] = "",
     budget: Annotated[list[str] | None, typer.Option(help="Tokens KEPT: a count or 25%; repeatable.")] = None,
     align: Annotated[int, typer.Option(help="Round each budget up to a multiple of it: 8, 16 or 32.")] = 1,
@@ -31,6 +35,10 @@ def command(
     ] = None,
     feature_layer: Annotated[
         int | None, typer.Option(help="Host layer that is compressed, counted from the end.")
+    ] = None,
+    drop_prefix: Annotated[
+        bool | None,
+        typer.Option("--drop-prefix/--keep-prefix", help="A host's class and register tokens; default: the method's."),
     ] = None,
     output: Annotated[str, typer.Option(help="`tokens` or `logits`.")] = "",
     input_dtype: Annotated[str, typer.Option(help="`float32`, or `uint8`: raw RGB frames (B, S, S, 3).")] = "",
@@ -48,7 +56,8 @@ def command(
     calibration_images: Annotated[int | None, typer.Option(help="The most images read of it; default: 64.")] = None,
     opset: Annotated[int | None, typer.Option(help="18 to 20; default: 20, and 22 with bf16.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="params.NAME=VALUE, or router.NAME=VALUE; repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="params.NAME=VALUE, router.NAME=VALUE or then.NAME=VALUE; repeatable."),
     ] = None,
     no_stem: Annotated[
         bool, typer.Option("--no-stem", help="Whole graphs, also where several buckets share a part.")
@@ -56,6 +65,12 @@ def command(
     router: Annotated[str, typer.Option(help="What picks a bucket; `edgecomp list routers` shows them.")] = "",
     router_weights: Annotated[str, typer.Option(help="The router's checkpoint, or `random`.")] = "random",
     pad_to: Annotated[int | None, typer.Option(help="Rows that every bucket gives, with count and mask.")] = None,
+    then: Annotated[str, typer.Option(help="A second method, on the first one's tokens.")] = "",
+    then_preset: Annotated[str, typer.Option(help="A named size of its recipe.")] = "",
+    then_weights: Annotated[str, typer.Option(help="Its checkpoint, or `random`.")] = "random",
+    between: Annotated[
+        int | None, typer.Option(help="Tokens that the first hands to the second; --budget is what the second keeps.")
+    ] = None,
     with_plain: Annotated[bool, typer.Option("--with-plain", help="Add the uncompressed model.")] = False,
     seed: Annotated[int, typer.Option(help="Of random weights and golden inputs.")] = 0,
     out: Annotated[str, typer.Option(help="The folder to write; default: named after method and size.")] = "",
@@ -65,7 +80,7 @@ def command(
     """Rewrite a compressor for static shapes, export it to ONNX, prove it, and write a bundle."""
     params, router_params = parse_sets(set_ or [], "params"), parse_sets(set_ or [], "router")
     numbers = {"--image-size": image_size, "--feature-layer": feature_layer, "--opset": opset, "--pad-to": pad_to}
-    numbers["--calibration-images"] = calibration_images
+    numbers |= {"--calibration-images": calibration_images, "--between": between}
     for option, number in numbers.items():
         if number == 0:
             raise InvalidSpec(f"{option} 0 is out of range; leave it out for the default")
@@ -82,6 +97,7 @@ def command(
             batch=batch or (),
             image_size=image_size or 0,
             feature_layer=feature_layer or 0,
+            prefix="" if drop_prefix is None else "drop" if drop_prefix else "keep",
             output=output,
             input_dtype=input_dtype,
             precision=precision,
@@ -96,6 +112,11 @@ def command(
             router_params=router_params,
             router_weights=router_weights,
             pad_to=pad_to or 0,
+            then=then,
+            then_preset=then_preset,
+            then_params=parse_sets(set_ or [], "then"),
+            then_weights=then_weights,
+            between=between or 0,
             with_plain=with_plain,
             seed=seed,
             out=Path(out) if out else "",
@@ -112,7 +133,7 @@ def command(
     finish(report)
 
 
-def parse_sets(words: list[str], space: Literal["params", "router"]) -> dict[str, Any]:
+def parse_sets(words: list[str], space: Literal["params", "router", "then"]) -> dict[str, Any]:
     """Read the `SPACE.NAME=VALUE` words of one space; a value is TOML where it parses, else text."""
     import msgspec
 
@@ -120,7 +141,7 @@ def parse_sets(words: list[str], space: Literal["params", "router"]) -> dict[str
     for word in words:
         key, equals, value = word.partition("=")
         prefix, _, name = key.partition(".")
-        if not equals or prefix not in ("params", "router") or not name:
+        if not equals or prefix not in ("params", "router", "then") or not name:
             raise InvalidSpec(f"--set {word!r} is not of the form params.NAME=VALUE; for example --set params.depth=4")
         if prefix != space:
             continue

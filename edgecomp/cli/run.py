@@ -17,7 +17,8 @@ def command(
     input_file: Annotated[
         str,
         typer.Argument(
-            metavar="[INPUT]", help="An image, or .safetensors/.npz of named inputs; default: our photograph."
+            metavar="[INPUT]",
+            help="An image, named inputs (.safetensors, .npz), or a .txt for strips; default: a photograph.",
         ),
     ] = "",
     question: Annotated[str | None, typer.Option("--text", help="The question, for a router that reads words.")] = None,
@@ -39,6 +40,7 @@ def command(
             help="Write a picture of the patches kept, merged and dropped, layer by layer: .png, .svg, .html."
         ),
     ] = "",
+    font: Annotated[str, typer.Option(help="A TrueType font for a .txt; default: Pillow's own.")] = "",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: the runtime's choice.")] = 0,
     json: JSON = False,
 ) -> None:
@@ -55,6 +57,7 @@ def command(
             runner=runner,
             threads=threads,
             draw=draw,
+            font=font,
             progress=say,
         )
 

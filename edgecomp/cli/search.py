@@ -17,7 +17,7 @@ def command(
     method: Annotated[str, typer.Option(help="A method's name; `edgecomp list methods` shows them.")] = "",
     recipe: Annotated[str, typer.Option(help="A recipe's TOML file, instead of --method.")] = "",
     preset: Annotated[str, typer.Option(help="A named size of the recipe.")] = "",
-    backbone: Annotated[str, typer.Option(help="A timm ViT to compress in.")] = "",
+    backbone: Annotated[str, typer.Option(help="A timm ViT, or a folder of transformers, to compress in.")] = "",
     weights: Annotated[str, typer.Option(help="The method's checkpoint, or `random`.")] = "",
     backbone_weights: Annotated[str, typer.Option(help="The host's checkpoint, `random`, or `pretrained`.")] = "",
     target: Annotated[str, typer.Option(help="`local`, or a target's name; `edgecomp list targets`.")] = "local",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
@@ -24,9 +25,10 @@ __all__ = ["Compressor", "HostFeature", "Params", "constant", "count_heads", "in
 #:   class_query           (B, D)         the class token's query there, heads joined
 #:   keys                  (B, P + N, D)  the keys there, heads joined
 #:   text_likelihood       (B, N)         how much the pixels of each patch look like text
+#:   levels                (B, N, L * D)  the patches at the layers that `Compressor.levels_of` names, side by side
 HostFeature = Literal[
     "class_attention", "received_attention", "cumulative_attention", "attention_output", "class_query", "keys",
-    "text_likelihood",
+    "text_likelihood", "levels",
 ]  # fmt: skip
 
 
@@ -59,6 +61,8 @@ class Compressor(nn.Module):
     """
 
     Params: ClassVar[type[Params]] = Params
+    #: Of the recipe, which a module was made from; "" where nobody said so.
+    preset: str = ""
     #: The parameter that a host's width decides.
     width_param: ClassVar[str] = "embed_dim"
     #: Parameters that no checkpoint stores; the export says which value it took.
@@ -89,6 +93,15 @@ class Compressor(nn.Module):
         """What a host hands over besides tokens: inputs of `forward` right behind them, in this order.
 
         Without a host they are inputs of the graph, as `input_specs` says.
+        """
+        return ()
+
+    @classmethod
+    def levels_of(cls, params: Any) -> tuple[int, ...]:
+        """Return the host's layers that the feature `levels` joins along the width, in this order.
+
+        They are counted from the end as `--feature-layer` is: -1 is behind the final norm, -2 and lower are hidden
+        states without a norm. Without a host, `levels` is an input of the graph like any other feature.
         """
         return ()
 
@@ -127,7 +140,11 @@ class Compressor(nn.Module):
 
     @classmethod
     def layout_of(cls, state: Mapping[str, Tensor]) -> str:
-        """Return the checkpoint layout that the keys tell, as recipes write it; "" for edgecomp's own."""
+        """Return the checkpoint layout that the keys tell; "" for edgecomp's own.
+
+        The recipe declares each under `[[layouts]]`. By that the keys of a whole model are found and stripped of their
+        prefix before this class sees them, so that it need know neither prefixes nor what else a file holds.
+        """
         return ""
 
     @classmethod
@@ -150,6 +167,11 @@ class Compressor(nn.Module):
         """Return the tokens kept where the parameters alone decide them; empty: the recipe's budgets hold."""
         return ()
 
+    @classmethod
+    def possible_counts(cls, params: Any, site: Site) -> tuple[int, ...]:
+        """Return the tokens that can be kept where a grid decides it; empty: whatever the recipe's budgets allow."""
+        return ()
+
     @property
     def remarks(self) -> tuple[str, ...]:
         """What an export should say of this compressor, for example its schedule."""
@@ -168,7 +190,29 @@ class Compressor(nn.Module):
         """
         raise InvalidSpec(f"{type(self).__name__} has no checkpoint layout but its own; save it with edgecomp first")
 
+    def original_state(self, layout: str) -> dict[str, Tensor]:
+        """Return this module's tensors as a layout of the original names them: what `load_original` reads back."""
+        raise InvalidSpec(
+            f"{type(self).__name__} is saved in edgecomp's own layout alone, not in {layout!r}; leave layout out"
+        )
+
     # -- what every method has ------------------------------------------------------------------------
+
+    def save(self, path: str | Path, *, layout: str = "") -> Path:
+        """Write the weights as safetensors, for `--weights`, `edgecomp.compressor(weights=...)` or the original.
+
+        Args:
+            path: a file that ends in .safetensors; it is replaced at once or not at all.
+            layout: of an original that the method can be saved in; "": edgecomp's own names.
+        """
+        from edgecomp.compressors._checkpoint import METHOD, PARAMS, PRESET, write_checkpoint
+
+        if layout:
+            return write_checkpoint(Path(path), self.original_state(layout), metadata={})
+        method = type(self).__module__.rpartition(".")[2].replace("_", "-")
+        params = msgspec.json.encode(self.params, order="sorted").decode()
+        told = {METHOD: method, PARAMS: params} | ({PRESET: self.preset} if self.preset else {})
+        return write_checkpoint(Path(path), self.state_dict(), metadata=told)
 
     @classmethod
     def parse_params(cls, values: Mapping[str, Any], *, method: str) -> Any:
@@ -208,7 +252,7 @@ class Compressor(nn.Module):
         kept = parse_budget(
             str(budget),
             tokens_in=cls.count_tokens(values, site),
-            rule=chosen.budgets or recipe.budgets,
+            rule=(chosen.budgets or recipe.budgets).narrowed(cls.possible_counts(values, site)),
             method=recipe.method,
         )
         return cls(cls.for_budgets(values, [kept.tokens_out]), site, kept, output)

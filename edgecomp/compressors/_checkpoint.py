@@ -3,81 +3,233 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
+from edgecomp.checkpoint import Entry, locate, read_headers, stored_of
 from edgecomp.errors import WeightsError
+from edgecomp.specs.origin import WeightsOrigin, file_origin
 
-__all__ = ["load_exactly", "read_checkpoint", "rename_key", "rename_keys"]
+__all__ = [
+    "METHOD",
+    "PARAMS",
+    "PRESET",
+    "Checkpoint",
+    "Saved",
+    "load_exactly",
+    "part_with",
+    "read_checkpoint",
+    "rename_key",
+    "rename_keys",
+    "state_digest",
+    "weights_origin",
+    "write_checkpoint",
+]
 
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+METHOD, PARAMS, PRESET = (
+    "edgecomp.method",
+    "edgecomp.params",
+    "edgecomp.preset",
+)  # in the metadata of what `Compressor.save` writes
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
-def read_checkpoint(path: Path, *, say: Callable[[str], None] = lambda note: None) -> dict[str, Tensor]:
-    """Read a `.safetensors` or `.pt` file as fp32 tensors on the CPU; a pickle is read weights-only.
+class Saved(msgspec.Struct, frozen=True):
+    """What `Compressor.save` wrote of its module beside the weights; nothing in other files."""
+
+    params: dict[str, Any] = {}
+    preset: str = ""
+
+
+class Checkpoint:
+    """An open checkpoint: names and shapes are known, and a tensor is read when it is asked for.
 
     Args:
-        say: is told when values were stored in another floating type than fp32.
+        path: a file, an index, or a folder with one checkpoint; see `edgecomp.checkpoint.locate`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        located = locate(path)
+        self._pickled: dict[str, Tensor] = {}
+        if not located.is_pickled:
+            self.stored = read_headers(located)
+            return
+        found = {file: _read_pickle(file) for file in located.files}
+        entries = {}
+        for file, tensors in found.items():
+            self._pickled |= tensors
+            entries[file] = {
+                name: Entry(file, tuple(tensor.shape), _name_type(tensor.dtype), tensor.numel() * tensor.element_size())
+                for name, tensor in tensors.items()
+            }
+        self.stored = stored_of(located, entries)
+
+    @property
+    def path(self) -> Path:
+        """What the user named."""
+        return self.stored.located.path
+
+    @property
+    def saved(self) -> Saved:
+        """What the file says of the module that it was saved from."""
+        metadata = self.stored.metadata
+        try:
+            params = msgspec.json.decode(metadata.get(PARAMS, "{}"), type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise WeightsError(f"weights file {self.path}: {PARAMS} in its metadata is damaged ({error})") from None
+        return Saved(params, metadata.get(PRESET, ""))
+
+    def read(
+        self, names: Mapping[str, str] | None = None, *, say: Callable[[str], None] = lambda note: None
+    ) -> dict[str, Tensor]:
+        """Read tensors as fp32 on the CPU, whatever floating type they are stored in; integers stay what they are.
+
+        Args:
+            names: what each is to be called -> its name in the checkpoint; all, by their own names, where left out.
+            say: is told when values were stored in another floating type than fp32.
+
+        Raises:
+            WeightsError: a tensor lies in a shard that is absent, holds no plain values, or NaN or Inf.
+        """
+        chosen = {name: name for name in self.stored.names} if names is None else names
+        self.stored.require_there(chosen.values())
+        files: dict[Path, dict[str, str]] = {}
+        for name, key in chosen.items():
+            files.setdefault(self.stored.entries[key].file, {})[name] = key
+        read: dict[str, Tensor] = {}
+        for file, wanted in files.items():
+            tensors = self._tensors(file, wanted)
+            read |= {name: _plain(tensors[name], file, key) for name, key in wanted.items()}
+        self._say_types(chosen.values(), say)
+        return {name: read[name] for name in chosen}
+
+    def outline(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """Return tensors of the right shapes that hold nothing; those of absent shards are left out."""
+        held = {name: self.stored.entries[key] for name, key in names.items() if key in self.stored.entries}
+        return {name: torch.empty(entry.shape, device="meta") for name, entry in held.items()}
+
+    def _tensors(self, file: Path, wanted: Mapping[str, str]) -> dict[str, Tensor]:
+        if self._pickled:
+            return {name: self._pickled[key] for name, key in wanted.items()}
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                return {name: opened.get_tensor(key) for name, key in wanted.items()}
+        except (SafetensorError, OSError, ValueError, AttributeError) as error:
+            raise WeightsError(
+                f"weights file {file} is truncated or not safetensors ({file.stat().st_size} bytes): {error}; "
+                "copy it again"
+            ) from None
+
+    def _say_types(self, keys: Iterable[str], say: Callable[[str], None]) -> None:
+        counts = Counter(self.stored.entries[key].dtype for key in keys)
+        floats = {dtype: count for dtype, count in counts.most_common() if "float" in dtype}
+        if set(floats) - {"float32"}:
+            mix = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in floats.items())
+            told = mix if len(floats) > 1 else next(iter(floats))
+            say(f"{self.path.name} stores {told}; it was read as float32")
+
+
+def read_checkpoint(path: Path, *, say: Callable[[str], None] = lambda note: None) -> dict[str, Tensor]:
+    """Read all tensors of a checkpoint as fp32 on the CPU; a pickle is read weights-only. See `Checkpoint`.
 
     Raises:
         WeightsError: the file is absent, truncated, no checkpoint, holds code, or holds NaN or Inf.
     """
-    if not path.is_file():
-        raise WeightsError(f"weights file {path} is not there; check the path")
-    if path.suffix == ".safetensors":
-        state = _read_safetensors(path)
-    elif path.suffix in _PICKLES:
-        state = _read_pickle(path)
-    else:
-        raise WeightsError(f"weights file {path} ends in {path.suffix!r}; give .safetensors or {', '.join(_PICKLES)}")
-    if not state:
-        raise WeightsError(f"weights file {path} holds no tensor; is it the right file?")
-    read, stored = {}, set()
-    for name, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise WeightsError(
-                f"weights file {path}: {name!r} is a sparse, quantized or empty (meta) tensor; save plain values"
-            )
-        if tensor.is_floating_point():
-            stored.add(str(tensor.dtype).removeprefix("torch."))
-            tensor = tensor.to(torch.float32)
-            broken = int((~torch.isfinite(tensor)).sum())
-            if broken:
-                raise WeightsError(
-                    f"weights file {path}: {broken} of {tensor.numel()} values of {name!r} are NaN or Inf; "
-                    "the checkpoint is broken, take an earlier one"
-                )
-        read[name] = tensor
-    if stored - {"float32"}:
-        say(f"{path.name} stores {', '.join(sorted(stored))}; it was read as float32")
-    return read
+    return Checkpoint(path).read(say=say)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def weights_origin(path: Path, state: Mapping[str, Tensor], *, layout: str) -> WeightsOrigin:
+    """Return where weights come from: of a checkpoint in shards, the digest is over the tensors taken from it.
 
-    try:
-        state: dict[str, Tensor] = load_file(path, device="cpu")
-        return state
-    except (SafetensorError, OSError, ValueError) as error:
+    Args:
+        state: these tensors, as they were read.
+    """
+    located = locate(path)
+    if not located.is_sharded:
+        return file_origin(located.files[0], layout=layout)
+    folder = located.files[0].parent.resolve().name
+    return WeightsOrigin(kind="file", name=folder, sha256=state_digest(state), layout=layout)
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> Path:
+    """Write tensors as safetensors, whole or not at all."""
+    from safetensors.torch import save_file
+
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"weights file {path} ends in {path.suffix!r}; name it .safetensors")
+    if not path.parent.is_dir():
+        raise WeightsError(f"folder {path.parent} of weights file {path.name} is not there; make it first")
+    broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
         raise WeightsError(
-            f"weights file {path} is truncated or not safetensors ({path.stat().st_size} bytes): {error}; copy it again"
-        ) from None
+            f"{len(broken)} of {len(state)} tensors hold NaN or Inf, first {broken[0]}; nothing was written to {path}"
+        )
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}  # none shares another's
+    try:
+        save_file(copies, part, {"format": "pt", **metadata})
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _name_type(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _plain(tensor: Tensor, file: Path, key: str) -> Tensor:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise WeightsError(
+            f"weights file {file}: {key!r} is a sparse, quantized or empty (meta) tensor; save plain values"
+        )
+    if not tensor.is_floating_point():
+        return tensor
+    if tensor.dtype.itemsize == 1:
+        raise WeightsError(
+            f"weights file {file}: {key!r} is stored as {_name_type(tensor.dtype)}, whose scales stand elsewhere, so "
+            "its values would be wrong; give the checkpoint in bfloat16, float16 or float32"
+        )
+    tensor = tensor.to(torch.float32)
+    broken = int((~torch.isfinite(tensor)).sum())
+    if broken:
+        raise WeightsError(
+            f"weights file {file}: {broken} of {tensor.numel()} values of {key!r} are NaN or Inf; "
+            "the checkpoint is broken, take an earlier one"
+        )
+    return tensor
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Return the sha256 over names, types, shapes and bytes of all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(msgspec.json.encode([name, str(tensor.dtype), list(tensor.shape)]))
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice to whoever wrote the file
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # mapped, so that what is not taken is not read; files of before torch 1.6 cannot be
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))  # torch's own text advises to run it all the same
         if found is None:
@@ -109,8 +261,8 @@ def _damaged(path: Path, problem: str) -> WeightsError:
     )
 
 
-def rename_key(name: str, patterns: Sequence[tuple[str, str]]) -> str:
-    """Rename a key by regular expressions, each applied to what the one before it left."""
+def rename_key(name: str, patterns: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]) -> str:
+    """Rename a key by regular expressions, each applied to what the one before it left; see `re.sub`."""
     for pattern, replacement in patterns:
         name = re.sub(pattern, replacement, name)
     return name
@@ -119,6 +271,25 @@ def rename_key(name: str, patterns: Sequence[tuple[str, str]]) -> str:
 def rename_keys(state: Mapping[str, Tensor], patterns: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
     """Rename all keys; see `rename_key`."""
     return {rename_key(name, patterns): tensor for name, tensor in state.items()}
+
+
+def part_with(state: Mapping[str, Tensor], anchor: str) -> dict[str, str]:
+    """Return the keys of the one module of a whole model that holds `anchor`: short key -> the file's key.
+
+    What stands outside that module (a language model, a vision tower) is left out. Empty: no module holds it.
+
+    Raises:
+        WeightsError: several modules hold it.
+    """
+    prefixes = sorted(key[: -len(anchor)] for key in state if key == anchor or key.endswith(f".{anchor}"))
+    if not prefixes:
+        return {}
+    if len(prefixes) > 1:
+        raise WeightsError(
+            f"weights hold {anchor!r} {len(prefixes)} times, under {', '.join(map(repr, prefixes[:4]))}; give one of "
+            "them"
+        )
+    return {key.removeprefix(prefixes[0]): key for key in state if key.startswith(prefixes[0])}
 
 
 def load_exactly(

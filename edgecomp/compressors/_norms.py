@@ -6,7 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GammaLayerNorm", "RMSNorm"]
+__all__ = ["ChannelLayerNorm", "GammaLayerNorm", "RMSNorm"]
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of feature maps; shape (B, C, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__(channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the axis behind the batch."""
+        normed: Tensor = super().forward(x.movedim(1, -1))
+        return normed.movedim(-1, 1)
 
 
 class GammaLayerNorm(nn.Module):

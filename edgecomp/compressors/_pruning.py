@@ -26,6 +26,7 @@ __all__ = [
     "Kept",
     "PruneParams",
     "Schedule",
+    "SelectionOrder",
     "TokenPruner",
     "compose_index",
     "geometric_counts",

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._attention import merge_heads, split_heads
+from edgecomp.compressors._attention import MASKED, attend, merge_heads, split_heads
 from edgecomp.compressors._base import Compressor, Params, count_heads
 from edgecomp.compressors._checkpoint import load_exactly, rename_key
 from edgecomp.compressors._norms import RMSNorm
@@ -28,8 +28,6 @@ __all__ = ["Perceiver"]
 Positive = Annotated[int, Meta(ge=1, le=65536)]
 Natural = Annotated[int, Meta(ge=0, le=65536)]
 Family = Literal["flamingo", "open-flamingo", "idefics1", "idefics2", "cross-only"]
-
-_MASKED = -1e30  # finite, and below any score: cross-only has no norm, so its scores grow with its input
 
 
 class PerceiverParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -157,16 +155,9 @@ class ResamplerLayer(nn.Module):
         k, v = split_heads(k, self.kv_heads), split_heads(v, self.kv_heads)  # (B, KV, N, d)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q = q * self.head_dim**-0.5
         if self.groups > 1:  # heads of one group follow each other: lay their queries end to end
             q = q.reshape(batch, self.kv_heads, self.groups * count, self.head_dim)
-        scores = q @ k.transpose(-1, -2)
-        if bias is not None:
-            scores = scores + bias
-        weights = scores.softmax(-1)
-        if keep is not None:  # a row without any real token reads zero, not the mean of its padding
-            weights = weights * keep
-        read = weights @ v
+        read = attend(q, k, v, bias=bias, keep=keep)
         if self.groups > 1:
             read = read.reshape(batch, self.heads, count, self.head_dim)
         return self.to_out(merge_heads(read))  # type: ignore[no-any-return]
@@ -248,7 +239,7 @@ class Perceiver(Compressor):
         if context_mask is None:
             return None, None
         keep = context_mask.reshape(rows, 1, 1, self.budget.tokens_in).to(self.latents.dtype)
-        bias = (1.0 - keep) * _MASKED
+        bias = (1.0 - keep) * MASKED
         if self.params.family == "cross-only":
             return bias, keep
         return F.pad(bias, (0, self.budget.tokens_out)), None  # latents are never masked
@@ -280,8 +271,9 @@ class Perceiver(Compressor):
         latents, width = sizes["latents"]
         found: dict[str, Any] = {"family": family, "latents": latents, "embed_dim": width}
         found["depth"] = 1 + max((int(k.split(".")[1]) for k in own if k.startswith("layers.")), default=-1)
-        if "layers.0.q_norm.weight" in sizes:
-            found.update(qk_norm=True, head_dim=sizes["layers.0.q_norm.weight"][0])
+        found["qk_norm"] = "layers.0.q_norm.weight" in sizes
+        if found["qk_norm"]:
+            found["head_dim"] = sizes["layers.0.q_norm.weight"][0]
         head_dim = found.get("head_dim", params.head_dim)
         if "layers.0.to_q.weight" in sizes and "layers.0.to_kv.weight" in sizes:
             heads = count_heads(sizes["layers.0.to_q.weight"][0], head_dim, name="layers.0.to_q")

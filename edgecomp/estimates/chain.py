@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from msgspec.structs import replace
 
 from edgecomp.errors import InvalidSpec
@@ -10,8 +12,11 @@ from edgecomp.specs.costs import GraphCosts
 __all__ = ["in_a_row"]
 
 
-def in_a_row(first: GraphCosts, second: GraphCosts) -> GraphCosts:
+def in_a_row(first: GraphCosts, second: GraphCosts, *, taken: Collection[str] = ()) -> GraphCosts:
     """Return the costs of two graphs of which the second reads what the first makes.
+
+    Args:
+        taken: inputs of both in a row, where the second has some of its own.
 
     Weights that bear one name are one: graphs of a bundle share their weights file. What the first hands on that is
     constant, the scores of a stem that chooses nothing for example, the second reads as a weight.
@@ -19,13 +24,13 @@ def in_a_row(first: GraphCosts, second: GraphCosts) -> GraphCosts:
     Raises:
         InvalidSpec: the second reads what the first neither makes nor takes.
     """
-    handed = {*first.outputs, *first.inputs}
+    handed = {*first.outputs, *first.inputs, *taken}
     constants = {name for name in second.inputs if name not in handed and name in first.weights}
     if missing := [name for name in second.inputs if name not in handed and name not in constants]:
         raise InvalidSpec(f"{second.file} reads {', '.join(missing)}, which {first.file} does not make")
     second = _with_constants(second, constants)
-    taken = {*first.values}
-    names = {name: name if name in second.inputs or name not in taken else f"2/{name}" for name in second.values}
+    made = {*first.values}
+    names = {name: name if name in second.inputs or name not in made else f"2/{name}" for name in second.values}
     weights = {
         name: name if name not in first.weights or first.weights[name] == weight else f"2/{name}"
         for name, weight in second.weights.items()
@@ -43,7 +48,7 @@ def in_a_row(first: GraphCosts, second: GraphCosts) -> GraphCosts:
         file=second.file,
         batch=first.batch if first.batch == second.batch else 0,
         tokens=first.tokens or second.tokens,
-        inputs=first.inputs,
+        inputs=(*first.inputs, *(name for name in second.inputs if name not in (*first.outputs, *first.inputs))),
         outputs=tuple(names[name] for name in second.outputs),
         ops=(*first.ops, *ops),
         values={**first.values, **{names[name]: value for name, value in second.values.items()}},

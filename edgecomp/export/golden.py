@@ -13,7 +13,7 @@ from torch import nn
 
 from edgecomp.backbones.assemble import Assembly
 from edgecomp.backbones.placed import PlacedModel, PlainModel
-from edgecomp.backbones.seam import Stem
+from edgecomp.backbones.seam import Rest, Stem
 from edgecomp.bundle import GOLDEN, choice_key, golden_key
 from edgecomp.export.choices import ChoiceRecorder
 from edgecomp.images import PixelType, read_image, resize_and_crop, to_pixels
@@ -21,12 +21,13 @@ from edgecomp.resources import photograph_path
 from edgecomp.specs import Preprocess, TensorSpec
 from edgecomp.words import WORD_SIGNALS, read_words
 
-__all__ = ["golden_inputs", "run_module", "write_goldens"]
+__all__ = ["golden_inputs", "input_specs_of", "run_module", "write_goldens"]
 
 Array = npt.NDArray[np.generic]
 _POSITIONS = 0.1  # standard deviation of the table of positions; tokens have one
 _HALVINGS = 8  # of the way from a plain image to noise, on the search for a router's threshold
 _BESIDE = 1e-3  # how far a threshold is moved to one side of a need
+_IDS = 16  # of a vocabulary's first entries
 _PATCH = 16  # pixels; side of the photograph's patches where tokens are made of it
 
 
@@ -49,7 +50,7 @@ def write_goldens(
     """
     from safetensors.numpy import save
 
-    specs = assembly.models[0].input_specs(batch)
+    specs = input_specs_of(assembly, batch)
     models: dict[str, PlacedModel | PlainModel] = {
         f"m{model.compressor.budget.tokens_out}": model for model in assembly.models
     }
@@ -59,20 +60,80 @@ def write_goldens(
     for case, inputs in golden_inputs(specs, seed=seed, preprocess=assembly.preprocess).items():
         for name, array in inputs.items():
             tensors[golden_key("input", case, name)] = np.ascontiguousarray(array)
-        arrays = [inputs[spec.name] for spec in specs]
         for part, model in models.items():
+            arrays = [inputs[spec.name] for spec in model.input_specs(batch)]
             expected = run_module(model.reference().eval(), arrays)
             with ChoiceRecorder() as recorder:
                 got = run_module(model, arrays)
             for spec, want, have in zip(model.output_specs(batch), expected, got, strict=True):
                 compare(case, spec.name, have, want)
                 tensors[golden_key("output", case, spec.name, part=part)] = np.ascontiguousarray(want)
-            for number, choice in enumerate(recorder.choices):  # equal outputs: these are the original's choices
-                tensors[choice_key(case, part, number, f"{choice.op}.scores")] = choice.scores
-                tensors[choice_key(case, part, number, f"{choice.op}.indices")] = choice.indices
+            if assembly.then is None or assembly.seam is None:
+                tensors |= _choices(recorder, case, part)  # equal outputs: these are the original's choices
+        if assembly.then is not None and assembly.seam is not None:
+            tensors |= _goldens_of_parts(assembly, inputs, case, batch, compare)
     if assembly.router is not None:
         tensors |= _router_goldens(assembly, tensors, batch)
     (folder / GOLDEN).write_bytes(save(tensors))
+
+
+def _goldens_of_parts(
+    assembly: Assembly,
+    inputs: Mapping[str, Array],
+    case: str,
+    batch: int,
+    compare: Callable[[str, str, Array, Array], None],
+) -> dict[str, Array]:
+    """Return what the original of the first of two methods hands over, and the choices of each by itself.
+
+    The second's choices are those on what the first's original gave; the golden file has them in place of the choices
+    of both in a row, for the graphs are cut between them.
+    """
+    seam, tensors = assembly.seam, dict[str, Array]()
+    assert seam is not None
+    stem = Stem(assembly.models[-1], seam)
+    arrays = [inputs[spec.name] for spec in stem.input_specs(batch)]
+    expected = run_module(_Handing(assembly.models[-1]).eval(), arrays)
+    with ChoiceRecorder() as recorder:
+        got = run_module(stem, arrays)
+    tensors |= _choices(recorder, case, "stem")
+    handed: dict[str, Array] = {}
+    for spec, want, have in zip(stem.output_specs(batch), expected, got, strict=True):
+        compare(case, f"{spec.name} of {assembly.preset}", have, want)
+        handed[spec.name] = want
+        tensors[golden_key("output", case, spec.name, part="stem")] = np.ascontiguousarray(want)
+    for model in assembly.models:
+        rest = Rest(model, seam)
+        with ChoiceRecorder() as recorder:
+            run_module(rest, [{**inputs, **handed}[spec.name] for spec in rest.input_specs(batch)])
+        tensors |= _choices(recorder, case, f"m{model.compressor.budget.tokens_out}")
+    return tensors
+
+
+class _Handing(nn.Module):
+    """What the first of two originals in a row hands to the second."""
+
+    def __init__(self, model: PlacedModel) -> None:
+        super().__init__()
+        self.original = model.reference()
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return it."""
+        return self.original.hand_over(*inputs)  # type: ignore[operator, no-any-return]
+
+
+def _choices(recorder: ChoiceRecorder, case: str, part: str) -> dict[str, Array]:
+    tensors: dict[str, Array] = {}
+    for number, choice in enumerate(recorder.choices):
+        tensors[choice_key(case, part, number, f"{choice.op}.scores")] = choice.scores
+        tensors[choice_key(case, part, number, f"{choice.op}.indices")] = choice.indices
+    return tensors
+
+
+def input_specs_of(assembly: Assembly, batch: int) -> tuple[TensorSpec, ...]:
+    """Return what the models of all buckets take together: a bucket may take an input that another has not."""
+    specs = {spec.name: spec for model in assembly.models for spec in model.input_specs(batch)}
+    return tuple(specs.values())
 
 
 def _router_goldens(assembly: Assembly, inputs: Mapping[str, Array], batch: int) -> dict[str, Array]:
@@ -146,10 +207,10 @@ def golden_inputs(
 ) -> dict[str, dict[str, Array]]:
     """Return two cases of named inputs, `seeded` and `photo`.
 
-    seeded: images and tokens of standard normal values (uint8: uniform; attention: their softmax), masks that end at
-    different lengths (row 0 at three quarters).
+    seeded: images and tokens of standard normal values (uint8: uniform; attention: their softmax), masks and sizes
+    that end at different lengths (row 0 at three quarters), ids below 16.
     photo: the shipped photograph, in each row turned by a further quarter (mirrored after four); tokens are
-    its 16-pixel patches times a fixed random matrix; masks are full.
+    its 16-pixel patches times a fixed random matrix; masks and sizes are full.
 
     Args:
         specs: the inputs, with the largest batch.
@@ -169,6 +230,11 @@ def golden_inputs(
         elif spec.kind == "tokens":
             cases["seeded"][spec.name] = _noise(generator, spec)
             cases["photo"][spec.name] = _projected_patches(rows, generator, spec)
+        elif spec.kind == "sizes":
+            cases["seeded"][spec.name], cases["photo"][spec.name] = _sizes(spec, specs[0].shape[-2])
+        elif spec.kind == "ids":
+            for case in cases.values():
+                case[spec.name] = generator.integers(0, _IDS, spec.shape).astype(spec.dtype)
         elif spec.kind == "attention":
             cases["seeded"][spec.name], cases["photo"][spec.name] = _noise(generator, spec), _noise(generator, spec)
         else:
@@ -215,6 +281,16 @@ def _ragged_mask(spec: TensorSpec) -> Array:
     return (np.arange(count) < np.array(lengths)[rows % 5, None]).reshape(spec.shape)
 
 
+def _sizes(spec: TensorSpec, tokens: int) -> tuple[Array, Array]:
+    """Return sizes that fill three quarters of the most square grid, a half, all, one token, none; and full ones."""
+    down = max(size for size in range(1, math.isqrt(tokens) + 1) if tokens % size == 0)
+    across = tokens // down
+    ragged = [(max(1, down * 3 // 4), across), (down, max(1, across // 2)), (down, across), (1, 1), (0, 0)]
+    rows = np.arange(math.prod(spec.shape[:-1]))
+    seeded = np.array(ragged, spec.dtype)[rows % 5].reshape(spec.shape)
+    return seeded, np.broadcast_to(np.array((down, across), spec.dtype), spec.shape)
+
+
 def _turned(pixels: npt.NDArray[np.uint8], row: int) -> npt.NDArray[np.uint8]:
     turned = np.rot90(pixels, row % 4)
     return turned[:, ::-1] if row // 4 % 2 else turned
@@ -223,8 +299,10 @@ def _turned(pixels: npt.NDArray[np.uint8], row: int) -> npt.NDArray[np.uint8]:
 def _photographs(rows: int, preprocess: Preprocess, spec: TensorSpec) -> Array:
     from PIL import Image
 
+    size = spec.shape[-2]  # not that of the preprocessing where an input is a part of an image
+    preprocess = Preprocess(size, preprocess.crop, preprocess.interpolation, preprocess.mean, preprocess.std)
     pixels = np.asarray(resize_and_crop(read_image(photograph_path()), preprocess))
-    whole = Preprocess(preprocess.size, 1.0, preprocess.interpolation, preprocess.mean, preprocess.std)
+    whole = Preprocess(size, 1.0, preprocess.interpolation, preprocess.mean, preprocess.std)
     dtype: PixelType = "uint8" if spec.dtype == "uint8" else "float32"
     turned = [np.ascontiguousarray(_turned(pixels, row)) for row in range(rows)]
     return np.concatenate([to_pixels(Image.fromarray(t), whole, dtype) for t in turned]).reshape(spec.shape)

@@ -15,8 +15,10 @@ from torch import nn
 
 from edgecomp.backbones.assemble import Assembly, assemble
 from edgecomp.backbones.placed import PlacedModel
+from edgecomp.checkpoint import locate
 from edgecomp.errors import BundleError, InvalidSpec
 from edgecomp.export.golden import run_module
+from edgecomp.specs.backbone import is_model_folder
 from edgecomp.specs.manifest import Bucket, Manifest
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import WeightsOrigin, file_sha256
@@ -42,7 +44,8 @@ def reassemble(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_wei
     """Make the model of a bucket, and the plain one, again, with the weights that the bundle was made with.
 
     Args:
-        weights, backbone_weights: files, where the bundle's came from files; else `random`.
+        weights, backbone_weights: files, where the bundle's came from files; else `random`. Of a host in a folder, the
+            folder, with or without weights.
 
     Raises:
         InvalidSpec: a file is needed, and another or none was given. BundleError: it was made of Python objects, or
@@ -54,22 +57,31 @@ def reassemble(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_wei
     }
     for option, (given, origin) in files.items():
         _require_same(option, given, origin)
+    if manifest.then is not None and manifest.then.weights.kind != "random":
+        raise BundleError(
+            f"the weights of {manifest.then.method} came from {manifest.then.weights}, and those of a second method "
+            "cannot be given again here; use --selection --explain, which need none"
+        )
     kept = sorted({one.budget.tokens_out for one in manifest.buckets})
     has_host = manifest.backbone != "none"
     order = Order(
         recipe=manifest.recipe,
         preset=manifest.preset,
-        backbone=manifest.backbone,  # not left to the preset: --backbone may have named another than its own
         weights=weights,
-        backbone_weights=backbone_weights,
+        **_host_of(manifest, backbone_weights),
         budgets=tuple(map(str, kept)),  # all of them: tables are sized by the largest
         image_size=manifest.image_size if has_host or manifest.placement == "encoder" else 0,
-        feature_layer=manifest.feature_layer if has_host else 0,
+        feature_layer=manifest.feature_layer if manifest.placement == "after" and has_host else 0,
+        prefix=manifest.prefix,
         output=manifest.output,
         input_dtype=manifest.input_dtype,  # type: ignore[arg-type]
         seed=manifest.seed,
     )
     assembly = assemble(order)
+    for option, (given, origin) in files.items():
+        seen = assembly.weights if option == "--weights" else assembly.backbone_weights
+        if origin is not None and seen is not None and seen.sha256 != origin.sha256:
+            raise _other(option, given, origin)
     other = {name: value for name, value in manifest.params.items() if assembly.params.get(name) != value}
     if other:
         assembly = assemble(msgspec.structs.replace(order, params=other))
@@ -95,6 +107,22 @@ def _require_alike(manifest: Manifest, made: Assembly) -> None:
         )
 
 
+def _is_tower(origin: WeightsOrigin | None) -> bool:
+    return origin is not None and origin.layout.startswith("transformers")
+
+
+def _host_of(manifest: Manifest, given: str) -> dict[str, Any]:
+    """Return what names the host and its weights: of one that came from a folder, the folder that is given again."""
+    origin = manifest.backbone_weights
+    if manifest.placement == "encoder" or not _is_tower(origin) or given == "random":
+        backbone = "" if manifest.placement == "encoder" else manifest.backbone
+        return {"backbone": backbone, "backbone_weights": given}
+    assert origin is not None
+    path = Path(given)
+    folder = path if path.is_dir() else path.parent
+    return {"backbone": str(folder), "backbone_weights": "random" if origin.kind == "random" else given}
+
+
 def _require_same(option: str, given: str, origin: WeightsOrigin | None) -> None:
     """Refuse weights other than the bundle's."""
     if origin is None:
@@ -105,14 +133,18 @@ def _require_same(option: str, given: str, origin: WeightsOrigin | None) -> None
             "use --selection --explain, which need none"
         )
     if origin.kind == "file":
-        is_same = Path(given).is_file() and file_sha256(Path(given)) == origin.sha256
-    else:
-        is_same = given == origin.kind
+        path = Path(given)
+        # shards are held to their digest when their tensors have been read
+        is_same = path.exists() and (locate(path).is_sharded or file_sha256(locate(path).files[0]) == origin.sha256)
+    else:  # a configuration in a folder is held to its digest when it has been read
+        is_same = given == origin.kind or (_is_tower(origin) and is_model_folder(given))
     if not is_same:
-        wanted = "FILE" if origin.kind == "file" else origin.kind
-        raise InvalidSpec(
-            f"the bundle was made with {origin}, and {option} {given} is not that; give {option} {wanted}"
-        )
+        raise _other(option, given, origin)
+
+
+def _other(option: str, given: str, origin: WeightsOrigin) -> InvalidSpec:
+    wanted = "FILE" if origin.kind == "file" else origin.kind
+    return InvalidSpec(f"the bundle was made with {origin}, and {option} {given} is not that; give {option} {wanted}")
 
 
 def trace(model: nn.Module, inputs: Sequence[Array]) -> tuple[dict[str, Seen], tuple[Array, ...]]:

@@ -17,7 +17,7 @@ from edgecomp.parity.metrics import Difference, compare
 from edgecomp.parity.selection import ChoiceParity
 from edgecomp.runners import Runner
 from edgecomp.specs import Tolerance
-from edgecomp.specs.manifest import Bucket, Graph, PlainGraph, RouterGraph
+from edgecomp.specs.manifest import Bucket, Graph, PartGraph, PlainGraph, RouterGraph
 
 __all__ = [
     "OutputParity",
@@ -30,11 +30,13 @@ __all__ = [
     "expected_of",
     "inputs_of",
     "judge",
+    "label_of",
     "read_goldens",
     "rows_of",
 ]
 
 Array = npt.NDArray[np.generic]
+Judged = Bucket | PlainGraph | RouterGraph | PartGraph
 CASES = ("seeded", "photo")
 _ROUTER_MAX_REL = 1e-3
 NO_LIMITS = Limits()
@@ -174,7 +176,7 @@ def read_goldens(bundle: Path) -> dict[str, Array]:
 
 def check_bucket(
     runner: Runner,
-    bucket: Bucket | PlainGraph | RouterGraph,
+    bucket: Judged,
     goldens: Mapping[str, Array],
     tolerance: Tolerance,
     *,
@@ -196,11 +198,18 @@ def check_bucket(
         wanted = against.infer(inputs) if against is not None else expected_of(bucket, goldens, case)
         for name, expected in wanted.items():
             is_count = name in counts
-            rows.append(judge(bucket.model, case, name, outputs[name], expected, tolerance, limits, is_count=is_count))
+            rows.append(
+                judge(label_of(bucket), case, name, outputs[name], expected, tolerance, limits, is_count=is_count)
+            )
     return tuple(rows)
 
 
-def cases_of(graph: Bucket | PlainGraph | RouterGraph) -> tuple[str, ...]:
+def label_of(graph: Graph) -> str:
+    """Return what reports call a graph."""
+    return graph.label if isinstance(graph, PartGraph) else graph.model
+
+
+def cases_of(graph: Judged) -> tuple[str, ...]:
     """Return the golden cases of a graph; a router has more, one on each side of each threshold."""
     if not isinstance(graph, RouterGraph):
         return CASES
@@ -208,12 +217,16 @@ def cases_of(graph: Bucket | PlainGraph | RouterGraph) -> tuple[str, ...]:
     return (*CASES, *sides)
 
 
-def inputs_of(graph: Bucket | PlainGraph | RouterGraph, goldens: Mapping[str, Array], case: str) -> dict[str, Array]:
-    """Return the golden inputs of a graph by name."""
-    return {spec.name: rows_of(goldens, golden_key("input", case, spec.name), graph.batch) for spec in graph.inputs}
+def inputs_of(graph: Judged, goldens: Mapping[str, Array], case: str) -> dict[str, Array]:
+    """Return the golden inputs of a graph by name; the second of two methods reads what the first's original gave."""
+    keys = {spec.name: golden_key("input", case, spec.name) for spec in graph.inputs}
+    if isinstance(graph, PartGraph):
+        handed = {name: golden_key("output", case, name, part="stem") for name in keys}
+        keys = {name: handed[name] if handed[name] in goldens else key for name, key in keys.items()}
+    return {name: rows_of(goldens, key, graph.batch) for name, key in keys.items()}
 
 
-def expected_of(graph: Bucket | PlainGraph | RouterGraph, goldens: Mapping[str, Array], case: str) -> dict[str, Array]:
+def expected_of(graph: Judged, goldens: Mapping[str, Array], case: str) -> dict[str, Array]:
     """Return what the original makes of them."""
     keys = {spec.name: golden_key("output", case, spec.name, part=graph.golden_part) for spec in graph.outputs}
     return {name: rows_of(goldens, key, graph.batch) for name, key in keys.items()}

@@ -20,13 +20,14 @@ from edgecomp.parity.check import (
     expected_of,
     inputs_of,
     judge,
+    label_of,
 )
 from edgecomp.parity.limits import Limits
 from edgecomp.parity.selection import ChoiceParity, judge_choices
 from edgecomp.runners import Runner
 from edgecomp.specs import Tolerance
 from edgecomp.specs.choice import ChoiceNode
-from edgecomp.specs.manifest import Bucket
+from edgecomp.specs.manifest import Bucket, PartGraph
 
 __all__ = ["Recorded", "check_selection", "forced_inputs", "own_choices", "recorded_choices"]
 
@@ -35,7 +36,7 @@ Recorded = dict[int, tuple[Array, Array]]
 
 
 def recorded_choices(
-    bundle: Path, bucket: Bucket, nodes: tuple[ChoiceNode, ...], goldens: Mapping[str, Array], case: str
+    bundle: Path, bucket: Bucket | PartGraph, nodes: tuple[ChoiceNode, ...], goldens: Mapping[str, Array], case: str
 ) -> Recorded:
     """Return scores and indices of each of the original's choices, for the rows of a bucket's batch.
 
@@ -110,7 +111,7 @@ def own_choices(
 def check_selection(
     runner: Runner,
     bundle: Path,
-    bucket: Bucket,
+    bucket: Bucket | PartGraph,
     nodes: tuple[ChoiceNode, ...],
     goldens: Mapping[str, Array],
     tolerance: Tolerance,
@@ -139,11 +140,11 @@ def check_selection(
             wanted = {name: others[name] for name in wanted}
             original = {node.number: _as_recorded(node, others) for node in nodes}
         forced += [
-            judge(bucket.model, case, name, outputs[name], expected, tolerance, limits, is_count=name in counts)
+            judge(label_of(bucket), case, name, outputs[name], expected, tolerance, limits, is_count=name in counts)
             for name, expected in wanted.items()
         ]
-        choices += judge_choices(bucket.model, case, nodes, original, outputs, max_rel=tolerance.max_rel)
-    return SelectionParity(bucket.model, tuple(forced), tuple(choices))
+        choices += judge_choices(label_of(bucket), case, nodes, original, outputs, max_rel=tolerance.max_rel)
+    return SelectionParity(label_of(bucket), tuple(forced), tuple(choices))
 
 
 def _as_recorded(node: ChoiceNode, outputs: Mapping[str, Array]) -> tuple[Array, Array]:

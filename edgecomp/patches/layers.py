@@ -13,7 +13,7 @@ import numpy.typing as npt
 __all__ = ["PatchLayer", "PatchLayers", "Picture", "grid_of", "layer_title"]
 
 Array = npt.NDArray[Any]
-_BLOCK = re.compile(r"(?:.*\.)?(?:blocks|layers)\.(\d+)")
+_BLOCK = re.compile(r"(?:.*\.)?(?:blocks|layers?)\.(\d+)")
 
 
 class PatchLayer(msgspec.Struct, frozen=True, eq=False):

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import msgspec
 
 from edgecomp.engines import EngineRecord
-from edgecomp.report.export import precision_line, router_line
+from edgecomp.report.export import precision_line, router_line, then_lines
 from edgecomp.report.text import flops, size, table
 from edgecomp.specs.manifest import Bucket, Manifest
 
-__all__ = ["BundleContents", "EngineContents", "OnnxContents", "describe_contents"]
+__all__ = [
+    "BundleContents",
+    "CheckpointFile",
+    "EngineContents",
+    "OnnxContents",
+    "WeightsContents",
+    "WeightsFit",
+    "describe_contents",
+]
 
 
 class BundleContents(msgspec.Struct, frozen=True, tag="bundle"):
@@ -61,8 +70,80 @@ class EngineContents(msgspec.Struct, frozen=True, tag="engine"):
         return not self.record_problem
 
 
-def describe_contents(contents: BundleContents | OnnxContents | EngineContents) -> str:
+class CheckpointFile(msgspec.Struct, frozen=True):
+    """A file of a checkpoint."""
+
+    name: str
+    size_bytes: int
+
+
+class WeightsFit(msgspec.Struct, frozen=True):
+    """A method whose layout a checkpoint is in, and what could be exported from it.
+
+    Attributes:
+        prefix: in front of the keys that are read.
+        tensors, size_bytes: of what is read.
+        foreign: tensors of other models that are left out; foreign_groups: whose.
+        unknown: keys below the prefix that the layout does not know, which an export refuses.
+        params: the method's parameters; decided: those that the shapes of the checkpoint decide.
+        width: of the tokens that it reads, or makes.
+        tokens_in: 0 where a host decides.
+        kept: tokens kept where nothing is said; may_keep: the rule.
+        command: what exports it.
+        problem: why nothing could be exported.
+    """
+
+    method: str
+    layout: str
+    prefix: str
+    tensors: int
+    size_bytes: int
+    foreign: int
+    foreign_groups: str
+    unknown: tuple[str, ...]
+    preset: str
+    placement: str
+    params: dict[str, Any]
+    decided: tuple[str, ...]
+    width: int
+    tokens_in: int
+    kept: tuple[int, ...]
+    may_keep: str
+    notes: tuple[str, ...]
+    problem: str
+    command: str
+
+
+class WeightsContents(msgspec.Struct, frozen=True, tag="weights"):
+    """A checkpoint: its files and types, and the methods that it fits; false where no method could take it.
+
+    Attributes:
+        absent: shards that its index names and that are not there.
+        saved_by: the method whose `save` wrote it.
+        types: tensors of each type.
+        nearest: where no method fits, the nearest layout and what differs.
+    """
+
+    path: str
+    files: tuple[CheckpointFile, ...]
+    absent: tuple[str, ...]
+    note: str
+    saved_by: str
+    types: dict[str, int]
+    tensors: int
+    first_keys: tuple[str, ...]
+    groups: str
+    fits: tuple[WeightsFit, ...]
+    nearest: str
+
+    def __bool__(self) -> bool:
+        return any(not fit.problem for fit in self.fits)
+
+
+def describe_contents(contents: BundleContents | OnnxContents | EngineContents | WeightsContents) -> str:
     """Return the text."""
+    if isinstance(contents, WeightsContents):
+        return _describe_weights(contents)
     if isinstance(contents, BundleContents):
         return _describe_bundle(contents)
     if isinstance(contents, OnnxContents):
@@ -77,12 +158,19 @@ def _describe_bundle(contents: BundleContents) -> str:
         f"{contents.path}: edgecomp bundle, schema {m.schema}, {size(contents.size_bytes)}, whole (all hashes match)",
         f"  method     {m.method}, preset {m.preset}, {m.placement}, backbone {m.backbone}",
         f"  params     {params}",
+        *then_lines(m),
+        *([f"  params     {', '.join(f'{name}={value}' for name, value in m.then.params.items())}"] if m.then else []),
         f"  weights    {m.weights}",
         *([f"  backbone   {m.backbone_weights}"] if m.backbone_weights else []),
         f"  precision  {precision_line(m)}; output {m.output}, input {m.input_dtype}",
         *_islands(m),
         *([f"  router     {router_line(m.router)}"] if m.router is not None else []),
         f"  source     {m.recipe.source.paper}; {m.recipe.source.upstream} ({m.recipe.source.licence})",
+        *(
+            [f"             {m.then.source.paper}; {m.then.source.upstream} ({m.then.source.licence})"]
+            if m.then
+            else []
+        ),
         f"  made with  {', '.join(f'{name} {version}' for name, version in m.tools.items())}",
         *(f"  note       {note}" for note in m.notes),
         "",
@@ -111,6 +199,51 @@ def _describe_bundle(contents: BundleContents) -> str:
     ]
     lines += [f"  below      {name}" for name in contents.below]
     return "\n".join(lines)
+
+
+def _describe_weights(contents: WeightsContents) -> str:
+    files = contents.files
+    where = "" if len(files) == 1 else f" in {len(files)} shards"
+    total = size(sum(file.size_bytes for file in files))
+    types = ", ".join(f"{name} ({count})" for name, count in contents.types.items())
+    lines = [
+        f"{contents.path}: checkpoint, {total}{where}, {contents.tensors} tensors",
+        *([f"  note       {contents.note}"] if contents.note else []),
+        *(f"  absent     {name}: named by the index, and not there" for name in contents.absent),
+        *([f"  saved by   edgecomp, method {contents.saved_by}"] if contents.saved_by else []),
+        f"  types      {types}; all are read as float32",
+        f"  keys       {contents.groups}",
+    ]
+    for fit in contents.fits:
+        lines += ["", *_describe_fit(fit)]
+    if not contents.fits:
+        lines += ["", "  fits       no layout of any method"]
+        lines += [f"  nearest    {contents.nearest}"] if contents.nearest else []
+        lines += [f"  first keys {', '.join(contents.first_keys)}"]
+    return "\n".join(lines)
+
+
+def _describe_fit(fit: WeightsFit) -> list[str]:
+    below = f" below {fit.prefix!r}" if fit.prefix else ""
+    decided = ", ".join(f"{name}={value}" for name, value in fit.params.items() if name in fit.decided)
+    tokens = (
+        f"{fit.tokens_in} tokens of width {fit.width}" if fit.tokens_in else f"a host's tokens of width {fit.width}"
+    )
+    kept = f", {', '.join(map(str, fit.kept))} kept by default" if fit.kept else ""
+    return [
+        f"  fits       {fit.method}, layout {fit.layout}{below}: {fit.tensors} tensors, {size(fit.size_bytes)}",
+        *([f"  left out   {fit.foreign} tensors of other models: {fit.foreign_groups}"] if fit.foreign else []),
+        *([f"  not known  {len(fit.unknown)}: {', '.join(fit.unknown[:5])}"] if fit.unknown else []),
+        *([f"  PROBLEM    {fit.problem}"] if fit.problem else []),
+        *([f"  sizes      {decided}"] if decided else []),
+        *(
+            []
+            if fit.problem
+            else [f"  gives      preset {fit.preset}, {fit.placement}; {tokens}{kept} ({fit.may_keep})"]
+        ),
+        *(f"  note       {note}" for note in fit.notes),
+        *([f"  export     {fit.command}"] if fit.command else []),
+    ]
 
 
 def _islands(m: Manifest) -> list[str]:

@@ -45,6 +45,7 @@ def describe_export(report: ExportReport) -> str:
         f"{report.bundle}: {head}",
         f"  method     {manifest.method}, preset {manifest.preset}, {manifest.placement}"
         + (f" {manifest.backbone} (feature layer {manifest.feature_layer})" if manifest.backbone != "none" else ""),
+        *then_lines(manifest),
         f"  input      {_inputs(manifest)}",
         f"  precision  {precision_line(manifest)}",
         f"  weights    {manifest.weights}",
@@ -81,6 +82,14 @@ def describe_export(report: ExportReport) -> str:
             )
     lines.append(f"  next       edgecomp parity {report.bundle}")
     return "\n".join(lines)
+
+
+def then_lines(manifest: Manifest) -> list[str]:
+    """Return the line of the second method, where there is one."""
+    then = manifest.then
+    if then is None:
+        return []
+    return [f"  then       {then.method}, preset {then.preset}, on {then.between} tokens; weights {then.weights}"]
 
 
 def precision_line(manifest: Manifest) -> str:

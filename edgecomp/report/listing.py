@@ -90,6 +90,7 @@ def describe_backbones(rows: Sequence[Backbone]) -> str:
     cells = [
         [
             row.name,
+            row.library,
             row.family,
             row.image_size,
             row.patch_size,
@@ -101,6 +102,7 @@ def describe_backbones(rows: Sequence[Backbone]) -> str:
         for row in rows
     ]
     return (
-        table(["backbone", "family", "pixels", "patch", "tokens", "prefix", "width", "blocks"], cells)
-        + "\nany other timm VisionTransformer works by its name; `none` takes tokens as the input"
+        table(["backbone", "of", "family", "pixels", "patch", "tokens", "prefix", "width", "blocks"], cells)
+        + "\nany other timm VisionTransformer works by its name, and any image tower of these families that "
+        "transformers saved by its folder;\nnames of transformers stand for random weights; `none` takes tokens"
     )

@@ -26,10 +26,12 @@ def winner_recipe(
     export ended with, so that no default of a later edgecomp changes them.
 
     Args:
-        asked: what the search was given that a manifest does not hold: files of weights and of calibration.
+        asked: what the search was given that a manifest does not hold: files of weights and of calibration, a host's
+            folder.
     """
     recipe = manifest.recipe
     host = manifest.backbone if manifest.placement != "encoder" else ""
+    host = asked.backbone if host and asked.backbone != "none" else host
     preset = Preset(
         summary=f"found by `edgecomp search`: {bucket.budget.tokens_out} of {bucket.budget.tokens_in} tokens in "
         f"{manifest.precision}",

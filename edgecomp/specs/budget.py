@@ -55,6 +55,13 @@ class BudgetRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Say whether `count` tokens can be kept."""
         return count in self.choices if self.choices else self.minimum <= count <= self.maximum
 
+    def narrowed(self, possible: tuple[int, ...]) -> BudgetRule:
+        """Return the rule whose choices are those of `possible` that this one allows; where there are none, itself."""
+        choices = tuple(count for count in possible if self.allows(count))
+        if not choices:
+            return self
+        return BudgetRule(tuple(count for count in self.default if count in choices) or choices[-1:], choices)
+
     def __str__(self) -> str:
         if self.choices:
             return "one of " + ", ".join(map(str, self.choices))

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import msgspec
 
 from edgecomp.specs.budget import TokenBudget
+from edgecomp.specs.order import Prefix
 from edgecomp.specs.origin import WeightsOrigin
 from edgecomp.specs.precision import Rest, WrittenPrecision
 from edgecomp.specs.preprocess import Preprocess
-from edgecomp.specs.recipe import Recipe
+from edgecomp.specs.recipe import Recipe, Source
 from edgecomp.specs.site import Output, Placement
 from edgecomp.specs.tensor import TensorSpec
 
@@ -19,11 +20,13 @@ __all__ = [
     "Calibration",
     "Graph",
     "Manifest",
+    "PartGraph",
     "PlainGraph",
     "RouterGraph",
     "RouterRecord",
     "Samples",
     "StoredFile",
+    "ThenRecord",
 ]
 
 
@@ -87,6 +90,23 @@ class PlainGraph(Graph, frozen=True, forbid_unknown_fields=True):
         return "plain"
 
 
+class PartGraph(Graph, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """One of two methods in a row, by itself; never written.
+
+    Attributes:
+        part: whose outputs the golden file holds under its name.
+        label: what reports call it.
+    """
+
+    part: str
+    label: str
+
+    @property
+    def golden_part(self) -> str:
+        """Whose outputs the golden file holds under its name."""
+        return self.part
+
+
 class RouterGraph(Graph, frozen=True, forbid_unknown_fields=True):
     """The graph that names a bucket."""
 
@@ -115,6 +135,25 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mean_tokens: float
     agreement: float
     agreement_of: str
+
+
+class ThenRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The second of two methods in a row.
+
+    Attributes:
+        method, preset: its recipe's names.
+        params: all its parameters.
+        between: tokens that the first hands it.
+        weights: where its weights come from.
+        source: of its recipe.
+    """
+
+    method: str
+    preset: str
+    params: dict[str, Any]
+    between: int
+    weights: WeightsOrigin
+    source: Source
 
 
 class RouterRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -195,6 +234,36 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rest: Rest = "fp32"
     fp32: tuple[str, ...] = ()
     samples: Samples | None = None
+    prefix: Prefix = ""
+    then: ThenRecord | None = None
+
+    @property
+    def methods(self) -> str:
+        """The method, or both methods in a row."""
+        return f"{self.method} then {self.then.method}" if self.then is not None else self.method
+
+    def parts_of(self, bucket: Bucket) -> tuple[PartGraph, ...]:
+        """Return the two methods of a bucket, each by itself; none where it has one method, or one graph for both."""
+        stem = next((graph for graph in self.stem if graph.model == bucket.stem), None)
+        if self.then is None or stem is None:
+            return ()
+        own = tuple(spec for spec in bucket.inputs if spec.name not in {given.name for given in stem.inputs})
+        first, second = f"{stem.model} ({self.method} alone)", f"{bucket.model} ({self.then.method} alone)"
+        return (
+            PartGraph(
+                stem.model, stem.batch, stem.inputs, stem.outputs, stem.flops, stem.ops, part="stem", label=first
+            ),
+            PartGraph(
+                bucket.model,
+                bucket.batch,
+                (*stem.outputs, *own),
+                bucket.outputs,
+                bucket.flops - stem.flops,
+                bucket.ops,
+                part=bucket.golden_part,
+                label=second,
+            ),
+        )
 
     @property
     def unknown_to_cpu(self) -> str:

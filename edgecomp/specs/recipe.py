@@ -13,6 +13,7 @@ from edgecomp.errors import InvalidSpec, UnknownName
 from edgecomp.resources import data_path
 from edgecomp.specs._toml import read_toml
 from edgecomp.specs.budget import BudgetRule
+from edgecomp.specs.layout import Layout
 from edgecomp.specs.precision import Rest, WrittenPrecision
 from edgecomp.specs.site import Output, Placement
 
@@ -25,7 +26,9 @@ __all__ = [
     "Preset",
     "Recipe",
     "Source",
+    "Then",
     "Tolerance",
+    "followed_by",
     "load_recipe",
     "method_entry_points",
     "method_names",
@@ -125,6 +128,22 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     calibration_images: Annotated[int, Meta(ge=0)] = 0
 
 
+class Then(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A second method, which runs on the tokens of the first.
+
+    Attributes:
+        method: its name.
+        preset: a named size of its recipe; its own for given tokens where empty.
+        params: its parameters.
+        between: tokens that the first hands it; 0: as many as the first keeps by default.
+    """
+
+    method: Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9-]*$")]
+    preset: str = ""
+    params: dict[str, Any] = {}
+    between: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
+
+
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a method becomes ONNX, where it comes from, and how close its numbers must be.
 
@@ -136,10 +155,12 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         outputs: what `--output` may ask for.
         placements: default preset of each placement; the first is the method's own place.
         presets: named sizes; those whose name begins with `smoke` are what the tests run.
+        layouts: how checkpoints of the originals name their tensors; see `Layout`.
         unread: checkpoint keys (shell patterns) that no forward pass reads, with the reason.
         extra_ops: ops outside the allow-lists that this method may use, with the reason.
         tolerances: of each precision; those that a file leaves out are the shared ones of `export/tolerances.toml`.
         invariances: changes of the input that cannot change the output, with the reason.
+        then: another method, which runs on this one's tokens; budgets are then of what that one keeps.
     """
 
     schema: Literal[1]
@@ -154,9 +175,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     presets: dict[str, Preset]
     preprocess: ImageStatistics
     tolerances: dict[WrittenPrecision, Tolerance]
+    layouts: tuple[Layout, ...] = ()
     unread: dict[str, str] = {}
     extra_ops: dict[str, str] = {}
     invariances: dict[Literal["token-order"], str] = {}
+    then: Then | None = None
 
     def __post_init__(self) -> None:
         for placement, preset in self.placements.items():
@@ -183,6 +206,27 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def rule(self, preset: str) -> BudgetRule:
         """Return the token counts that a preset can be exported for."""
         return self.preset(preset).budgets or self.budgets
+
+
+def followed_by(recipe: Recipe, then: Then) -> Recipe:
+    """Return the recipe of two methods in a row: the wider tolerances, the ops and the parity level of both."""
+    other = load_recipe(then.method)
+    tolerances = {**other.tolerances, **recipe.tolerances}
+    for precision in tolerances.keys() & other.tolerances.keys() & recipe.tolerances.keys():
+        one, two = recipe.tolerances[precision], other.tolerances[precision]
+        tolerances[precision] = Tolerance(
+            max_rel=max(one.max_rel, two.max_rel),
+            min_cosine=min(one.min_cosine, two.min_cosine),
+            derivation=f"the wider of {recipe.method}'s and {other.method}'s. {one.derivation}",
+        )
+    return msgspec.structs.replace(
+        recipe,
+        level=max(recipe.level, other.level),
+        tolerances=tolerances,
+        extra_ops={**other.extra_ops, **recipe.extra_ops},
+        invariances={},
+        then=then,
+    )
 
 
 def method_entry_points() -> dict[str, EntryPoint]:

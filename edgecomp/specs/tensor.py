@@ -9,7 +9,7 @@ import msgspec
 __all__ = ["DType", "TensorKind", "TensorSpec"]
 
 DType = Literal["float32", "float16", "bfloat16", "uint8", "int32", "int64", "bool"]
-TensorKind = Literal["image", "tokens", "mask", "features", "indices", "counts", "attention"]
+TensorKind = Literal["image", "tokens", "mask", "features", "indices", "counts", "attention", "sizes", "ids"]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -22,7 +22,8 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kind: what the numbers mean, so that inputs can be generated: `image` (pixels), `tokens`,
             `mask` (true where a token is real), `indices` (whole numbers, equal or wrong), `counts` (how many tokens
             each row stands for: whole numbers in a float type, equal or wrong in any precision),
-            `attention` (rows of shares that sum to 1), `features` (anything else).
+            `attention` (rows of shares that sum to 1), `sizes` (rows and columns of the tokens that are real, the first
+            in raster order), `ids` (entries of a table, as a tokenizer gives them), `features` (anything else).
     """
 
     name: str

@@ -69,4 +69,5 @@ def by_onnx(folder: Path, module: Any, *inputs: Tensor) -> dict[str, Any]:
     add_merge_body(model)
     ir.save(model, folder / "model.onnx")
     with open_runner("onnxruntime", folder / "model.onnx", threads=2) as runner:
-        return runner.infer({spec.name: value.float().numpy() for spec, value in zip(specs, inputs, strict=True)})
+        plain = [value.float() if value.is_floating_point() else value for value in inputs]
+        return runner.infer({spec.name: value.numpy() for spec, value in zip(specs, plain, strict=True)})

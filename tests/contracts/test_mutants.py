@@ -113,6 +113,32 @@ def ignored_mask(model, bucket):
     return changes
 
 
+def mirrored_kernel(model, bucket):
+    """The kernel of a convolution that shrinks a grid is read from right to left."""
+
+    def change(value):
+        kernel = ir.convenience.get_const_tensor(value).numpy()
+        _set_constant(value, kernel[..., ::-1])
+
+    return [lambda v=node.inputs[1]: change(v) for node in _shrinking(model)]
+
+
+def shifted_kernel(model, bucket):
+    """Zeros stand in front of a grid alone, and not around it, so that a kernel lies beside its place."""
+
+    def change(node):
+        top, left, bottom, right = node.attributes["pads"].as_ints()
+        node.attributes["pads"] = ir.AttrInt64s("pads", [top + bottom, left + right, 0, 0])
+
+    padded = [node for node in _shrinking(model) if any(node.attributes["pads"].as_ints())]
+    return [lambda n=node: change(n) for node in padded]
+
+
+def _shrinking(model):
+    convolutions = [node for node in _own_nodes(model) if node.op_type == "Conv" and len(node.outputs[0].shape) == 4]
+    return [node for node in convolutions if max(node.attributes["strides"].as_ints()) > 1]
+
+
 def _merge_mutation(model, **attributes):
     """Change an attribute of all merge nodes, and give them the body that goes with it."""
     nodes = [node for node in model.graph if node.op_type == "TopKMerge"]
@@ -230,11 +256,79 @@ def dropped_division(model, bucket):
     return [lambda n=node: n.replace_input_with(1, _constant(model, "mutant_one", one)) for node in nodes]
 
 
+def _is_plain(model):
+    """Whether a graph neither attends, merges nor chooses: it mixes tokens by constants and channels by weights."""
+    return not (_softmaxes(model) or model.functions or _choices(model))
+
+
+def wrong_rows(model, bucket):
+    """A matrix meets its channels one place further on: they were joined in another order."""
+    changes = []
+    for node in _own_nodes(model) if _is_plain(model) else ():
+        tensor = ir.convenience.get_const_tensor(node.inputs[1]) if node.op_type == "MatMul" else None
+        if tensor is not None and len(tensor.shape) == 2:
+            changes.append(lambda v=node.inputs[1], t=tensor: _set_constant(v, np.roll(t.numpy(), 1, 0)))
+    return changes
+
+
+def dropped_activation(model, bucket):
+    """What goes into an activation comes out of it."""
+    nodes = _own_nodes(model) if _is_plain(model) else []
+    changes = [lambda n=node: _bypass(n, n.inputs[0]) for node in nodes if node.op_type in ("Gelu", "Relu")]
+    for node in nodes:
+        gates = [value.producer() for value in node.inputs] if node.op_type == "Mul" else []
+        for gate, value in zip(gates, reversed(node.inputs), strict=True) if len(gates) == 2 else ():
+            if gate is not None and gate.op_type == "Sigmoid" and gate.inputs[0] is value:
+                changes.append(lambda n=node, v=value: _bypass(n, v))
+    return changes
+
+
+def dropped_transpose(model, bucket):
+    """Tokens are joined, or laid out as planes, in the order in which they lie."""
+    changes = []
+    for node in _own_nodes(model) if _is_plain(model) else ():
+        readers = [reader for reader, _ in node.outputs[0].uses()]
+        if node.op_type == "Transpose" and readers and all(reader.op_type == "Reshape" for reader in readers):
+            changes.append(lambda n=node: _bypass(n, n.inputs[0]))
+    return changes
+
+
+def _averages(model):
+    """Return the constant matrices that average tokens: rows of shares that add up to one."""
+    found = {}
+    for node in _own_nodes(model):
+        tensor = ir.convenience.get_const_tensor(node.inputs[0]) if node.op_type == "MatMul" else None
+        if tensor is not None and len(tensor.shape) == 2:
+            array = tensor.numpy()
+            if array.min() >= 0 and np.allclose(array.sum(-1), 1, atol=1e-5) and (array.max(-1) < 1).any():
+                found[node.inputs[0].name] = (node.inputs[0], array)
+    return found.values()
+
+
+def first_of_bin(model, bucket):
+    """Pooling takes one token of each bin, not their mean."""
+    return [
+        lambda v=value, a=array: _set_constant(v, np.eye(a.shape[1], dtype=a.dtype)[a.argmax(-1)])
+        for value, array in _averages(model)
+    ]
+
+
+def sums_for_means(model, bucket):
+    """Pooling adds where it should average; a norm behind it would hide that."""
+    if not _is_plain(model) or any("Normalization" in node.op_type for node in model.graph):
+        return []
+    return [lambda v=value, a=array: _set_constant(v, (a > 0).astype(a.dtype)) for value, array in _averages(model)]
+
+
 REQUIRED = (dropped_residual, identity, wrong_head, wrong_table, transposed_grid)
 MERGING = (unweighted_mean, dropped_sources, wrong_order, one_more_protected, first_r)
 SELECTING = (farthest_for_nearest, first_k)
 WEIGHTLESS = (farthest_for_nearest, swapped_comparison, dropped_division)
-MUTATIONS = (*REQUIRED, wrong_axis, swapped_kv, ignored_mask, *MERGING, *WEIGHTLESS, first_k)
+PROJECTING = (dropped_residual, identity, transposed_grid, wrong_rows, dropped_activation)
+POOLING = (dropped_transpose, first_of_bin, sums_for_means)
+SHRINKING = (mirrored_kernel, shifted_kernel)
+OTHERS = (wrong_rows, dropped_activation, *POOLING, *SHRINKING)
+MUTATIONS = (*REQUIRED, wrong_axis, swapped_kv, ignored_mask, *MERGING, *WEIGHTLESS, first_k, *OTHERS)
 LEAST = 3  # mutations that must apply to each preset
 
 each_mutation = pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda item: item.__name__.replace("_", "-"))
@@ -289,13 +383,15 @@ def test_every_required_mutation_applies_to_the_method(smokes, bundle_of, assemb
     first = bundle_of(smokes[0]).manifest.buckets[0]
     selects, merges = any(spec.name == "index" for spec in first.outputs), any("TopKMerge" in op for op in first.ops)
     required = (transposed_grid, *(MERGING if merges else SELECTING if selects else WEIGHTLESS))
-    if has_weights or "inside" in placements:
-        required = REQUIRED
     graphs = []
     for smoke in smokes:
         bundle = bundle_of(smoke)
         bucket = bundle.select(batch=smoke.batches[0])[0]
         graphs.append((smoke, bucket, _load(bundle, bucket)))
+    if has_weights or "inside" in placements:  # a method that maps a grid to a grid has no heads to exchange
+        required = PROJECTING if all(_is_plain(model) for _, _, model in graphs) else REQUIRED
+        if required is REQUIRED and not any(_softmaxes(model) or model.functions for _, _, model in graphs):
+            required = (transposed_grid, *SELECTING)  # weights that score and merge, and none that attend
     if not any(_residuals(model) for _, _, model in graphs):  # a method without any residual sum has none to lose
         required = tuple(mutation for mutation in required if mutation not in (dropped_residual, identity))
     kinds = set()

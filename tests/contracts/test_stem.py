@@ -22,7 +22,7 @@ from edgecomp.specs import load_recipe
 
 @pytest.fixture(scope="session")
 def two_budgets(assembled):
-    """Return a function that gives two or more budgets of a preset, where its default is one."""
+    """Return a function that gives two or more budgets of a preset, where its default is one; or the only one."""
 
     @functools.cache
     def choose(smoke):
@@ -30,9 +30,8 @@ def two_budgets(assembled):
             return tuple(sorted(smoke.budgets))
         (only,) = smoke.budgets
         rule, most = smoke.recipe.rule(smoke.preset), assembled(smoke).models[0].compressor.budget.tokens_in
-        return tuple(
-            sorted((only, next(count for count in range(1, most + 1) if count != only and rule.allows(count))))
-        )
+        others = [count for count in range(1, most + 1) if count != only and rule.allows(count)]
+        return tuple(sorted((only, *others[:1])))
 
     return choose
 
@@ -53,7 +52,10 @@ def _require_seam(assembly):
 def test_the_parts_in_a_row_are_the_whole(smoke, assembled, two_budgets, make_inputs):
     """In fp64, as the modules stand and as they are exported (with what is folded into matrices)."""
     _require_seam(assembled(smoke, dtype="float64"))
-    assembly = assembled(smoke, budgets=two_budgets(smoke), dtype="float64")
+    budgets = two_budgets(smoke)
+    if len(budgets) == 1:
+        pytest.skip(f"{budgets[0]} is the only budget of this preset")
+    assembly = assembled(smoke, budgets=budgets, dtype="float64")
     seam = find_seam(assembly.models)
     assert seam == assembly.seam == min(model.seam for model in assembly.models)
     for case, inputs in make_inputs(assembly, dtype="float64").items():

@@ -290,7 +290,8 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
     ("profile {bundle} --batch 8", ("has no batch 8; it has 1",)),
     # weights
     (f"{SMOKE} --weights nowhere.safetensors", ("weights file nowhere.safetensors is not there",)),
-    (f"{SMOKE} --weights {{bad}}", ("weights file", "is not there")),
+    (f"{SMOKE} --weights {{bad}}", ("folder", "checkpoints: empty.safetensors, ", "name one of them")),
+    (f"{SMOKE} --weights {{taken}}", ("taken holds no checkpoint", ".index.json")),
     (f"{HOST} --backbone-weights nowhere.pt", ("weights file nowhere.pt is not there",)),
     (f"{SMOKE} --weights {{bad}}/weights.h5", ("weights.h5 ends in '.h5'", ".safetensors")),
     (f"{SMOKE} --weights {{bad}}/truncated.safetensors", ("truncated.safetensors is truncated", "9000 bytes")),
@@ -318,7 +319,10 @@ TABLE: list[tuple[str, tuple[str, ...]]] = [
         ),
     ),
     (f"{SMOKE} --weights {{bad}}/resnet.safetensors", ("layout", "conv1.weight, fc.weight")),
-    (f"{TOKENS} --weights {{bad}}/resnet.safetensors", ("0 tensors named 'latents'", "conv1.weight, fc.weight")),
+    (
+        f"{TOKENS} --weights {{bad}}/resnet.safetensors",
+        ("none of the layouts of perceiver (flamingo, ", "first keys of 2: conv1.weight, fc.weight"),
+    ),
     (
         f"{HOST} --backbone-weights {{bad}}/resnet.safetensors",
         ("timm test_vit layout", "2 not known: conv1.weight, fc.weight"),

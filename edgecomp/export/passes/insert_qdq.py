@@ -297,7 +297,7 @@ def _sites(
     model: ir.Model, *, attention: bool, convs: bool, keep: Callable[[ir.Node], bool] | None
 ) -> tuple[_Site, ...]:
     """Return what to quantise, in the graph's order."""
-    valued = _nodes_with_value(model.graph)
+    valued = _nodes_with_value(model.graph) & _nodes_of_inputs(model.graph)
     found = (_site(node, attention=attention, convs=convs) for node in model.graph if node in valued)
     return tuple(site for site in found if site is not None and not (keep is not None and keep(site.node)))
 
@@ -335,6 +335,20 @@ def _nodes_with_value(graph: ir.Graph) -> set[ir.Node]:
         if node.op_type in ("Greater", "Less", "Equal", "GreaterOrEqual", "LessOrEqual"):
             skipped = len(node.inputs)
         waiting += [value.producer() for value in node.inputs[skipped:] if value is not None]
+    return found
+
+
+def _nodes_of_inputs(graph: ir.Graph) -> set[ir.Node]:
+    """Return the nodes whose result depends on an input: all others fold to constants, which gain nothing by int8.
+
+    ONNX Runtime 1.32 fails on three quantised layers that read one such constant ("replace the existing tensor").
+    """
+    fed = set(graph.inputs)
+    found: set[ir.Node] = set()
+    for node in graph:
+        if any(value in fed for value in node.inputs if value is not None):
+            found.add(node)
+            fed.update(node.outputs)
     return found
 
 

@@ -1,0 +1,77 @@
+"""`edgecomp.compressor`: a method's static module, to train and to export from Python."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgecomp.api._request import read_order
+from edgecomp.errors import InvalidSpec, MissingDependency
+
+if TYPE_CHECKING:
+    from edgecomp.compressors._base import Compressor
+
+__all__ = ["compressor"]
+
+
+def compressor(
+    method: str,
+    *,
+    grid: int = 0,
+    queries: int | str = 0,
+    preset: str = "",
+    weights: str | Path = "random",
+    image_size: int = 0,
+    output: str = "",
+    seed: int = 0,
+    **params: Any,
+) -> Compressor:
+    """Return a method as a PyTorch module: the static rewrite that `export` writes, in training mode.
+
+    Its `save` writes a checkpoint that `--weights` reads, `api.export(module, ...)` a bundle with its weights, and
+    `module.reference()` is the eager original on the same parameters.
+
+    Args:
+        method: as `edgecomp list methods` names it.
+        grid: side of the square of tokens that go in, so that `tokens` is its square.
+        queries: tokens kept, a count or a percentage such as "25%"; 0: the preset's, or the checkpoint's.
+        preset: a named size of the recipe; "": the recipe's, or the one that the weights tell.
+        weights: `random`, or a checkpoint: a file, or a folder of shards.
+        image_size: of an encoder, in pixels; 0: the preset's.
+        output: `tokens` or `logits`; "": the recipe's.
+        seed: of random weights.
+        params: the method's own parameters, by name.
+
+    Raises:
+        SpecError, WeightsError: such a module cannot be. MissingDependency: torch is not installed.
+    """
+    try:
+        from edgecomp.backbones.assemble import assemble
+        from edgecomp.compressors import compressor_class
+    except ImportError as error:
+        raise MissingDependency(error.name or str(error), needed_for="edgecomp.compressor", extra="export") from error
+    known = compressor_class(method).Params.__struct_fields__
+    if grid < 0 or (isinstance(queries, int) and queries < 0):
+        raise InvalidSpec(f"{method}: grid={grid}, queries={queries}: neither can be below 0")
+    if grid:
+        params |= {"grid": grid} if "grid" in known else {"tokens": _tokens_of(method, grid, params)}
+    if isinstance(queries, int) and queries and "queries" in known:
+        params["queries"] = queries
+    order = read_order(
+        method, "", preset, "none", weights, "random", (str(queries),) if queries else (), 1, image_size, 0, output,
+        "", params, False, "", None, "random", 0, seed,
+    )  # fmt: skip
+    made = assemble(order)
+    module = made.models[0].compressor.train()
+    module.preset = made.preset
+    return module
+
+
+def _tokens_of(method: str, grid: int, params: dict[str, Any]) -> int:
+    """Return the tokens of a grid, unless they were given, too, and are others."""
+    tokens = params.get("tokens", grid * grid)
+    if tokens != grid * grid:
+        side = math.sqrt(tokens) if isinstance(tokens, int) and tokens > 0 else 0.0
+        raise InvalidSpec(f"{method}: tokens={tokens} is not a grid of {grid} x {grid} (but of {side:.4g}); give one")
+    return grid * grid

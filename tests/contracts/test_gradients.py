@@ -1,0 +1,32 @@
+"""The static module can be trained: its gradients are the original's, for parameters and for what goes in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+_REL = 1e-8  # of the largest gradient of its tensor's kind, in fp64
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # an original that decides in Python
+def test_gradients_are_those_of_the_original(smoke, make_assembly, make_inputs):
+    """A random projection of the outputs has the same gradients through the static form and through the original."""
+    assembly = make_assembly(smoke, dtype="float64")
+    model = assembly.models[0].train()
+    compressor = model.compressor
+    inputs = make_inputs(assembly, dtype="float64")["seeded"]
+    parameters = {name: value for name, value in compressor.named_parameters() if value.requires_grad}
+    assert len(parameters) == len(list(compressor.parameters()))
+    found = []
+    for module in (model, model.reference()):
+        given = [value.clone().requires_grad_(value.is_floating_point()) for value in inputs]
+        generator = torch.Generator().manual_seed(2)
+        values = [value for value in module(*given) if value.is_floating_point()]
+        total = sum((value * torch.randn(value.shape, generator=generator)).sum() for value in values)
+        wanted = [*parameters.values(), *(value for value in given if value.requires_grad)]
+        found.append(torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [])
+    largest = max((float(value.abs().max()) for value in found[1] if value is not None), default=0.0)
+    assert largest > 0 or not found[1]
+    for name, got, expected in zip([*parameters, "input", *["input"] * 9], *found, strict=False):
+        got, expected = (torch.zeros(1) if value is None else value for value in (got, expected))
+        assert float((got - expected).abs().max()) <= _REL * largest, name

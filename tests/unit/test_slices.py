@@ -1,0 +1,232 @@
+"""The slicing policy: grids and sizes by its formulas, inputs of a bundle, and the order of the rows that come out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgecomp import api
+from edgecomp.errors import EdgecompError, InvalidSpec, RunError
+from edgecomp.slices import (
+    NEWLINE,
+    SEPARATOR,
+    SlicePolicy,
+    best_size,
+    choose_grid,
+    cut,
+    join_rows,
+    order_of_rows,
+    prepare_slices,
+    rows_of_bucket,
+)
+from edgecomp.specs import load_recipe
+from edgecomp.specs.preprocess import Preprocess
+
+POLICY = SlicePolicy()
+TINY = SlicePolicy(resolution=56, patch=14)
+SQUARE = Preprocess(56, 1.0, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [
+        ((448, 448), None),  # the area of one slice
+        ((300, 600), None),  # less than that, whatever the shape
+        ((449, 448), (2, 1)),  # ideal 2: of (1, 2), (2, 1), (1, 3), (3, 1)
+        ((450, 450), (1, 2)),  # two are equally near, and the first is taken
+        ((896, 448), (2, 1)),
+        ((448, 896), (1, 2)),
+        ((896, 896), (2, 2)),  # ideal 4
+        ((1344, 896), (3, 2)),  # ideal 6
+        ((672, 1008), (2, 2)),  # ideal 4, with 3 and 5: two slices would have been as near
+        ((1344, 1344), (3, 3)),  # ideal 9, and no more
+        ((4000, 3000), (3, 3)),
+        ((4000, 500), (8, 1)),
+        ((100, 10000), (1, 6)),  # ideal 5: the longest strip of up to 6
+        ((500, 100000), (1, 9)),
+    ],
+)
+def test_grids(size: tuple[int, int], grid: tuple[int, int] | None) -> None:
+    assert choose_grid(*size, POLICY) == grid
+
+
+def test_the_paper_cuts_six() -> None:
+    paper = SlicePolicy(resolution=336, most=6)
+    assert choose_grid(1008, 672, paper) == (3, 2)
+    assert choose_grid(3000, 2000, paper) == (3, 2)
+
+
+def test_every_grid_of_a_count_is_weighed() -> None:
+    for width in range(60, 4000, 137):
+        for height in range(60, 4000, 191):
+            grid = choose_grid(width, height, POLICY)
+            ideal = min(math.ceil(width * height / 448**2), 9)
+            if grid is None:
+                assert ideal <= 1
+                continue
+            columns, rows = grid
+            assert columns * rows in {ideal - 1, ideal, ideal + 1} - {0, 1}
+            assert columns * rows <= 9
+            error = abs(math.log(width / height) - math.log(columns / rows))
+            for count in {ideal - 1, ideal, ideal + 1} - {0, 1}:
+                others = [(c, count // c) for c in range(1, count + 1) if count % c == 0 and count <= 9]
+                assert all(error <= abs(math.log(width / height) - math.log(c / r)) + 1e-12 for c, r in others)
+
+
+def test_sizes() -> None:
+    assert best_size(448, 448, POLICY) == (448, 448)
+    assert best_size(300, 200, POLICY) == (294, 196)  # not enlarged: floored to patches
+    assert best_size(300, 200, POLICY, enlarge=True) == (546, 364)  # int(448 / sqrt(1.5)) = 365, int(365 * 1.5) = 547
+    assert best_size(10, 10000, POLICY) == (14, 9996)
+
+
+def test_an_image_is_cut_into_what_it_is_made_of() -> None:
+    """Slices laid side by side are the resized image."""
+    colours = np.random.default_rng(0).integers(0, 256, (112, 168, 3), dtype=np.uint8)
+    image = Image.fromarray(colours)
+    sliced = cut(image, TINY)
+    assert sliced.grid == (3, 2)
+    assert [part.size for part in sliced.slices] == [(56, 56)] * 6
+    assert sliced.overview.size == (56, 42)  # int(56 / sqrt(1.5)) = 45, int(45 * 1.5) = 67: floored to patches of 14
+    rows = [np.concatenate([np.asarray(part) for part in sliced.slices[at : at + 3]], 1) for at in (0, 3)]
+    np.testing.assert_array_equal(np.concatenate(rows), colours)
+    small = cut(image.resize((30, 20)), TINY)
+    assert small.grid is None
+    assert small.slices == ()
+    assert small.overview.size == (56, 42)
+
+
+def test_inputs_of_a_bundle() -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (100, 168, 3), dtype=np.uint8)
+    padded = msgspec.structs.replace(TINY, fit="pad")
+    made = prepare_slices(Image.fromarray(colours), padded, SQUARE, dtype="uint8")
+    columns, rows = made.grid or (0, 0)
+    assert made.count == columns * rows + 1
+    assert len(made.image) == len(made.mask) == len(made.sizes) == rows_of_bucket(made.count, (1, 3, 4, 5, 7, 10))
+    assert made.image.shape[1:] == (56, 56, 3)
+    for sizes, mask in zip(made.sizes, made.mask.reshape(-1, 4, 4), strict=True):
+        assert mask.sum() == sizes[0] * sizes[1]
+        assert mask[: sizes[0], : sizes[1]].all()
+    assert (made.sizes[: made.count] > 0).all()
+    assert not made.mask[made.count :].any()
+    floats = prepare_slices(Image.fromarray(colours), TINY, SQUARE)
+    assert floats.mask[: made.count].all()
+    assert floats.image.shape == (len(made.image), 3, 56, 56)
+    assert floats.image.dtype == np.float32
+
+
+def test_where_the_overview_stands() -> None:
+    image = Image.new("RGB", (112, 56), (255, 0, 0))
+    first, last = (
+        prepare_slices(image, SlicePolicy(resolution=56, patch=14, overview=at), SQUARE) for at in ("first", "last")
+    )  # type: ignore[arg-type]
+    assert first.grid == last.grid == (2, 1)
+    np.testing.assert_array_equal(first.sizes[0], last.sizes[2])
+    np.testing.assert_array_equal(first.image[1:3], last.image[:2])
+
+
+def test_the_order_of_rows() -> None:
+    order = order_of_rows((2, 2), 2, POLICY)
+    assert order.tolist() == [0, 1, 2, 3, SEPARATOR, 4, 5, NEWLINE, 6, 7, SEPARATOR, 8, 9, NEWLINE]
+    last = order_of_rows((2, 1), 2, SlicePolicy(overview="last"))
+    assert last.tolist() == [0, 1, SEPARATOR, 2, 3, NEWLINE, 4, 5]
+    assert order_of_rows(None, 3, POLICY).tolist() == [0, 1, 2]
+    latents = np.arange(5 * 2 * 3, dtype=np.float32).reshape(5, 2, 3)
+    separator, newline = np.full(3, -10, np.float32), np.full(3, -20, np.float32)
+    joined = join_rows(latents, order, separator=separator, newline=newline)
+    assert joined.shape == (14, 3)
+    np.testing.assert_array_equal(joined[4], separator)
+    np.testing.assert_array_equal(joined[7], newline)
+    np.testing.assert_array_equal(joined[8], latents[3, 0])
+    # rows that only fill the batch are named by nothing
+    filled = np.concatenate([latents, np.full((2, 2, 3), np.nan, np.float32)])
+    np.testing.assert_array_equal(join_rows(filled, order, separator=separator, newline=newline), joined)
+
+
+def test_six_slices_of_64_and_the_overview_are_448_tokens() -> None:
+    assert len(order_of_rows((3, 2), 64, POLICY)) == 7 * 64 + 6
+
+
+def test_refusals() -> None:
+    with pytest.raises(InvalidSpec, match=r"12 rows .* above the largest batch of the bundle, 10; .*--batch 12"):
+        rows_of_bucket(12, (1, 3, 4, 5, 7, 10))
+    assert [rows_of_bucket(count, (10, 1, 3)) for count in (1, 2, 3, 4)] == [1, 3, 3, 10]
+    with pytest.raises(RunError, match="0 x 5 pixels cannot be sliced"):
+        choose_grid(0, 5, POLICY)
+    with pytest.raises(InvalidSpec, match="patches of 14 pixels, and the encoder takes 60"):
+        prepare_slices(Image.new("RGB", (9, 9)), TINY, Preprocess(60, 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3))  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="the order names row 9, and 2 slices have 4 rows"):
+        join_rows(
+            np.zeros((2, 2, 3), np.float32), order_of_rows((2, 2), 2, POLICY), separator=np.zeros(3, np.float32),
+            newline=np.zeros(3, np.float32),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a tiny ViT with a resampler behind it, for one slice, and for two with their overview."""
+    pytest.importorskip("torch")
+    params = {"images": 1, "resolution": 56, "patch": 16, "most": 2}
+    folder = tmp_path_factory.mktemp("slices") / "bundle"
+    words = {"preset": "smoke", "batch": (1, 3), "params": params, "out": folder}
+    return api.export("slice-wise", **words).bundle
+
+
+def test_run_slices_an_image(bundle: Path, tmp_path: Path) -> None:
+    for size, rows, words in (
+        ((90, 45), 3, "2 x 1 slices and an overview of a batch of 3"),
+        ((40, 50), 1, "one slice"),
+    ):
+        Image.new("RGB", size, (9, 99, 200)).save(tmp_path / "image.png")
+        report = api.run(bundle, tmp_path / "image.png")
+        assert words in report.reason
+        (latents,) = report.outputs.values()
+        assert latents.shape == (rows, 4, 32)
+    Image.new("RGB", (90, 45)).save(tmp_path / "image.png")
+    with pytest.raises(InvalidSpec, match=r"3 rows .* above the largest batch of the bundle, 1"):
+        api.run(bundle, tmp_path / "image.png", batch=1)
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"inner": "slice-wise"}, "slices are not sliced again"),
+        ({"inner": "perceiver:idefics9"}, "no preset of perceiver 'idefics9'"),
+        ({"inner": "evit"}, "params.inner=evit stands inside"),
+        ({"inner": "q-former", "inner_params": {"depth": 1}}, "reads prefix tokens of its encoder"),
+        ({"inner_params": {"nonsense": 1}}, "resampler-2d:minicpm-v (inside slice-wise)"),
+    ],
+)
+def test_methods_that_cannot_be_inside_are_refused(params: dict[str, Any], words: str) -> None:
+    pytest.importorskip("torch")
+    from edgecomp.compressors import compressor_class
+
+    with pytest.raises(EdgecompError) as caught:
+        compressor_class("slice-wise").from_recipe(load_recipe("slice-wise"), 9, preset="resampler", **params)
+    assert words in str(caught.value)
+
+
+def test_a_checkpoint_of_the_inner_method_is_read() -> None:
+    torch = pytest.importorskip("torch")
+    from edgecomp.compressors import compressor_class
+
+    cls, recipe = compressor_class("slice-wise"), load_recipe("slice-wise")
+    inner = {"embed_dim": 32, "num_heads": 2}
+    sizes = {"preset": "resampler", "inner": "resampler-2d", "tokens": 9, "context_dim": 24}
+    module, other = (cls.from_recipe(recipe, 4, **sizes, inner_params=inner) for _ in range(2))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    state = module.inner.original_state("omnilmm")
+    found = cls.infer_params(state, cls.parse_params({"inner_params": inner}, method="slice-wise"))
+    assert found["inner_params"]["queries"] == 4
+    assert found["context_dim"] == 24
+    assert other.load_original(state) == "omnilmm"
+    assert all(torch.equal(value, module.state_dict()[key]) for key, value in other.state_dict().items())
+    assert other.load_original(module.state_dict()) == "edgecomp"
