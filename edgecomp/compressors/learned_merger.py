@@ -116,8 +116,7 @@ class LearnedMerger(Compressor):
 
     def _merge_all(self, kept: Tensor, others: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Merge the mean of what each kept token gets: kept (B, K, D), others (B, R, D) -> (B, K, D), (B, R)."""
-        unit = unit_rows(kept)  # the length of the others changes no order
-        match = (others.to(unit.dtype) @ unit.transpose(1, 2)).argmax(-1)  # (B, R)
+        match = (unit_rows(others) @ unit_rows(kept).transpose(1, 2)).argmax(-1)  # (B, R)
         members = (match.unsqueeze(1) == places.unsqueeze(-1)).to(kept.dtype)  # (B, K, R)
         sizes = members.sum(-1, keepdim=True)
         means = members @ others / sizes.clamp(min=1.0)
@@ -127,8 +126,8 @@ class LearnedMerger(Compressor):
         """Merge one token after the other."""
         matches = []
         for step in range(self.steps):
-            other, unit = others[:, step : step + 1], unit_rows(kept)  # (B, 1, D), (B, K, D)
-            match = (other.to(unit.dtype) @ unit.transpose(1, 2)).argmax(-1)  # (B, 1)
+            other = others[:, step : step + 1]  # (B, 1, D)
+            match = (unit_rows(other) @ unit_rows(kept).transpose(1, 2)).argmax(-1)  # (B, 1)
             chosen = match.unsqueeze(-1) == places  # (B, 1, K)
             target = chosen.to(kept.dtype) @ kept  # (B, 1, D)
             kept = torch.where(chosen.transpose(1, 2), self.merge(target, other), kept)

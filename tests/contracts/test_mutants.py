@@ -252,8 +252,15 @@ def swapped_comparison(model, bucket):
 def dropped_division(model, bucket):
     """A mean or a unit vector is left a sum or a vector."""
     one = np.ones((), np.float32)
-    nodes = _weightless_nodes(model, "Div")
+    nodes = [node for node in _weightless_nodes(model, "Div") if not _only_looks_for_its_best(node)]
     return [lambda n=node: n.replace_input_with(1, _constant(model, "mutant_one", one)) for node in nodes]
+
+
+def _only_looks_for_its_best(node):
+    """Whether rows are only compared with others, for the best of them: their own length changes no order."""
+    products = [use.node for use in node.outputs[0].uses() if use.node.op_type == "MatMul" and use.idx == 0]
+    readers = [use.node.op_type for product in products for use in product.outputs[0].uses()]
+    return bool(products) and len(products) == len(node.outputs[0].uses()) and set(readers) == {"ArgMax"}
 
 
 def _is_plain(model):
