@@ -99,11 +99,11 @@ def depends_on(asked: SearchAsked, model: ModelAsked, ask: Ask, machine: Machine
 
 
 def _listing(folder: str) -> str:
-    """Return what names and sizes of a folder's files say."""
+    """Return what names and contents of a folder's files say: sizes stay where an image is drawn anew."""
     if not folder:
         return ""
     files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
-    told = "\n".join(f"{file.relative_to(folder)} {file.stat().st_size}" for file in files)
+    told = "\n".join(f"{file.relative_to(folder)} {file_sha256(file)}" for file in files)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import msgspec
 
-from edgecomp.errors import ExportError, InvalidSpec, ParityError, SpecError
+from edgecomp.errors import ExportError, InvalidSpec, ParityError, RunError, SpecError
 from edgecomp.search.board import Board, Known
 from edgecomp.search.outcome import LatencyOf, Outcome, remarks_of, rows_of, sentence_of
 from edgecomp.search.plan import Step, coarse, is_monotone, next_budgets
@@ -131,7 +131,8 @@ class _Search:
         self.notes: list[str] = []
         self.precisions: dict[str, PrecisionVerdict] = {}
         self.taken = self.measured_now = 0
-        self.control: Made | None = None
+        self.plain: dict[str, Made] = {}  # uncompressed models that this run exported
+        self.is_resumed = any(isinstance(record, Timed) for record in journal.records)
         self.old: dict[str, list[Record]] = {}
         for record in journal.records:
             names = record.names if isinstance(record, Exported) else (getattr(record, "name", ""),)
@@ -268,25 +269,58 @@ class _Search:
         ]
 
     def _look_again(self) -> None:
-        """Measure the plain model once more, where this run measured it and others after it."""
-        made = self.control
-        if made is None or not self.ask.control or self.measured_now < _WORTH_A_CONTROL:
+        """Measure the plain model once more where others were measured after it, and tell each time that it was.
+
+        A kill may fall between the last candidate and this, so that measurements count over all runs of the journal. A
+        run that went on with an earlier one's has numbers of two times side by side: any of its own is controlled.
+        """
+        plain = (one for one in self.board.known.values() if one.family.role == "plain")
+        first = next((one for one in plain if one.measured is not None), None)
+        if first is None or first.measured is None or not self.ask.control:
             return
-        first = self.board.known[made.name].measured
-        started = self.clock()
-        for _, again in self.tools.measure([made]):
-            self.journal.add(Timed(f"{made.name} again", again, self.clock() - started, made.flops))
-            if first is None:
-                return
-            times = [one.p50_us.value / 1000 for one in (first, again)]
-            share = times[1] / times[0] - 1
-            said = f"{made.name} took {times[0]:.3f} ms at the beginning and {times[1]:.3f} at the end ({share:+.1%})"
-            if abs(share) > self.ask.noise:
-                said += (
-                    f": the machine drifted by more than --noise {self.ask.noise:g}, so that candidates are not "
-                    "measured alike; repeat it on a quiet one, with --fresh"
-                )
-            self.notes.append(said)
+        name = name_of(first.family, first.tokens)
+        earlier = [record.value for record in self.old.get(_again(name), ()) if isinstance(record, Timed)]
+        for value in earlier:
+            self.notes.append(self._drift(name, first.measured, value, "at the end of an earlier run"))
+        waiting = 0  # measurements that no control has followed
+        for record in self.journal.records:
+            if isinstance(record, Timed):
+                waiting = 0 if record.name == _again(name) else waiting + 1
+        if waiting >= _WORTH_A_CONTROL or (self.is_resumed and self.measured_now):
+            self._control(name, first)
+
+    def _control(self, name: str, first: Known) -> None:
+        assert first.measured is not None
+        try:
+            made = self.plain.get(name) or self._plain_again(name, first)
+            started = self.clock()
+            for _, again in self.tools.measure([made]):
+                self.journal.add(Timed(_again(name), again, self.clock() - started, made.flops))
+                self.notes.append(self._drift(name, first.measured, again, "at the end"))
+        except (ExportError, SpecError, RunError) as error:
+            self.notes.append(
+                f"{name} could not be measured again at the end, so that it is not known how far the machine drifted: "
+                f"{error}"
+            )
+
+    def _plain_again(self, name: str, first: Known) -> Made:
+        """Return the plain model of an earlier run, out of the bundle that it was exported in."""
+        record = next(one for one in self.journal.records if isinstance(one, Exported) and name in one.names)
+        beside = [one for one in map(self.board.known.get, record.names) if one and one.family.role == "candidate"]
+        family = beside[0].family if beside else self._family(first.family.precision, self.ask.schedules[0])
+        budgets = tuple(one.tokens for one in beside) or coarse(self.ask.budgets)[:1]
+        return next(one for one in self.tools.export(family, budgets, with_plain=True) if one.name == name)
+
+    def _drift(self, name: str, before: Measured, after: Measured, when: str) -> str:
+        times = [one.p50_us.value / 1000 for one in (before, after)]
+        share = times[1] / times[0] - 1
+        said = f"{name} took {times[0]:.3f} ms at the beginning and {times[1]:.3f} {when} ({share:+.1%})"
+        if abs(share) > self.ask.noise:
+            said += (
+                f": the machine drifted by more than --noise {self.ask.noise:g}, so that candidates are not "
+                "measured alike; repeat it on a quiet one, with --fresh"
+            )
+        return said
 
     def _skip_all(self, word: str, why: str) -> None:
         for schedule in self.ask.schedules:
@@ -342,8 +376,8 @@ class _Search:
         self.journal.add(record)
         for one in made:
             self._take(self.board.known[one.name], record)
-            if one.family.role == "plain" and self.control is None:
-                self.control = one
+            if one.family.role == "plain":
+                self.plain[one.name] = one
         plain = name_of(Family("plain", "", family.precision), 0)
         if with_plain and plain not in record.names:
             self._note(Refused(plain, "cannot be exported", f"{record.bundle} has no uncompressed model"))
@@ -391,3 +425,8 @@ class _Search:
             winner_known=board.known.get(winner),
             known=tuple(board.known.values()),
         )
+
+
+def _again(name: str) -> str:
+    """Return the name under which the journal has the second measurement of a plain model."""
+    return f"{name} again"

@@ -238,6 +238,7 @@ def test_a_machine_that_drifts_is_told(tmp_path: Path) -> None:
     again = shop.go(tmp_path, Limits(max_p50_ms=50), control=True)
     assert shop.measured.count("plain fp32") == 2, "nothing was measured, so that nothing is held to it"
     assert again.winner == found.winner
+    assert "plain fp32 took 72.000 ms at the beginning and 72.000 at the end of an earlier run (+0.0%)" in again.notes
     factors = iter([1.0, 1.2])
     usual = shop.measure
 
@@ -251,6 +252,46 @@ def test_a_machine_that_drifts_is_told(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").unlink()
     notes = shop.go(tmp_path, Limits(max_p50_ms=50), control=True).notes
     assert any("86.400 at the end (+20.0%): the machine drifted by more than --noise 0.05" in note for note in notes)
+
+
+def test_a_search_that_goes_on_has_its_drift_and_keeps_what_was_told(tmp_path: Path) -> None:
+    shop, usual = Shop(), Shop.measure
+    factor = 1.0
+
+    def drifting(made: Sequence[Made]) -> Iterator[tuple[str, Measured]]:
+        for name, one in usual(shop, made):
+            us = one.p50_us.value * factor
+            yield name, msgspec.structs.replace(one, p50_us=Figure(us, us * 0.99, us * 1.01))
+
+    shop.measure = drifting  # type: ignore[method-assign]
+    shop.die_at = 6
+    with pytest.raises(KeyboardInterrupt):
+        shop.go(tmp_path, Limits(max_p50_ms=50), control=True)
+    assert shop.measured.count("plain fp32") == 1
+    shop.die_at, factor = -1, 1.2
+    drift = "plain fp32 took 72.000 ms at the beginning and 86.400 at the end"
+    went_on = shop.go(tmp_path, Limits(max_p50_ms=50), control=True)
+    assert any(f"{drift} (+20.0%): the machine drifted" in note for note in went_on.notes)
+    factor, before = 1.0, len(shop.measured)
+    other = shop.go(tmp_path, Limits(max_p50_ms=30), control=True)
+    assert len(shop.measured) - before <= 4, "fewer than a search from the beginning, and yet controlled"
+    assert shop.measured[-1] == "plain fp32"
+    assert any(f"{drift} of an earlier run (+20.0%): the machine drifted" in note for note in other.notes)
+    assert any("72.000 at the end (+0.0%)" in note for note in other.notes)
+
+
+def test_a_control_that_cannot_be_is_told(tmp_path: Path) -> None:
+    shop, usual = Shop(), Shop.measure
+
+    def gone(made: Sequence[Made]) -> Iterator[tuple[str, Measured]]:
+        if "plain fp32" in shop.measured and made[0].name == "plain fp32":
+            raise RunError("the host is gone")
+        yield from usual(shop, made)
+
+    shop.measure = gone  # type: ignore[method-assign]
+    found = shop.go(tmp_path, Limits(max_p50_ms=50), control=True)
+    assert found.winner == "tome m112 fp32"
+    assert any("plain fp32 could not be measured again at the end" in n and "host is gone" in n for n in found.notes)
 
 
 def test_schedules_are_searched_each_and_the_better_wins(tmp_path: Path) -> None:
@@ -281,6 +322,12 @@ def test_another_network_is_there_for_its_latency_alone(tmp_path: Path) -> None:
     found = shop.go(tmp_path, Limits(max_p50_ms=100))
     assert found.winner == "tome m192 fp32"
     assert row(found, "plain fp32").why == "its agreement cannot be told, so that it stands in no front"
+    assert not any("uncompressed model" in note for note in found.notes), "72 ms is slower than the winner's 68"
+    shop.ms = lambda family, n: 73 + n / 4
+    slow = shop.go(tmp_path / "..", Limits(max_p50_ms=200))
+    (tmp_path / ".." / "journal.jsonl").unlink()
+    said = "plain fp32, the uncompressed model, is no slower than tome m192 fp32 (72.000 and 121.000 ms)"
+    assert any(note.startswith(said) for note in slow.notes)
 
 
 def test_latency_that_is_not_monotone_is_said(tmp_path: Path) -> None:
@@ -346,6 +393,31 @@ def test_searches_here_writes_a_recipe_and_goes_on(one_bundle: list[list[int]], 
     assert changed.code == 2
     assert "was begun with measuring.threads 1, and this one has 2" in changed.err
     assert cli(*LOOK[:-1], "2", "--max-p50", "10000", "--out", out, "--fresh").code == 0
+
+
+def test_images_that_change_are_another_search(one_bundle: list[list[int]], cli: Cli, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (40, 40), (10, 20, 30)).save(data / "a.bmp")
+    words = (*LOOK, "--max-p50", "10000", "--data", data, "--out", tmp_path / "found")
+    assert cli(*words).code == 0
+    (data / "a.bmp").touch()
+    assert cli(*words).code == 0, "another time alone is no other image"
+    size = (data / "a.bmp").stat().st_size
+    Image.new("RGB", (40, 40), (10, 20, 31)).save(data / "a.bmp")
+    assert (data / "a.bmp").stat().st_size == size
+    said = cli(*words)
+    assert said.code == 2
+    assert "was begun with model.calibration" in said.err
+
+
+def test_operations_are_those_of_a_run(exported: Path) -> None:
+    from edgecomp.api._search_export import made_of
+
+    manifest = open_bundle(exported).manifest
+    twice = tuple(msgspec.structs.replace(one, batch=2, flops=2 * one.flops) for one in manifest.buckets)
+    made = made_of(Family("candidate", "lookupvit", "fp32"), exported, msgspec.structs.replace(manifest, buckets=twice))
+    assert [one.flops for one in made if one.family.role == "candidate"] == [one.flops for one in twice]
 
 
 def test_images_that_cannot_be_read_are_named(one_bundle: list[list[int]], cli: Cli, tmp_path: Path) -> None:
