@@ -135,6 +135,7 @@ def estimate(
         is_own=applied.is_own,
         findings=findings_of(shown, chosen.name),
         notes=tuple(dict.fromkeys(notes)),
+        bandwidth_gb_s=chosen.bandwidth_gb_s.value,
         go_no_go=_answer(graphs, chosen, precision, batch or 0, plugin) if go_no_go else None,
         llm=_llm(llm, shown, graphs, chosen, precision, visual_tokens, kept, text_tokens, schedule) if llm else None,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 from msgspec.structs import replace
 
 from edgecomp.errors import InvalidSpec
@@ -55,7 +56,7 @@ class GoRow(msgspec.Struct, frozen=True):
     us: float
     bound: str
     busy_share: float
-    reach: tuple[Reach, ...]
+    reach: Annotated[tuple[Reach, ...], Meta(min_length=1)]
 
 
 class GoNoGo(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from edgecomp.estimates.roofline import Estimate
+from edgecomp.estimates.roofline import Count, Estimate
 from edgecomp.specs.target import Target
 
 __all__ = ["MemoryVerdict", "judge_bytes", "judge_memory"]
@@ -28,12 +28,12 @@ class MemoryVerdict(msgspec.Struct, frozen=True):
     """
 
     verdict: Literal["fits", "tight", "does not fit"]
-    weight_bytes: int
-    activation_bytes: int
-    runtime_bytes: int
-    needed_bytes: int
+    weight_bytes: Count
+    activation_bytes: Count
+    runtime_bytes: Count
+    needed_bytes: Count
     available_bytes: int
-    total_bytes: int
+    total_bytes: Count
     assumed: str
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from edgecomp.errors import InvalidSpec
 from edgecomp.estimates.applied import Applied, applied_for
@@ -16,9 +17,25 @@ from edgecomp.estimates.peaks import Rate, rate_of, require_precision
 from edgecomp.specs.costs import ELEMENT_BYTES, FLOATS, PRECISION_OF, GraphCosts, Kind, Role, ValueCost
 from edgecomp.specs.target import Precision, Target
 
-__all__ = ["Bound", "Estimate", "KernelTime", "Work", "estimate_graph", "load_of", "prepare"]
+__all__ = [
+    "LARGEST",
+    "Bound",
+    "Count",
+    "Estimate",
+    "KernelTime",
+    "Us",
+    "Work",
+    "estimate_graph",
+    "load_of",
+    "prepare",
+]
 
 Bound = Literal["compute", "memory", "launch"]
+#: What a document that was written can hold; one that was edited is refused by it, before anything is drawn.
+LARGEST: Final = 1e15
+Count = Annotated[int, Meta(ge=0, le=1 << 60)]
+Us = Annotated[float, Meta(ge=1e-6, le=LARGEST)]
+_Part = Annotated[float, Meta(ge=0, le=LARGEST)]
 _EIGHT = frozenset({"int8", "fp8", "fp4"})
 _TYPES: dict[Precision, tuple[str, str]] = {  # of products with weights, and of the rest
     "fp32": ("float32", "float32"),
@@ -45,11 +62,11 @@ class KernelTime(msgspec.Struct, frozen=True):
     block: str
     kind: Kind
     role: Role
-    ops: int
-    flops: int
-    bytes: int
-    fill: float
-    us: float
+    ops: Count
+    flops: Count
+    bytes: Count
+    fill: Annotated[float, Meta(ge=0, le=1)]
+    us: Us
     bound: Bound
 
 
@@ -71,21 +88,21 @@ class Estimate(msgspec.Struct, frozen=True):
     target: str
     precision: str
     batch: int
-    low_us: float
-    mid_us: float
-    high_us: float
-    error: float
+    low_us: _Part
+    mid_us: _Part
+    high_us: _Part
+    error: _Part
     bound: Bound
-    compute_us: float
-    memory_us: float
-    launch_us: float
-    idle_us: float
-    selection_us: float
-    merge_us: float
-    flops: int
-    bytes: int
-    weight_bytes: int
-    activation_bytes: int
+    compute_us: _Part
+    memory_us: _Part
+    launch_us: _Part
+    idle_us: _Part
+    selection_us: _Part
+    merge_us: _Part
+    flops: Count
+    bytes: Count
+    weight_bytes: Count
+    activation_bytes: Count
     kernels: tuple[KernelTime, ...]
     peaks: dict[str, Rate]
     efficiency_from: str

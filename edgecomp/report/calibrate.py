@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from edgecomp.report.text import table
@@ -49,6 +51,8 @@ class CalibrationReport(msgspec.Struct, frozen=True):
     threads: int
     batch: int
     notes: tuple[str, ...]
+    schema: Literal[1] = 1
+    kind: Literal["edgecomp calibration"] = "edgecomp calibration"
 
 
 def describe_calibration(report: CalibrationReport) -> str:
