@@ -50,6 +50,20 @@ def test_a_width_that_equals_the_tokens_stays() -> None:
     assert [op.flops for op in cut.ops if op.block != "front"] == late
 
 
+def test_heads_as_wide_as_there_are_tokens_stay() -> None:
+    costs = transformer_costs(Geometry(64, 256, 4, 4, 1024, 768))
+    cut = with_fewer_tokens(costs, tokens=16, behind=0)
+    small = transformer_costs(Geometry(16, 256, 4, 4, 1024, 768))
+    for attribute in ("flops", "writes"):
+        late = [[getattr(op, attribute) for op in one.ops if op.block != "front"] for one in (cut, small)]
+        assert late[0] == late[1]
+    numbers = [
+        [one.values[name].elements for op in one.ops if op.block != "front" for name in op.writes]
+        for one in (cut, small)
+    ]
+    assert numbers[0] == numbers[1]
+
+
 @pytest.mark.parametrize(
     ("target", "batch", "verdict"),
     [("orin-nano-super", 1, "go"), ("agx-orin-64", 1, "little"), ("h100", 1, "no"), ("h100", 32, "go")],
