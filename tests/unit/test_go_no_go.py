@@ -14,6 +14,7 @@ from edgecomp.estimates.efficiency import Efficiency
 from edgecomp.estimates.geometry import Geometry, transformer_costs
 from edgecomp.estimates.go_no_go import go_no_go
 from edgecomp.estimates.project import blocks_of, with_fewer_tokens
+from edgecomp.report.foresight import describe_go_no_go
 from edgecomp.specs import load_target
 
 VIT_B = Geometry(197, 768, 12, 12, 3072, 768)
@@ -118,6 +119,9 @@ def test_a_calibration_of_ones_own_has_no_other_fits(tmp_path: Path, monkeypatch
     assert calibration_path("t4").is_file()
     reach = go_no_go(transformer_costs(VIT_B), load_target("t4")).asked.reach[0]
     assert reach.low == reach.faster == reach.high
+    said = "\n".join(describe_go_no_go(go_no_go(transformer_costs(VIT_B), load_target("t4"))))
+    assert "other fits" not in said
+    assert " to " not in said.partition("precision")[2].partition("times faster")[0]
 
 
 def test_what_is_no_transformer_is_refused() -> None:
