@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from PIL import Image
 
+from edgecomp import api
 from edgecomp.api._search_export import Exporter
 from edgecomp.bundle import open_bundle
 from edgecomp.errors import InvalidSpec, ParityError, RunError
@@ -449,6 +450,10 @@ def test_images_that_cannot_be_read_are_named(one_bundle: list[list[int]], cli: 
         (("--max-p50", "1", "--step", "3"), "--step 3 is none of 1, 2, 4, 8, 16, 32"),
         (("--max-p50", "1", "--noise", "0.5"), "noise 0.5 is not from 0"),
         (("--max-p50", "1", "--images", "0"), "--images 0 is below 1"),
+        (("--max-p50", "1", "--batch", "0", "--dry-run"), "batch 0 is not between 1 and 4096"),
+        (("--max-p50", "1", "--runner", "foo", "--dry-run"), "no runner 'foo'"),
+        (("--max-p50", "1", "--data", "nosuch", "--dry-run"), "data nosuch is not a folder"),
+        (("--max-p50", "1", "--calibration", "nosuch", "--dry-run"), "--calibration nosuch is not a folder"),
         (("--max-p50", "1", "--split", "test"), "--split test is of --data"),
         (("--max-p50", "1", "--target", "orin"), "no target 'orin'"),
         (("--max-energy", "1", "--target", "t4"), "an estimate for t4 knows no power"),
@@ -484,6 +489,43 @@ def test_a_dry_run_says_what_would_be_looked_at(cli: Cli, tmp_path: Path) -> Non
     assert "first      lookupvit m4 fp32, lookupvit m9 fp32" in said.out
     assert "measuring  2 to 3 times 0.02 s" in said.out
     assert not (tmp_path / "found").exists()
+
+
+def test_the_command_repeats_every_word_that_was_given() -> None:
+    import inspect
+
+    from edgecomp.api._search_asked import command_of
+
+    signature = inspect.signature(api.search)
+    usual = {name: one.default for name, one in signature.parameters.items()}
+    assert command_of(usual, signature) == ("edgecomp", "search")
+    words = (
+        "--method=tome --recipe=r.toml --preset=vit --backbone=b --weights=w.pt --backbone-weights=pretrained "
+        "--target=t4 --max-p50=1.5 --max-p99=2.5 --max-energy=3.5 --data=flowers --min-agreement=0.9 --split=test "
+        "--images=7 --seed=3 --budget=48 --budget=64 --step=16 --precision=fp32 --precision=int8 --schedule=linear "
+        "--rest=bf16 --fp32=a.b --calibration=scales --calibration-images=9 --image-size=64 --feature-layer=2 "
+        "--output=logits --input-dtype=uint8 --batch=2 --set=params.depth=4 --set=params.kind=x "
+        "--runner=onnxruntime-cuda --threads=1 --duration=30.0 --on=ssh://HOST/DIR --noise=0.1 --exhaustive "
+        "--no-baselines"
+    )
+    given = usual | {
+        "method": "tome", "recipe": Path("/a/r.toml"), "preset": "vit", "backbone": "b", "weights": "/a/w.pt",
+        "backbone_weights": "pretrained", "target": "t4", "max_p50_ms": 1.5, "max_p99_ms": 2.5, "max_energy_mj": 3.5,
+        "data": "/a/flowers/", "min_agreement": 0.9, "split": "test", "images": 7, "seed": 3, "budget": [48, 64],
+        "step": 16, "precision": ("fp32", "int8"), "schedule": ["linear"], "rest": "bf16", "fp32": ["a.b"],
+        "calibration": "/a/scales", "calibration_images": 9, "image_size": 64, "feature_layer": 2, "output": "logits",
+        "input_dtype": "uint8", "batch": 2, "params": {"depth": 4, "kind": "x"}, "runner": "onnxruntime-cuda",
+        "threads": 1, "duration_s": 30.0, "on": ["ssh://me@secret/~/x"], "noise": 0.1, "exhaustive": True,
+        "baselines": False, "out": "/a/out", "fresh": True,
+    }  # fmt: skip
+    assert command_of(given, signature) == ("edgecomp", "search", *words.split())
+    assert {name for name in usual if given[name] == usual[name]} == {"keep_bundles", "dry_run", "progress"}
+    import typer.testing
+
+    from edgecomp.cli.app import app
+
+    options = typer.testing.CliRunner().invoke(app, ["search", "--help"], env={"COLUMNS": "200"}).output
+    assert all(word.partition("=")[0] in options for word in words.split())
 
 
 # -- on other machines --------------------------------------------------------------------------------------
@@ -627,8 +669,7 @@ def test_a_recipe_holds_what_the_export_ended_with(exported: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["attention-pruning", "lookupvit", "tome", "visionzip"])
 def test_the_recipe_exports_the_very_graph_that_won(method: str, tmp_path: Path) -> None:
-    from edgecomp import api
-    from edgecomp.api._search_export import Exporter, ModelAsked, describe
+    from edgecomp.api._search_export import ModelAsked, describe
 
     preset = {"attention-pruning": "smoke-inside", "visionzip": ""}.get(method, "smoke")
     host = {"visionzip": "test_vit"}.get(method, "")
@@ -648,8 +689,6 @@ def test_the_recipe_exports_the_very_graph_that_won(method: str, tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_real_search_has_every_baseline_in_its_front_or_behind_it(tmp_path: Path) -> None:
-    from edgecomp import api
-
     found = api.search(
         "tome", preset="smoke", max_p50_ms=1e-6, duration_s=0.02, threads=1, out=tmp_path / "s", budget=(5, 9)
     )
