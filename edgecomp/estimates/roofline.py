@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -14,28 +14,23 @@ from edgecomp.estimates.applied import Applied, applied_for
 from edgecomp.estimates.efficiency import Load, modelled_us
 from edgecomp.estimates.fusion import Kernel, fuse
 from edgecomp.estimates.peaks import Rate, rate_of, require_precision
-from edgecomp.specs.costs import ELEMENT_BYTES, FLOATS, PRECISION_OF, GraphCosts, Kind, Role, ValueCost
+from edgecomp.specs.costs import (
+    ELEMENT_BYTES,
+    FLOATS,
+    PRECISION_OF,
+    Amount,
+    GraphCosts,
+    Kind,
+    Role,
+    Us,
+    ValueCost,
+    Whole,
+)
 from edgecomp.specs.target import Precision, Target
 
-__all__ = [
-    "LARGEST",
-    "Bound",
-    "Count",
-    "Estimate",
-    "KernelTime",
-    "Us",
-    "Work",
-    "estimate_graph",
-    "load_of",
-    "prepare",
-]
+__all__ = ["Bound", "Estimate", "KernelTime", "Work", "estimate_graph", "load_of", "prepare"]
 
 Bound = Literal["compute", "memory", "launch"]
-#: What a document that was written can hold; one that was edited is refused by it, before anything is drawn.
-LARGEST: Final = 1e15
-Count = Annotated[int, Meta(ge=0, le=1 << 60)]
-Us = Annotated[float, Meta(ge=1e-6, le=LARGEST)]
-_Part = Annotated[float, Meta(ge=0, le=LARGEST)]
 _EIGHT = frozenset({"int8", "fp8", "fp4"})
 _TYPES: dict[Precision, tuple[str, str]] = {  # of products with weights, and of the rest
     "fp32": ("float32", "float32"),
@@ -62,9 +57,9 @@ class KernelTime(msgspec.Struct, frozen=True):
     block: str
     kind: Kind
     role: Role
-    ops: Count
-    flops: Count
-    bytes: Count
+    ops: Whole
+    flops: Whole
+    bytes: Whole
     fill: Annotated[float, Meta(ge=0, le=1)]
     us: Us
     bound: Bound
@@ -88,21 +83,21 @@ class Estimate(msgspec.Struct, frozen=True):
     target: str
     precision: str
     batch: int
-    low_us: _Part
-    mid_us: _Part
-    high_us: _Part
-    error: _Part
+    low_us: Amount
+    mid_us: Amount
+    high_us: Amount
+    error: Amount
     bound: Bound
-    compute_us: _Part
-    memory_us: _Part
-    launch_us: _Part
-    idle_us: _Part
-    selection_us: _Part
-    merge_us: _Part
-    flops: Count
-    bytes: Count
-    weight_bytes: Count
-    activation_bytes: Count
+    compute_us: Amount
+    memory_us: Amount
+    launch_us: Amount
+    idle_us: Amount
+    selection_us: Amount
+    merge_us: Amount
+    flops: Whole
+    bytes: Whole
+    weight_bytes: Whole
+    activation_bytes: Whole
     kernels: tuple[KernelTime, ...]
     peaks: dict[str, Rate]
     efficiency_from: str

@@ -11,9 +11,10 @@ from msgspec import Meta
 from edgecomp.estimates.efficiency import Efficiency
 from edgecomp.estimates.go_no_go import GoNoGo
 from edgecomp.estimates.memory import MemoryVerdict
-from edgecomp.estimates.roofline import LARGEST, Bound, Count, Estimate, KernelTime, Us
+from edgecomp.estimates.roofline import Bound, Estimate, KernelTime
 from edgecomp.report.foresight import LlmReport, describe_go_no_go, describe_llm
 from edgecomp.report.text import flops, size, table
+from edgecomp.specs.costs import LARGEST, Amount, Us, Whole
 
 __all__ = ["BlockTime", "EstimateReport", "GraphEstimate", "describe_estimate", "findings_of", "graph_estimate"]
 
@@ -32,7 +33,7 @@ class BlockTime(msgspec.Struct, frozen=True):
 
     block: str
     kernels: int
-    flops: Count
+    flops: Whole
     us: Us
     share: Annotated[float, Meta(ge=0, le=1 + 1e-6)]
     bound: Bound
@@ -52,7 +53,7 @@ class GraphEstimate(msgspec.Struct, frozen=True):
     model: str
     role: Literal["bucket", "plain", "file"]
     kept: int
-    over_plain: Annotated[float, Meta(ge=0, le=LARGEST)]
+    over_plain: Amount
     estimate: Estimate
     memory: MemoryVerdict
     blocks: tuple[BlockTime, ...]
@@ -78,7 +79,7 @@ class EstimateReport(msgspec.Struct, frozen=True):
     graphs: tuple[GraphEstimate, ...]
     efficiency: Efficiency
     efficiency_from: str
-    error: Annotated[float, Meta(ge=0, le=LARGEST)]
+    error: Amount
     findings: tuple[str, ...]
     notes: tuple[str, ...]
     bandwidth_gb_s: Annotated[float, Meta(gt=0, le=LARGEST)]

@@ -12,6 +12,7 @@ from edgecomp.estimates.go_no_go import GoNoGo, Reach
 from edgecomp.estimates.llm import LlmShape, Prefill
 from edgecomp.estimates.memory import MemoryVerdict
 from edgecomp.report.text import flops, size, table
+from edgecomp.specs.costs import Amount
 
 __all__ = [
     "LlmReport",
@@ -38,10 +39,10 @@ class LlmRow(msgspec.Struct, frozen=True):
     """
 
     label: str
-    encoder_us: float
+    encoder_us: Amount
     prefill: Prefill
-    of_all: float
-    first_token_us: float
+    of_all: Amount
+    first_token_us: Amount
     memory: MemoryVerdict
 
 

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from edgecomp.specs.target import Precision
 
 __all__ = [
     "ELEMENT_BYTES",
     "FLOATS",
+    "LARGEST",
     "PRECISION_OF",
     "RECURRENT",
+    "Amount",
     "GraphCosts",
     "Kind",
     "OpCost",
     "Role",
+    "Us",
     "ValueCost",
+    "Whole",
     "multiply_adds",
 ]
 
@@ -76,6 +81,13 @@ PRECISION_OF: dict[str, Precision] = {
 }
 RECURRENT = ("LSTM", "GRU", "RNN")
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16", "float8e4m3fn", "float8e5m2", "float4e2m1"})
+
+
+LARGEST = 1e15
+#: What a document of figures can hold: one that was edited beyond it is refused, before anything is computed of it.
+Whole = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Amount = Annotated[float, Meta(ge=0, le=LARGEST)]
+Us = Annotated[float, Meta(ge=1e-6, le=LARGEST)]  # of a kernel, which takes at least its launch
 
 
 class ValueCost(msgspec.Struct, frozen=True, gc=False):

@@ -677,12 +677,19 @@ def test_a_roof_for_each_rate_at_the_bandwidth_that_was_computed_with(tmp_path: 
         (("graphs", 0, "estimate", "mid_us"), -1e308),
         (("graphs", 0, "top", 0, "flops"), 10**300),
         (("graphs", 0, "blocks", 0, "us"), -1.0),
+        (("graphs", 0, "memory", "available_bytes"), 10**400),
+        (("go_no_go", "tokens"), 10**400),
+        (("go_no_go", "asked", "reach", 0, "us"), -1e308),
+        (("llm", "rows", 0, "prefill", "flops"), 10**400),
+        (("llm", "rows", 0, "prefill", "mid_us"), -1.0),
         (("bandwidth_gb_s",), 0),
         (("error",), -2.0),
     ],
 )
 def test_an_estimate_that_was_edited_is_refused(tmp_path: Path, path: tuple[Any, ...], value: float) -> None:
-    raw = json.loads(msgspec.json.encode(estimate()))
+    answer = go_no_go(transformer_costs(Geometry(197, 768, 12, 12, 3072, 768)), load_target("t4"))
+    behind = api.estimate(target="t4", llm="qwen3-0.6b", visual_tokens=49)
+    raw = json.loads(msgspec.json.encode(estimate(go_no_go=answer, llm=behind.llm)))
     place = raw
     for step in path[:-1]:
         place = place[step]
@@ -690,6 +697,28 @@ def test_an_estimate_that_was_edited_is_refused(tmp_path: Path, path: tuple[Any,
     place[path[-1]] = value
     (tmp_path / "e.json").write_text(json.dumps(raw))
     with pytest.raises(RunError, match=r"estimate .*e\.json is damaged or was edited"):
+        api.report([tmp_path / "e.json"])
+
+
+@pytest.mark.parametrize(
+    ("made", "path", "value"),
+    [
+        (evaluation, ("evaluation", "scores", 1, "against_plain", "agreement", "value"), -1e308),
+        (calibration, ("buckets", 0, "tokens"), 10**400),
+        (calibration, ("buckets", 0, "ms"), -1.0),
+    ],
+)
+def test_other_documents_that_were_edited_are_refused(
+    tmp_path: Path, made: Callable[[], msgspec.Struct], path: tuple[Any, ...], value: float
+) -> None:
+    raw = json.loads(msgspec.json.encode(made()))
+    place = raw
+    for step in path[:-1]:
+        place = place[step]
+    assert path[-1] in place
+    place[path[-1]] = value
+    (tmp_path / "e.json").write_text(json.dumps(raw))
+    with pytest.raises(RunError, match=r"e\.json is damaged or was edited"):
         api.report([tmp_path / "e.json"])
 
 
