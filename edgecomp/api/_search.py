@@ -40,10 +40,10 @@ from edgecomp.search.outcome import Outcome
 from edgecomp.search.plan import coarse
 from edgecomp.search.recipe import recipe_text, winner_recipe
 from edgecomp.search.result import Limits, Measured, SearchResult, write_search
-from edgecomp.search.run import Ask, Made, Measure, Tools, run_search
+from edgecomp.search.run import Ask, Failed, Made, Measure, Tools, run_search
 from edgecomp.search.space import STEPS, Family, budgets_of, precisions_of, schedules_of
 from edgecomp.search.state import Journal, Where
-from edgecomp.specs import load_recipe, load_target
+from edgecomp.specs import load_recipe, load_target, target_names
 from edgecomp.specs.recipe import Defaults
 
 __all__ = ["search"]
@@ -228,6 +228,7 @@ def _search(
                 threads=asked.threads,
                 duration_s=asked.duration_s,
                 say=progress,
+                target=asked.target if asked.target in target_names() else "",
                 check=lambda found: _check_machine(journal, found),
             )
         elif asked.target != "local":
@@ -249,6 +250,7 @@ def _search(
             ties=is_logits,
         )
         outcome = run_search(ask, kit, journal, say=progress)
+        notes += measure.left_out if isinstance(measure, MeasureThere) else ()
         on_machine = next((one.machine for one in journal.records if isinstance(one, Where)), machine)
         recipe_name = _write_recipe(folder, outcome, exporter, model, kept)
     kept += [row.bundle for row in outcome.known if row.family.role == "plain"]
@@ -344,10 +346,12 @@ def _check_machine(journal: Journal, found: Machine) -> None:
             )
 
 
-def _with_power(found: Iterable[tuple[str, Measured]], limits: Limits) -> Iterator[tuple[str, Measured]]:
+def _with_power(
+    found: Iterable[tuple[str, Measured | Failed]], limits: Limits
+) -> Iterator[tuple[str, Measured | Failed]]:
     """Refuse a limit of energy where no power is known."""
     for name, measured in found:
-        if limits.max_energy_mj is not None and measured.energy_mj is None:
+        if limits.max_energy_mj is not None and isinstance(measured, Measured) and measured.energy_mj is None:
             raise InvalidSpec(
                 f"--max-energy {limits.max_energy_mj:g}: no power of {measured.where} is known, so that no energy can "
                 "be told; drop it"

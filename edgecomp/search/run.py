@@ -19,10 +19,10 @@ from edgecomp.search.outcome import LatencyOf, Outcome, remarks_of, rows_of, sen
 from edgecomp.search.plan import Step, coarse, is_monotone, next_budgets
 from edgecomp.search.result import Agreement, Limits, Measured, PrecisionVerdict, Row
 from edgecomp.search.space import Family, Subject, name_of
-from edgecomp.search.state import Exported, Journal, Judged, Record, Refused, Timed
+from edgecomp.search.state import Exported, Journal, Judged, Record, Refused, RefusedFor, Timed
 from edgecomp.specs.precision import PRECISIONS
 
-__all__ = ["Ask", "Export", "Judge", "Made", "Measure", "Tools", "run_search"]
+__all__ = ["Ask", "Export", "Failed", "Judge", "Made", "Measure", "Tools", "run_search"]
 
 
 _WORTH_A_CONTROL = 4  # measurements
@@ -37,6 +37,12 @@ class Made(msgspec.Struct, frozen=True):
     bundle: Path
     model: str
     flops: int
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """Stands for what was to be found of a candidate that cannot be run; it is out, and the search goes on."""
+
+    why: str
 
 
 class Export(Protocol):
@@ -55,16 +61,24 @@ class Export(Protocol):
 class Measure(Protocol):
     """Measures graphs, or estimates them."""
 
-    def __call__(self, made: Sequence[Made]) -> Iterable[tuple[str, Measured]]:
-        """Yield names with what each takes, as soon as it is known."""
+    def __call__(self, made: Sequence[Made]) -> Iterable[tuple[str, Measured | Failed]]:
+        """Yield names with what each takes, as soon as it is known.
+
+        Raises:
+            EdgecompError: anything that is not a candidate's fault, such as a host that is gone; it ends the search.
+        """
         ...
 
 
 class Judge(Protocol):
     """Finds how far graphs agree with the reference."""
 
-    def __call__(self, made: Made) -> Agreement | None:
-        """Return the agreement; none where it cannot be told."""
+    def __call__(self, made: Made) -> Agreement | Failed | None:
+        """Return the agreement; none where it cannot be told.
+
+        Raises:
+            EdgecompError: the reference cannot be run, which ends the search.
+        """
         ...
 
 
@@ -193,15 +207,14 @@ class _Search:
                 if one.measured is not None:
                     times[word] = one.measured.p50_us.value, count
                     break
-                fails = one.refused.startswith("fails parity")
-                verdict: PrecisionVerdict = PrecisionVerdict(
-                    word, "fails parity" if fails else "cannot be exported", one.refused
-                )
+                kind = one.refused.partition(":")[0]
+                verdict: PrecisionVerdict = PrecisionVerdict(word, msgspec.convert(kind, RefusedFor), one.refused)
                 self.precisions[word] = verdict
-                if fails:
+                if kind == "fails parity":
                     break  # not the budget's fault
         if not times:
-            raise InvalidSpec(f"nothing could be exported: {self._why_not()}")
+            is_run = any(one.verdict == "cannot be run" for one in self.precisions.values())
+            raise InvalidSpec(f"nothing could be {'measured' if is_run else 'exported'}: {self._why_not()}")
         ranked = sorted(times, key=lambda word: times[word])
         best_us = times[ranked[0]][0]
         for word, (us, count) in times.items():
@@ -295,6 +308,8 @@ class _Search:
             made = self.plain.get(name) or self._plain_again(name, first)
             started = self.clock()
             for _, again in self.tools.measure([made]):
+                if isinstance(again, Failed):
+                    raise RunError(again.why)
                 self.journal.add(Timed(_again(name), again, self.clock() - started, made.flops))
                 self.notes.append(self._drift(name, first.measured, again, "at the end"))
         except (ExportError, SpecError, RunError) as error:
@@ -338,24 +353,38 @@ class _Search:
         for one in wanted:
             one.skipped = ""
             for record in self.old.pop(name_of(one.family, one.tokens), ()):
+                if isinstance(record, Refused) and record.kind == "cannot be run":
+                    continue  # the machine may have been the reason: it is tried again
                 self._take(one, record)
                 self.taken += isinstance(record, Timed)
         if all(one.is_done for one in wanted):
             return
         made = self._make(family, tuple(budgets), with_plain)
         started = self.clock()
-        todo = [one for one in made if self.board.known[one.name].measured is None]
+        todo = [one for one in made if not self.board.known[one.name].refused]
+        todo = [one for one in todo if self.board.known[one.name].measured is None]
         flops = {one.name: one.flops for one in todo}
         for name, measured in self.tools.measure(todo) if todo else ():
+            if isinstance(measured, Failed):
+                self._refuse(name, measured)
+                continue
             self._note(Timed(name, measured, self.clock() - started, flops[name]))
             self.measured_now += 1
             self.say(f"{name}: p50 {measured.p50_us.value / 1000:.3f} ms, {measured.source}")
             started = self.clock()
         for graph in made:
-            if not self.board.known[graph.name].is_judged:
+            one = self.board.known[graph.name]
+            if not one.is_judged and not one.refused:
                 started = self.clock()
                 found = self.tools.judge(graph)
+                if isinstance(found, Failed):
+                    self._refuse(graph.name, found)
+                    continue
                 self._note(Judged(graph.name, found, self.clock() - started))
+
+    def _refuse(self, name: str, failed: Failed) -> None:
+        self.say(f"{name} cannot be run: {failed.why}")
+        self._note(Refused(name, "cannot be run", failed.why))
 
     def _make(self, family: Family, budgets: tuple[int, ...], with_plain: bool) -> list[Made]:
         """Export budgets in one bundle; one by one where one of them cannot be, so that it can be named."""

@@ -15,7 +15,10 @@ import pytest
 from PIL import Image
 
 from edgecomp import api
-from edgecomp.api._search_export import Exporter
+from edgecomp.api import _search_measure
+from edgecomp.api._measure import Plan
+from edgecomp.api._search_export import Exporter, made_of
+from edgecomp.api._search_measure import MeasureThere
 from edgecomp.bundle import open_bundle
 from edgecomp.errors import InvalidSpec, ParityError, RunError
 from edgecomp.profiles.latency import LatencyProfile, percentiles_of
@@ -25,7 +28,7 @@ from edgecomp.profiles.result import Subject as ResultSubject
 from edgecomp.search.outcome import Outcome
 from edgecomp.search.recipe import recipe_text, winner_recipe
 from edgecomp.search.result import Agreement, Figure, Limits, Measured, SearchResult, read_search
-from edgecomp.search.run import Ask, Made, Tools, run_search
+from edgecomp.search.run import Ask, Failed, Made, Tools, run_search
 from edgecomp.search.space import Family, Subject, name_of
 from edgecomp.search.state import Journal
 from edgecomp.specs import BudgetRule, load_recipe, method_names
@@ -182,6 +185,59 @@ def test_a_budget_that_cannot_be_is_refused_and_the_others_are_searched(tmp_path
     with pytest.raises(InvalidSpec, match="nothing could be exported: fp32: cannot be exported: no"):
         shop.go(tmp_path / "..", Limits(max_p50_ms=50))
     (tmp_path / ".." / "journal.jsonl").unlink()
+
+
+def test_a_candidate_that_cannot_be_run_is_out_and_the_search_goes_on(tmp_path: Path) -> None:
+    shop, usual = Shop(), Shop.measure
+    broken = {"tome m16 fp32", "tome m112 fp32"}
+
+    def measure(made: Sequence[Made]) -> Iterator[tuple[str, Measured | Failed]]:
+        for one in made:
+            if one.name in broken:
+                yield one.name, Failed("out of memory")
+            else:
+                yield from usual(shop, [one])
+
+    shop.measure = measure  # type: ignore[method-assign,assignment]
+    found = shop.go(tmp_path, Limits(max_p50_ms=50))
+    assert found.winner == "tome m96 fp32"
+    assert row(found, "tome m112 fp32").why == "cannot be run: out of memory"
+    assert "tome m112 fp32" not in shop.judged
+    broken.clear()
+    assert shop.go(tmp_path, Limits(max_p50_ms=50)).winner == "tome m112 fp32", "it was tried again"
+    broken |= {name_of(Family("candidate", "tome", "fp32"), count) for count in COUNTS}
+    with pytest.raises(InvalidSpec, match="nothing could be measured: fp32: cannot be run: out of memory"):
+        shop.go(tmp_path / "..", Limits(max_p50_ms=50))
+    (tmp_path / ".." / "journal.jsonl").unlink()
+
+
+def test_a_candidate_whose_outputs_cannot_be_computed_does_not_win(tmp_path: Path) -> None:
+    shop, usual = Shop(), Shop.judge
+    shop.judge = lambda made: Failed("no kernel") if made.tokens == 112 else usual(shop, made)  # type: ignore[method-assign,assignment,return-value]
+    found = shop.go(tmp_path, Limits(max_p50_ms=50))
+    assert found.winner == "tome m96 fp32"
+    assert (row(found, "tome m112 fp32").state, row(found, "tome m112 fp32").why) == (
+        "refused",
+        "cannot be run: no kernel",
+    )
+
+
+def test_what_does_not_run_here_is_told_of_its_candidate_alone(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = _search_measure.measure_opened
+
+    def measure(*words: Any, model: str, **more: Any) -> LatencyProfile:
+        if ".m4." in model:
+            raise RunError("no kernel for MatMul")
+        return usual(*words, model=model, **more)
+
+    monkeypatch.setattr(_search_measure, "measure_opened", measure)
+    made = made_of(Family("candidate", "lookupvit", "fp32"), exported, open_bundle(exported).manifest)
+    plan = Plan(duration_s=0.02, threads=1, stages=False, warmup_s=0.0)
+    found = dict(_search_measure.MeasureHere(plan, say=lambda line: None)(made))
+    assert found["lookupvit m4 fp32"] == Failed("no kernel for MatMul")
+    assert isinstance(found["lookupvit m9 fp32"], Measured)
 
 
 def test_what_is_nobodys_fault_ends_the_search(tmp_path: Path) -> None:
@@ -413,8 +469,6 @@ def test_images_that_change_are_another_search(one_bundle: list[list[int]], cli:
 
 
 def test_operations_are_those_of_a_run(exported: Path) -> None:
-    from edgecomp.api._search_export import made_of
-
     manifest = open_bundle(exported).manifest
     twice = tuple(msgspec.structs.replace(one, batch=2, flops=2 * one.flops) for one in manifest.buckets)
     made = made_of(Family("candidate", "lookupvit", "fp32"), exported, msgspec.structs.replace(manifest, buckets=twice))
@@ -601,6 +655,51 @@ def test_hosts_of_one_kind_share_the_work(
     assert "--duration=0.02" in "".join(asked["nano"] + asked["orin"])
     words = cli(*LOOK, *hosts(agx="B"), "--max-p50", "9", "--budget", "4", "--out", out).code
     assert words == 0, "nothing is left to measure, so that no other machine is asked"
+
+
+def answers(measured: MeasureThere, of: Callable[[str, Made], Measured]) -> Callable[[str], None]:
+    measured._measure = of  # type: ignore[method-assign]
+    measured.machine = Machine("A", 2, "", (), 8.0, 4.0, "Linux", "CPython 3.11", "", "", {})
+    return lambda line: None
+
+
+def test_what_one_host_cannot_do_the_others_take() -> None:
+    family = Family("candidate", "tome", "fp32")
+    made = [Made(name_of(family, n), family, n, Path("b"), f"m{n}.onnx", n) for n in (16, 32, 48, 64)]
+    fine = Measured(source="measured", where="x", p50_us=Figure(1.0))
+
+    def there(**of: Callable[[Made], Measured]) -> MeasureThere:
+        urls = [f"ssh://{name}/~/x" for name in of]
+        measured = MeasureThere(urls, runner="onnxruntime", threads=0, duration_s=1.0, say=lambda line: None)
+        answers(measured, lambda url, one: of[url.split("/")[2]](one))
+        return measured
+
+    def gone(one: Made) -> Measured:
+        raise RunError("nano cannot be reached")
+
+    def fails(one: Made) -> Measured:
+        if one.tokens == 32:
+            raise _search_measure._NotRun("orin: ended with 2")
+        return fine
+
+    both = there(nano=gone, orin=fails)
+    found = dict(both(made))
+    assert {name: isinstance(one, Measured) for name, one in found.items()} == {
+        "tome m16 fp32": True, "tome m32 fp32": False, "tome m48 fp32": True, "tome m64 fp32": True,
+    }  # fmt: skip
+    assert found["tome m32 fp32"] == Failed("orin: ended with 2")
+    assert both.left_out == ["nano was left out, and others took its share: nano cannot be reached"]
+    assert set(dict(there(nano=fails, orin=lambda one: fine)(made)).values()) == {fine}
+    with pytest.raises(RunError, match="nano cannot be reached"):
+        dict(there(nano=gone)(made))
+
+
+def test_a_host_that_is_another_target_is_refused(
+    one_bundle: list[list[int]], hosts: Callable[..., list[str]], cli: Cli, tmp_path: Path
+) -> None:
+    said = cli(*LOOK, *hosts(nano="A"), "--target", "t4", "--max-p50", "6", "--out", tmp_path / "found")
+    assert said.code == 2
+    assert "nano is no t4: what onnxruntime measures there counts as 'cpu'" in said.err
 
 
 def test_hosts_of_different_kinds_are_refused(
