@@ -187,6 +187,7 @@ def as_toml(made: Fit) -> str:
         lines.append(f"{name} = {getattr(made, name):.6g}")
     names = ", ".join(f'"{name}"' for name in made.targets)
     lines.append(f"targets = [{names}]")
+    lines += ["", "[devices]", *(f"{name} = {error:.6g}" for name, error in made.devices.items())]
     lines += ["", "[efficiency]", *numbers(made.efficiency), "", "[filling]", *numbers(made.filling)]
     for name, efficiency in made.without.items():
         lines += ["", f"[without.{name}]", *numbers(efficiency)]

@@ -65,7 +65,8 @@ def estimate(
             smallest.
         budget: of a bundle, only the bucket that keeps so many tokens.
         plugin: merge nodes run in edgecomp's plugin; False: by their function's body.
-        power_mode: of the target; its clock scales the peaks.
+        power_mode: of the target; the peaks are scaled by its GPU clock, and it is refused where the target's file
+            does not say that clock, as those that ship say it of their highest modes alone.
         per_op: keep each kernel.
         go_no_go: also answer whether fewer tokens would help; of a bundle by its plain model.
         llm: also what the cut saves behind the encoder: a known language model's name, or its config.json.
@@ -135,6 +136,7 @@ def estimate(
         is_own=applied.is_own,
         findings=findings_of(shown, chosen.name),
         notes=tuple(dict.fromkeys(notes)),
+        bandwidth_gb_s=chosen.bandwidth_gb_s.value,
         go_no_go=_answer(graphs, chosen, precision, batch or 0, plugin) if go_no_go else None,
         llm=_llm(llm, shown, graphs, chosen, precision, visual_tokens, kept, text_tokens, schedule) if llm else None,
     )

@@ -131,7 +131,7 @@ def evaluate(
     return EvaluationReport(
         bundle=str(bundle),
         data=str(data),
-        kind=images.kind,
+        layout=images.kind,
         found=len(images.labels),
         seed=seed,
         runner=runner,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,24 +26,24 @@ from edgecomp.api._search_asked import (
 from edgecomp.api._search_export import Described, Exporter, ModelAsked, baselines_of, describe
 from edgecomp.api._search_judge import AgreementJudge, Way
 from edgecomp.api._search_measure import KIND, EstimateThere, MeasureHere, MeasureThere
-from edgecomp.errors import EdgecompError, InvalidSpec
-from edgecomp.evaluation import open_images
+from edgecomp.errors import EdgecompError, InvalidSpec, UnknownName
+from edgecomp.evaluation import Images, open_images
 from edgecomp.files import write_whole
 from edgecomp.lock import bundle_lock
 from edgecomp.profiles.machine import Machine, read_machine
 from edgecomp.profiles.monitor import Monitor
 from edgecomp.profiles.state import Watch
 from edgecomp.report.search import SearchPlan
-from edgecomp.runners import require_threads
+from edgecomp.runners import require_threads, runner_names
 from edgecomp.search.limits import require_limits
 from edgecomp.search.outcome import Outcome
 from edgecomp.search.plan import coarse
 from edgecomp.search.recipe import recipe_text, winner_recipe
 from edgecomp.search.result import Limits, Measured, SearchResult, write_search
-from edgecomp.search.run import Ask, Made, Measure, Tools, run_search
+from edgecomp.search.run import Ask, Failed, Made, Measure, Tools, run_search
 from edgecomp.search.space import STEPS, Family, budgets_of, precisions_of, schedules_of
 from edgecomp.search.state import Journal, Where
-from edgecomp.specs import load_recipe, load_target
+from edgecomp.specs import load_recipe, load_target, target_names
 from edgecomp.specs.backbone import is_model_folder
 from edgecomp.specs.recipe import Defaults
 
@@ -133,11 +134,14 @@ def search(
         SpecError, WeightsError: the request cannot be, or the folder holds another search.
         RunError: a host cannot be used, or hosts are not of one kind.
     """
+    command = command_of(locals(), inspect.signature(search))
     limits = require_limits(
         max_p50_ms=max_p50_ms, max_p99_ms=max_p99_ms, max_energy_mj=max_energy_mj, min_agreement=min_agreement
     )
-    _require_in_range(duration_s=duration_s, noise=noise, step=step, images=images)
+    _require_in_range(duration_s=duration_s, noise=noise, step=step, images=images, batch=batch)
     require_threads(threads)
+    if runner not in runner_names():
+        raise UnknownName("runner", runner, runner_names())
     asked = SearchAsked(
         target=target, runner=runner, threads=threads, duration_s=duration_s, on=tuple(on), data=str(data), split=split,
         images=images, seed=seed,
@@ -161,6 +165,9 @@ def search(
         params=dict(params or {}),
     )
     _require_place(asked, limits)
+    if str(calibration) and not Path(calibration).is_dir():
+        raise InvalidSpec(f"--calibration {calibration} is not a folder; give one with images")
+    pictures = open_images(asked.data, split=split, limit=images, seed=seed) if asked.data else None
     progress("building the model once, to learn what can be searched")
     described = describe(model)
     subject = described.subject
@@ -185,21 +192,19 @@ def search(
         return plan_of(ask, asked)
     with bundle_lock(folder, "search", say=progress):
         _open_folder(folder, fresh=fresh)
-        return _search(folder, ask, asked, model, described, keep_bundles=keep_bundles, progress=progress)
+        return _search(
+            folder, ask, asked, model, described, pictures, command, keep_bundles=keep_bundles, progress=progress
+        )
 
 
 def _search(
-    folder: Path, ask: Ask, asked: SearchAsked, model: ModelAsked, described: Described, *, keep_bundles: bool,
-    progress: Progress,
+    folder: Path, ask: Ask, asked: SearchAsked, model: ModelAsked, described: Described, pictures: Images | None,
+    command: tuple[str, ...], *, keep_bundles: bool, progress: Progress,
 ) -> SearchResult:  # fmt: skip
     """Search in a folder that is open to us alone."""
     subject = described.subject
     machine = read_machine() if not asked.on and asked.target == "local" else None
-    pictures = None
-    notes: list[str] = []
-    if asked.data:
-        pictures = open_images(asked.data, split=asked.split, limit=asked.images, seed=asked.seed)
-        notes += pictures.notes
+    notes = list(pictures.notes) if pictures else []
     is_logits = described.output == "logits"
     if asked.data and not is_logits:
         notes.append("the outputs are tokens, so that no class can be compared; --output logits, where there is one")
@@ -224,6 +229,7 @@ def _search(
                 threads=asked.threads,
                 duration_s=asked.duration_s,
                 say=progress,
+                target=asked.target if asked.target in target_names() else "",
                 check=lambda found: _check_machine(journal, found),
             )
         elif asked.target != "local":
@@ -245,6 +251,7 @@ def _search(
             ties=is_logits,
         )
         outcome = run_search(ask, kit, journal, say=progress)
+        notes += measure.left_out if isinstance(measure, MeasureThere) else ()
         on_machine = next((one.machine for one in journal.records if isinstance(one, Where)), machine)
         recipe_name = _write_recipe(folder, outcome, exporter, model, kept)
     kept += [row.bundle for row in outcome.known if row.family.role == "plain"]
@@ -253,7 +260,7 @@ def _search(
     result = SearchResult(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
         edgecomp=__version__,
-        command=command_of(asked, model, ask),
+        command=command,
         method=subject.method,
         preset=subject.preset,
         backbone=subject.backbone,
@@ -286,13 +293,15 @@ def _search(
 # -- what is asked ------------------------------------------------------------------------------------------
 
 
-def _require_in_range(*, duration_s: float, noise: float, step: int, images: int) -> None:
+def _require_in_range(*, duration_s: float, noise: float, step: int, images: int, batch: int) -> None:
     if not 0 < duration_s <= 3600:
         raise InvalidSpec(f"duration {duration_s} s is not above 0 and at most 3600 s")
     if not 0 <= noise < 0.5:
         raise InvalidSpec(f"noise {noise:g} is not from 0 to below 0.5: the share by which a time may be off")
     if step not in (0, *STEPS):
         raise InvalidSpec(f"--step {step} is none of {', '.join(map(str, reversed(STEPS)))}")
+    if not 1 <= batch <= 4096:
+        raise InvalidSpec(f"batch {batch} is not between 1 and 4096")
     if images < 1:
         raise InvalidSpec(f"--images {images} is below 1; leave it out for 128")
 
@@ -338,10 +347,12 @@ def _check_machine(journal: Journal, found: Machine) -> None:
             )
 
 
-def _with_power(found: Iterable[tuple[str, Measured]], limits: Limits) -> Iterator[tuple[str, Measured]]:
+def _with_power(
+    found: Iterable[tuple[str, Measured | Failed]], limits: Limits
+) -> Iterator[tuple[str, Measured | Failed]]:
     """Refuse a limit of energy where no power is known."""
     for name, measured in found:
-        if limits.max_energy_mj is not None and measured.energy_mj is None:
+        if limits.max_energy_mj is not None and isinstance(measured, Measured) and measured.energy_mj is None:
             raise InvalidSpec(
                 f"--max-energy {limits.max_energy_mj:g}: no power of {measured.where} is known, so that no energy can "
                 "be told; drop it"

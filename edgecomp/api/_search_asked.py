@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,12 @@ from edgecomp.specs.origin import file_sha256
 __all__ = ["SearchAsked", "agreement_of", "command_of", "depends_on", "not_on_target", "plan_of"]
 
 _NO_CPU_KERNELS = ("bf16", "fp8")
+_NOT_REPEATED = ("out", "keep_bundles", "fresh", "dry_run", "progress")
+_FILES = ("recipe", "weights", "backbone_weights", "data", "calibration", "target")
+_SHORTER = {
+    "max_p50_ms": "max_p50", "max_p99_ms": "max_p99", "max_energy_mj": "max_energy", "duration_s": "duration",
+    "params": "set",
+}  # fmt: skip
 
 
 class SearchAsked(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,11 +108,11 @@ def depends_on(asked: SearchAsked, model: ModelAsked, ask: Ask, machine: Machine
 
 
 def _listing(folder: str) -> str:
-    """Return what names and sizes of a folder's files say."""
+    """Return what names and contents of a folder's files say: sizes stay where an image is drawn anew."""
     if not folder:
         return ""
     files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
-    told = "\n".join(f"{file.relative_to(folder)} {file.stat().st_size}" for file in files)
+    told = "\n".join(f"{file.relative_to(folder)} {file_sha256(file)}" for file in files)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -126,17 +134,35 @@ def agreement_of(asked: SearchAsked, ask: Ask, word: str, described: Described, 
     return f"{what}, {where or 'a proxy: on the shipped photograph and seeded numbers, not on images of yours'}"
 
 
-def command_of(asked: SearchAsked, model: ModelAsked, ask: Ask) -> tuple[str, ...]:
-    """Return the words that repeat the search; files by their names, hosts not at all."""
-    limits = ask.limits
-    words: dict[str, Any] = {
-        "method": ask.subject.method, "preset": model.preset, "backbone": model.backbone,
-        "target": "" if asked.target == "local" else asked.target, "max-p50": limits.max_p50_ms,
-        "max-p99": limits.max_p99_ms, "max-energy": limits.max_energy_mj, "min-agreement": limits.min_agreement,
-        "data": Path(asked.data).name, "images": asked.images if asked.data else "", "duration": asked.duration_s,
-        "threads": asked.threads or "", "runner": "" if asked.runner == "onnxruntime" else asked.runner,
-        "output": model.output,
-    }  # fmt: skip
-    many = [f"--precision={word}" for word in ask.precisions] + [f"--schedule={word}" for word in ask.schedules if word]
-    named = [f"--{name}={value}" for name, value in words.items() if value not in ("", None)]
-    return ("edgecomp", "search", *named, *many)
+def command_of(given: Mapping[str, Any], signature: inspect.Signature) -> tuple[str, ...]:
+    """Return the words that repeat the search: every argument that is not what it is anyway.
+
+    Files stand by their last names, and hosts by none. What says how it was run and not what (the folder, what is kept
+    in it, whether it was begun anew) is no part of it.
+    """
+    words: list[str] = []
+    for name, parameter in signature.parameters.items():
+        value = tuple(given[name]) if isinstance(given[name], list) else given[name]
+        if name in _NOT_REPEATED or not (value if parameter.default is None else value != parameter.default):
+            continue
+        option = "--" + _SHORTER.get(name, name).replace("_", "-")
+        if name == "on":
+            words += [f"{option}=ssh://HOST/DIR"] * len(value)
+        elif isinstance(value, Mapping):
+            words += [f"{option}=params.{key}={_toml(one)}" for key, one in value.items()]
+        elif isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        elif isinstance(value, tuple):
+            words += [f"{option}={one}" for one in value]
+        else:
+            words.append(f"{option}={_last_name(value) if name in _FILES else value}")
+    return ("edgecomp", "search", *words)
+
+
+def _last_name(value: str | Path) -> str:
+    return Path(value).resolve().name
+
+
+def _toml(value: object) -> str:
+    """Return a value as `--set` reads it."""
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()

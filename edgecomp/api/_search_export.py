@@ -208,18 +208,12 @@ class Exporter:
 def made_of(family: Family, folder: Path, manifest: Manifest) -> list[Made]:
     """Return the graphs of a bundle as candidates."""
     made = [
-        Made(
-            name_of(family, one.budget.tokens_out), family, one.budget.tokens_out, folder, one.model,
-            one.flops // one.batch,
-        )
+        Made(name_of(family, one.budget.tokens_out), family, one.budget.tokens_out, folder, one.model, one.flops)
         for one in manifest.buckets
-    ]  # fmt: skip
+    ]
     plain = Family("plain", "", family.precision)
     tokens_in = manifest.buckets[0].budget.tokens_in
-    made += [
-        Made(name_of(plain, tokens_in), plain, tokens_in, folder, one.model, one.flops // one.batch)
-        for one in manifest.plain
-    ]
+    made += [Made(name_of(plain, tokens_in), plain, tokens_in, folder, one.model, one.flops) for one in manifest.plain]
     if len({one.name for one in made}) != len(made):
         raise InvalidSpec(f"bundle {folder} holds several batch sizes; a search takes one")
     return made

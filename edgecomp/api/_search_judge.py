@@ -12,7 +12,7 @@ import numpy.typing as npt
 from edgecomp.api._emulate import runnable
 from edgecomp.api._progress import Progress
 from edgecomp.bundle import golden_key, open_bundle
-from edgecomp.errors import InvalidSpec
+from edgecomp.errors import InvalidSpec, RunError
 from edgecomp.evaluation import Images
 from edgecomp.evaluation.reconstruction import fill_error, unmerge_error
 from edgecomp.images import to_pixels
@@ -21,7 +21,7 @@ from edgecomp.profiles.statistics import wilson
 from edgecomp.runners import Array
 from edgecomp.runners.chain import open_graph
 from edgecomp.search.result import Agreement
-from edgecomp.search.run import Made
+from edgecomp.search.run import Failed, Made
 from edgecomp.specs.manifest import Bucket, Graph, Manifest
 
 __all__ = ["AgreementJudge", "Way"]
@@ -58,7 +58,7 @@ class AgreementJudge:
         self._way, self._threads = way, threads
         self._expected: tuple[str, Vectors] | None = None
 
-    def __call__(self, made: Made) -> Agreement | None:
+    def __call__(self, made: Made) -> Agreement | Failed | None:
         """Return the agreement; none where outputs cannot be compared."""
         name, expected = self._get_expected()
         self._say(f"comparing {made.name} with {name}")
@@ -69,6 +69,8 @@ class AgreementJudge:
                 found = self._look(made, expected)
             except InvalidSpec:  # NaN, other widths, or no place at all
                 return None
+            except RunError as error:
+                return Failed(str(error))
         if self._way == "classes":
             share = wilson(int(found.sum() if made.name != name else len(expected)), len(expected))
             return Agreement(share.value, share.low, share.high, len(expected))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import msgspec
@@ -14,7 +14,7 @@ from edgecomp.api._build import build
 from edgecomp.api._measure import Plan, measure_opened
 from edgecomp.api._progress import Progress
 from edgecomp.bundle import golden_key, open_bundle
-from edgecomp.errors import RunError
+from edgecomp.errors import BuildError, RunError, TargetMismatch
 from edgecomp.estimates import applied_for, estimate_graph
 from edgecomp.parity import read_goldens
 from edgecomp.profiles.latency import LatencyProfile
@@ -23,7 +23,7 @@ from edgecomp.profiles.result import Result
 from edgecomp.remote import read_place, run_there
 from edgecomp.runners.chain import open_graph
 from edgecomp.search.result import Figure, Measured
-from edgecomp.search.run import Made
+from edgecomp.search.run import Failed, Made
 from edgecomp.specs import Target
 
 __all__ = ["KIND", "EstimateThere", "MeasureHere", "MeasureThere", "measured_of"]
@@ -58,27 +58,36 @@ class MeasureHere:
     def __init__(self, plan: Plan, *, say: Progress) -> None:
         self._plan, self._say = plan, say
 
-    def __call__(self, made: Sequence[Made]) -> Iterator[tuple[str, Measured]]:
+    def __call__(self, made: Sequence[Made]) -> Iterator[tuple[str, Measured | Failed]]:
         """Yield what each takes."""
         for one in made:
-            if self._plan.runner in ENGINES:
-                build(one.bundle, target="auto", runtime=self._plan.runner, progress=self._say)
-            opened = open_bundle(one.bundle, verify=False)
-            graph = next(graph for graph in opened.manifest.graphs if graph.model == one.model)
-            goldens = read_goldens(opened.path)
-            self._say(f"timing {one.name} for {self._plan.duration_s:g} s")
-            profile = measure_opened(
-                self._plan,
-                partial(open_graph, self._plan.runner, opened, graph, threads=self._plan.threads),
-                {
-                    spec.name: np.ascontiguousarray(goldens[golden_key("input", "seeded", spec.name)][: graph.batch])
-                    for spec in graph.inputs
-                },
-                model=one.model,
-                batch=graph.batch,
-                say=self._say,
-            )
-            yield one.name, measured_of(profile, where="local")
+            try:
+                found: Measured | Failed = self._measure(one)
+            except TargetMismatch:
+                raise
+            except (BuildError, RunError) as error:
+                found = Failed(str(error))
+            yield one.name, found
+
+    def _measure(self, one: Made) -> Measured:
+        if self._plan.runner in ENGINES:
+            build(one.bundle, target="auto", runtime=self._plan.runner, progress=self._say)
+        opened = open_bundle(one.bundle, verify=False)
+        graph = next(graph for graph in opened.manifest.graphs if graph.model == one.model)
+        goldens = read_goldens(opened.path)
+        self._say(f"timing {one.name} for {self._plan.duration_s:g} s")
+        profile = measure_opened(
+            self._plan,
+            partial(open_graph, self._plan.runner, opened, graph, threads=self._plan.threads),
+            {
+                spec.name: np.ascontiguousarray(goldens[golden_key("input", "seeded", spec.name)][: graph.batch])
+                for spec in graph.inputs
+            },
+            model=one.model,
+            batch=graph.batch,
+            say=self._say,
+        )
+        return measured_of(profile, where="local")
 
 
 class EstimateThere:
@@ -87,13 +96,18 @@ class EstimateThere:
     def __init__(self, target: Target, *, say: Progress) -> None:
         self._target, self._say, self._applied = target, say, applied_for(target.name)
 
-    def __call__(self, made: Sequence[Made]) -> Iterator[tuple[str, Measured]]:
+    def __call__(self, made: Sequence[Made]) -> Iterator[tuple[str, Measured | Failed]]:
         """Yield what each takes."""
         from edgecomp.export.costs import count_costs
 
         for one in made:
             self._say(f"estimating {one.name} for {self._target.name}")
-            found = estimate_graph(count_costs(one.bundle / one.model), self._target, applied=self._applied)
+            try:
+                costs = count_costs(one.bundle / one.model)
+            except RunError as error:
+                yield one.name, Failed(str(error))
+                continue
+            found = estimate_graph(costs, self._target, applied=self._applied)
             yield (
                 one.name,
                 Measured(
@@ -105,12 +119,20 @@ class EstimateThere:
             )
 
 
+class _NotRun(RunError):
+    """A host works, and a candidate does not run on it."""
+
+
+_Answer = tuple[str, Made, Measured | BaseException]
+
+
 class MeasureThere:
     """Has `edgecomp profile` run on other machines; several share the work, each taking the next candidate.
 
     Args:
         on: addresses, as `--on` takes them.
         runner, threads: as in `profile`; engines are built there first.
+        target: that the hosts must be; "": whatever they are.
         check: is told the machine that measured, and refuses one that does not fit; called once.
     """
 
@@ -122,47 +144,66 @@ class MeasureThere:
         threads: int,
         duration_s: float,
         say: Progress,
+        target: str = "",
         check: Callable[[Machine], None] = lambda machine: None,
     ) -> None:
         self._on = {url: read_place(url).host for url in on}
         self._runner, self._duration_s, self._say, self._check = runner, duration_s, say, check
+        self._target = target
         self._words = [f"--runner={runner}"] if runner != "onnxruntime" else []
         self._words += [f"--threads={threads}"] if threads else []
+        self._usable = list(self._on)
         self.machine: Machine | None = None
+        self.left_out: list[str] = []  # hosts, each with its reason
 
-    def __call__(self, made: Sequence[Made]) -> Iterable[tuple[str, Measured]]:
-        """Yield what each takes, as soon as a host has found it."""
+    def __call__(self, made: Sequence[Made]) -> Iterator[tuple[str, Measured | Failed]]:
+        """Yield what each takes, as soon as a host has found it.
+
+        A candidate that does not run on one host goes to the others, and has failed where it runs on none. A host that
+        cannot be used any more is left out, and what it had goes to the others.
+
+        Raises:
+            RunError: no host is left.
+        """
         if self.machine is None and made:
-            self._greet(made[0])
-        waiting: queue.SimpleQueue[Made] = queue.SimpleQueue()
-        for one in made:
-            waiting.put(one)
-        done: queue.SimpleQueue[tuple[str, Measured] | BaseException] = queue.SimpleQueue()
+            self._greet(made)
+        waiting, idle = list(made), list(self._usable)
+        why: dict[str, dict[str, str]] = {one.name: {} for one in made}  # of each candidate, by host
+        done: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
+        while True:
+            for one in [one for one in waiting if all(url in why[one.name] for url in self._usable)]:
+                waiting.remove(one)
+                yield one.name, Failed("; ".join(why[one.name].values()))
+            for url in tuple(idle):
+                for one in [one for one in waiting if url not in why[one.name]][:1]:
+                    waiting.remove(one)
+                    idle.remove(url)
+                    threading.Thread(target=self._answer, args=(url, one, done), daemon=True).start()
+            if len(idle) == len(self._usable):
+                return
+            url, one, found = done.get()
+            if isinstance(found, Measured):
+                idle.append(url)
+                yield one.name, found
+                continue
+            waiting.insert(0, one)
+            if isinstance(found, _NotRun):
+                idle.append(url)
+                why[one.name][url] = str(found)
+                continue
+            self._usable.remove(url)
+            if not isinstance(found, RunError) or not self._usable:
+                raise found
+            self.left_out.append(f"{self._on[url]} was left out, and others took its share: {found}")
+            self._say(self.left_out[-1])
 
-        def work(url: str) -> None:
-            while True:
-                try:
-                    one = waiting.get_nowait()
-                except queue.Empty:
-                    return
-                try:
-                    done.put((one.name, self._measure(url, one)))
-                except BaseException as error:  # noqa: BLE001 - raised where the results are awaited
-                    done.put(error)
-                    return
-
-        threads = [threading.Thread(target=work, args=(url,), daemon=True) for url in self._on]
-        for thread in threads:
-            thread.start()
-        failed: BaseException | None = None
-        for _ in made:
-            found = done.get()
-            if isinstance(found, BaseException):
-                failed = found
-                break
-            yield found
-        if failed is not None:
-            raise failed
+    def _answer(self, url: str, one: Made, done: queue.SimpleQueue[_Answer]) -> None:
+        found: Measured | BaseException
+        try:
+            found = self._measure(url, one)
+        except BaseException as error:  # noqa: BLE001 - told apart where it is awaited
+            found = error
+        done.put((url, one, found))
 
     def _measure(self, url: str, one: Made) -> Measured:
         profile = self._profile(url, one, self._duration_s).profiles
@@ -179,20 +220,29 @@ class MeasureThere:
         if self._runner in ENGINES:
             build_words = ["--target=auto", f"--runtime={self._runner}", *budget]
             if run_there(one.bundle, "build", build_words, on=url, say=self._say).code:
-                raise RunError(f"{self._on[url]}: no engine of {one.name} could be built; what it said stands above")
+                raise _NotRun(f"{self._on[url]}: no engine of {one.name} could be built; what it said stands above")
         run = run_there(one.bundle, "profile", [*words, *budget], on=url, say=self._say)
         if run.document is None:
-            raise RunError(f"{run.host}: `edgecomp profile` ended with {run.code}; what it said stands above")
+            raise _NotRun(
+                f"{run.host}: `edgecomp profile` ended with {run.code} for {one.name}; what it said stands above"
+            )
         try:
             return msgspec.convert(run.document, Result)
         except msgspec.ValidationError as error:
             raise RunError(f"{run.host} answered with a result of another edgecomp ({error})") from None
 
-    def _greet(self, one: Made) -> None:
-        """Learn what each host is, and refuse those that are not of one kind."""
+    def _greet(self, made: Sequence[Made]) -> None:
+        """Learn what each host is, and refuse those that are not of one kind, or another target than was named."""
         machines: dict[str, Machine] = {}
         for url in self._on:
-            machines[url] = self._profile(url, one, _HELLO_S).machine
+            hello = self._hello(url, made)
+            if self._target and hello.target != self._target:
+                raise RunError(
+                    f"{self._on[url]} is no {self._target}: what {self._runner} measures there counts as "
+                    f"{hello.target!r}. Name the --target that it is, another --runner, or none, and what is there is "
+                    "measured"
+                )
+            machines[url] = hello.machine
         first = next(iter(machines))
         for url, machine in machines.items():
             for field in KIND:
@@ -204,6 +254,16 @@ class MeasureThere:
                     )
         self._check(machines[first])
         self.machine = machines[first]
+
+    def _hello(self, url: str, made: Sequence[Made]) -> Result:
+        """Return a result of the first graph that runs there."""
+        problem: _NotRun | None = None
+        for one in made:
+            try:
+                return self._profile(url, one, _HELLO_S)
+            except _NotRun as error:
+                problem = error
+        raise problem or RunError(f"{self._on[url]} was given nothing to run")
 
 
 def _percent(share: float) -> str:

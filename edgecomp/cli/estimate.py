@@ -23,7 +23,9 @@ def command(
     plugin: Annotated[
         bool, typer.Option("--plugin/--no-plugin", help="Whether merge nodes run in edgecomp's plugin.")
     ] = True,
-    power_mode: Annotated[str, typer.Option(help="A power mode of the target; its clock scales the peaks.")] = "",
+    power_mode: Annotated[
+        str, typer.Option(help="A power mode; scales the peaks where the target's file has its clock.")
+    ] = "",
     per_op: Annotated[bool, typer.Option("--per-op", help="Every kernel, in order.")] = False,
     per_block: Annotated[
         bool, typer.Option("--per-block", help="Blocks and the longest kernels: the default.")

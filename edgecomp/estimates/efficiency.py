@@ -100,6 +100,8 @@ class Fit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         error_row: the 90th percentile of |log(computed / published)| when each row is left out of the fit in turn.
         error_device: the same when all rows of a device are left out at once: for targets that have none.
+        devices: of each device's own rows, the 90th percentile of that error: some are foretold worse than
+            all together.
         median_row, median_device: the medians of the same.
         targets: those with published rows.
         without: the fit without the rows of each of these targets.
@@ -117,8 +119,14 @@ class Fit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rms: float
     rms_filling: float
     targets: tuple[str, ...]
+    devices: dict[str, float]
     without: dict[str, Efficiency]
     filling: Efficiency
+
+    @property
+    def worst_device(self) -> str:
+        """The device that the rows of all others foretell worst."""
+        return max(self.devices, key=lambda name: self.devices[name])
 
     @property
     def others(self) -> tuple[Efficiency, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 from msgspec.structs import replace
 
 from edgecomp.errors import InvalidSpec
@@ -13,7 +14,7 @@ from edgecomp.estimates.applied import Applied, applied_for
 from edgecomp.estimates.efficiency import modelled_us, shipped_fit
 from edgecomp.estimates.project import blocks_of, with_fewer_tokens
 from edgecomp.estimates.roofline import Estimate, estimate_graph, load_of, prepare
-from edgecomp.specs.costs import GraphCosts
+from edgecomp.specs.costs import LARGEST, Amount, GraphCosts, Whole
 from edgecomp.specs.target import Precision, Target
 
 __all__ = ["GoNoGo", "GoRow", "Reach", "go_no_go"]
@@ -34,11 +35,11 @@ class Reach(msgspec.Struct, frozen=True):
         low, high: the least and the most that other fits of the same published rows say of `faster`.
     """
 
-    tokens: int
-    us: float
-    faster: float
-    low: float
-    high: float
+    tokens: Whole
+    us: Amount
+    faster: Amount
+    low: Amount
+    high: Amount
 
 
 class GoRow(msgspec.Struct, frozen=True):
@@ -51,11 +52,11 @@ class GoRow(msgspec.Struct, frozen=True):
     """
 
     precision: str
-    batch: int
-    us: float
+    batch: Whole
+    us: Amount
     bound: str
-    busy_share: float
-    reach: tuple[Reach, ...]
+    busy_share: Amount
+    reach: Annotated[tuple[Reach, ...], Meta(min_length=1)]
 
 
 class GoNoGo(msgspec.Struct, frozen=True):
@@ -73,10 +74,10 @@ class GoNoGo(msgspec.Struct, frozen=True):
     verdict: Literal["go", "little", "no"]
     sentence: str
     target: str
-    tokens: int
-    behind: int
-    blocks: int
-    overhead_us: float
+    tokens: Whole
+    behind: Whole
+    blocks: Whole
+    overhead_us: Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
     asked: GoRow
     rows: tuple[GoRow, ...]
     skipped: tuple[str, ...]

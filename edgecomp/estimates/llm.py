@@ -20,6 +20,7 @@ from edgecomp.estimates.applied import applied_for
 from edgecomp.estimates.efficiency import Load, modelled_us
 from edgecomp.estimates.peaks import rate_of, require_precision
 from edgecomp.files import JSON_ERRORS
+from edgecomp.specs.costs import Amount, Whole
 from edgecomp.specs.target import Target
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
 
 Count = Annotated[int, Meta(ge=1, le=1 << 24)]
 _LARGEST_CONFIG = 1 << 20
+_LARGEST_FLOPS = 10**30
 _LARGEST_SEQUENCE = 1 << 22
 _WEIGHT_BYTES = {"fp32": 4.0, "tf32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "fp8": 1.0, "fp4": 0.5}
 _PAGERANK_ROUNDS = 5
@@ -132,15 +134,23 @@ class Prefill(msgspec.Struct, frozen=True):
         low_us, mid_us, high_us: to the first token, without the vision encoder; the head on one token is part of it.
     """
 
-    visual_tokens: int
-    tokens: tuple[int, ...]
+    visual_tokens: Whole
+    tokens: tuple[Whole, ...]
     flops: int
     flops_by_layer: tuple[int, ...]
     overhead_flops: int
-    kv_bytes: int
-    low_us: float
-    mid_us: float
-    high_us: float
+    kv_bytes: Whole
+    low_us: Amount
+    mid_us: Amount
+    high_us: Amount
+
+    def __post_init__(self) -> None:
+        """Refuse FLOPs that an edited document can hold, and no prefill has."""
+        for flops in (self.flops, self.overhead_flops, *self.flops_by_layer):
+            if not 0 <= flops <= _LARGEST_FLOPS:
+                raise ValueError(
+                    f"a prefill has {flops:.3g} FLOPs" if flops < 1e300 else "a prefill's FLOPs have no end"
+                )
 
 
 def load_shape(name: str) -> LlmShape:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from edgecomp.estimates.roofline import Estimate
+from edgecomp.specs.costs import Whole
 from edgecomp.specs.target import Target
 
 __all__ = ["MemoryVerdict", "judge_bytes", "judge_memory"]
@@ -28,12 +30,12 @@ class MemoryVerdict(msgspec.Struct, frozen=True):
     """
 
     verdict: Literal["fits", "tight", "does not fit"]
-    weight_bytes: int
-    activation_bytes: int
-    runtime_bytes: int
-    needed_bytes: int
-    available_bytes: int
-    total_bytes: int
+    weight_bytes: Whole
+    activation_bytes: Whole
+    runtime_bytes: Whole
+    needed_bytes: Whole
+    available_bytes: Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)]
+    total_bytes: Whole
     assumed: str
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Annotated, get_args
 
 import msgspec
+from msgspec import Meta
 from msgspec.structs import replace
 
 from edgecomp.errors import InvalidSpec, UnknownName
@@ -25,7 +26,7 @@ class Rate(msgspec.Struct, frozen=True):
         source: where it was read, or how it was derived.
     """
 
-    tera: float
+    tera: Annotated[float, Meta(gt=1e-9, le=1e12)]
     confidence: str
     source: str
 

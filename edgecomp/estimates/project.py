@@ -44,34 +44,54 @@ def with_fewer_tokens(costs: GraphCosts, *, tokens: int, behind: int) -> GraphCo
     late = {*blocks[behind:], "back"}
     ratio = tokens / costs.tokens
     values = dict(costs.values)
+    scores = _scores(costs)
     ops = []
     for op in costs.ops:
         if op.block not in late:
             ops.append(op)
             continue
-        power = _power(op, costs)
+        power = _power(op, scores)
         for name in op.writes:
-            values[name] = _shrunk(costs.values[name], costs.tokens, tokens)
+            values[name] = _shrunk(costs.values[name], costs.tokens, tokens, both=name in scores)
         ops.append(replace(op, flops=round(op.flops * ratio**power)))
     return replace(costs, ops=tuple(ops), values=values)
 
 
-def _power(op: OpCost, costs: GraphCosts) -> int:
+def _scores(costs: GraphCosts) -> set[str]:
+    """Return the values whose last two axes are both tokens: from the product of queries and keys to that with values.
+
+    Their sizes do not tell them: where the heads are as wide as there are tokens, queries and values are square too.
+    """
+
+    def is_square(name: str) -> bool:
+        dims = costs.values[name].dims
+        return len(dims) >= 3 and dims[-1] == dims[-2] == costs.tokens
+
+    found: set[str] = set()
+    for op in costs.ops:
+        reads_scores = any(name in found for name in op.reads)
+        if reads_scores == (op.kind == "matmul") or op.of_weights:
+            continue  # the product with values, or nothing of attention
+        if op.kind == "matmul" or reads_scores:
+            found.update(name for name in (*op.writes, *(op.reads if reads_scores else ())) if is_square(name))
+    return found
+
+
+def _power(op: OpCost, scores: set[str]) -> int:
     """Return how often the number of tokens is a factor of an op's FLOPs: twice inside attention, else once."""
     if not op.flops:
         return 0
     if op.of_weights:
         return 1
-    dims = [costs.values[name].dims for name in (*op.reads, *op.writes)]
-    return 2 if any(len(one) >= 3 and one[-1] == one[-2] == costs.tokens for one in dims) else 1
+    return 2 if op.kind == "attention" or any(name in scores for name in (*op.reads, *op.writes)) else 1
 
 
-def _shrunk(value: ValueCost, old: int, new: int) -> ValueCost:
-    """Shrink the token axis: the one before the last, with the last where both are; else the first that fits."""
+def _shrunk(value: ValueCost, old: int, new: int, *, both: bool) -> ValueCost:
+    """Shrink the token axis: the one before the last, with the last where `both` are; else the first that fits."""
     dims = list(value.dims)
     if len(dims) >= 2 and dims[-2] == old:
         dims[-2] = new
-        if dims[-1] == old and len(dims) >= 3:
+        if both:
             dims[-1] = new
     elif len(dims) >= 4 and dims[-1] == old:
         dims[-1] = new  # keys, transposed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -122,10 +123,16 @@ def refit(rows: PublishedRows) -> tuple[Fit, tuple[RowError, ...]]:
         rms=_rms(observed, whole),
         rms_filling=_rms(observed, filling),
         targets=tuple(sorted({one.target for one in observed})),
+        devices={name: _of_device(errors, name) for name in without},
         without=without,
         filling=filling,
     )
     return made, errors
+
+
+def _of_device(errors: Sequence[RowError], target: str) -> float:
+    sizes = [abs(math.log(one.without_device / one.us)) for one in errors if one.row.target == target]
+    return float(np.quantile(sizes, 0.9))
 
 
 def _rms(observed: list[Observed], efficiency: Efficiency) -> float:

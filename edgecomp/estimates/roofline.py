@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from edgecomp.errors import InvalidSpec
 from edgecomp.estimates.applied import Applied, applied_for
 from edgecomp.estimates.efficiency import Load, modelled_us
 from edgecomp.estimates.fusion import Kernel, fuse
 from edgecomp.estimates.peaks import Rate, rate_of, require_precision
-from edgecomp.specs.costs import ELEMENT_BYTES, FLOATS, PRECISION_OF, GraphCosts, Kind, Role, ValueCost
+from edgecomp.specs.costs import (
+    ELEMENT_BYTES,
+    FLOATS,
+    PRECISION_OF,
+    Amount,
+    GraphCosts,
+    Kind,
+    Role,
+    Us,
+    ValueCost,
+    Whole,
+)
 from edgecomp.specs.target import Precision, Target
 
 __all__ = ["Bound", "Estimate", "KernelTime", "Work", "estimate_graph", "load_of", "prepare"]
@@ -45,11 +57,11 @@ class KernelTime(msgspec.Struct, frozen=True):
     block: str
     kind: Kind
     role: Role
-    ops: int
-    flops: int
-    bytes: int
-    fill: float
-    us: float
+    ops: Whole
+    flops: Whole
+    bytes: Whole
+    fill: Annotated[float, Meta(ge=0, le=1)]
+    us: Us
     bound: Bound
 
 
@@ -71,21 +83,21 @@ class Estimate(msgspec.Struct, frozen=True):
     target: str
     precision: str
     batch: int
-    low_us: float
-    mid_us: float
-    high_us: float
-    error: float
+    low_us: Amount
+    mid_us: Amount
+    high_us: Amount
+    error: Amount
     bound: Bound
-    compute_us: float
-    memory_us: float
-    launch_us: float
-    idle_us: float
-    selection_us: float
-    merge_us: float
-    flops: int
-    bytes: int
-    weight_bytes: int
-    activation_bytes: int
+    compute_us: Amount
+    memory_us: Amount
+    launch_us: Amount
+    idle_us: Amount
+    selection_us: Amount
+    merge_us: Amount
+    flops: Whole
+    bytes: Whole
+    weight_bytes: Whole
+    activation_bytes: Whole
     kernels: tuple[KernelTime, ...]
     peaks: dict[str, Rate]
     efficiency_from: str

@@ -20,7 +20,7 @@ from edgecomp.export.check import infer_shapes, inline_calls
 from edgecomp.export.light import LightModel, read_light
 from edgecomp.export.roles import roles_of
 from edgecomp.export.view import GraphView, NodeView
-from edgecomp.specs.costs import GraphCosts, Kind, OpCost, Role, ValueCost, multiply_adds
+from edgecomp.specs.costs import RECURRENT, GraphCosts, Kind, OpCost, Role, ValueCost, multiply_adds
 
 __all__ = ["count_costs"]
 
@@ -55,6 +55,7 @@ _IN_NAME = re.compile(r"([A-Za-z_]\w*\.\d+)(?=/)")  # the node names of torch's 
 _WRAPPERS = frozenset({"model", "encoder", "backbone", "module", "visual", "vision_model", "vision_tower", "trunk"})
 _QUANTIZED = frozenset({"int8", "uint8", "float8e4m3fn", "float8e5m2", "float4e2m1", "int4", "uint4"})
 FRONT, BACK = "front", "back"
+_PAST_KEY = 4  # of ONNX's Attention: (B, H, keys of the cache, D)
 _SMALL = 64  # numbers of a constant that sizes are made of
 _ROUNDS = 16  # of putting in what became known
 
@@ -285,8 +286,10 @@ class _Counter:
         )
 
     def _flops(self, node: NodeView) -> int:
-        if _KINDS.get(node.op, "elementwise") not in ("matmul", "conv", "attention"):
+        kind = _KINDS.get(node.op, "elementwise")
+        if kind not in ("matmul", "conv", "attention") and node.op not in RECURRENT:
             return 0
+        cache = self._dims(node.input_name(_PAST_KEY)) if kind == "attention" else ()
         shapes = [self._dims(name) for name in node.proto.input if name]
         try:
             return multiply_adds(
@@ -295,6 +298,7 @@ class _Counter:
                 [self._dims(name) for name in node.proto.output if name],
                 transposed=bool(node.attribute("transA")),
                 equation=node.attribute_text("equation") or "",
+                past=cache[-2] if len(cache) > 1 else 0,
             )
         except (ValueError, IndexError) as error:
             raise RunError(

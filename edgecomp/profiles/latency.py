@@ -98,7 +98,7 @@ class LatencyProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         tokens_in, tokens_out: before and behind the compressor; 0 where there is none.
         precision: what the graph computes in; "" where it is not known.
         flops: of one run at this batch; 0 where they were not counted.
-        runner: what ran it, with its version, for example "onnxruntime 1.27.0".
+        runner: what ran it, with its version, for example "onnxruntime 1.27.0"; "onnxruntime-cuda 1.27.0" on the GPU.
         threads: of the runner; 0 when it chose by itself.
         batch: items a run.
         mode: MLPerf's scenario in its wording. `single-stream`: one run after the other. `multi-stream`: `streams` runs

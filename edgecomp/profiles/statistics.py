@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 __all__ = ["Estimate", "median_interval", "paired_drop", "percentile_ranks", "wilson"]
 
 _Z = 1.959963984540054  # two-sided 95 % of the normal distribution
 _TAIL = 0.025
+_Figure = Annotated[float, Meta(ge=-1e15, le=1e15)]  # what a document that was edited cannot exceed
 
 
 class Estimate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A figure with its 95 % confidence interval, `low` to `high`."""
 
-    value: float
-    low: float
-    high: float
+    value: _Figure
+    low: _Figure
+    high: _Figure
 
 
 def wilson(count: int, total: int) -> Estimate:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from edgecomp.report.text import table
+from edgecomp.specs.costs import Amount, Whole
 from edgecomp.specs.manifest import RouterRecord
 
 __all__ = ["BucketUse", "CalibrationReport", "describe_calibration"]
@@ -19,10 +22,10 @@ class BucketUse(msgspec.Struct, frozen=True):
         agreement: with the largest bucket, were all images sent here.
     """
 
-    tokens: int
-    before: int
-    after: int
-    ms: float
+    tokens: Whole
+    before: Whole
+    after: Whole
+    ms: Amount
     agreement: float
 
 
@@ -43,12 +46,14 @@ class CalibrationReport(msgspec.Struct, frozen=True):
     router: RouterRecord
     before: tuple[float, ...]
     buckets: tuple[BucketUse, ...]
-    router_ms: float
-    mean_ms: float
+    router_ms: Amount
+    mean_ms: Amount
     runner: str
     threads: int
     batch: int
     notes: tuple[str, ...]
+    schema: Literal[1] = 1
+    kind: Literal["edgecomp calibration"] = "edgecomp calibration"
 
 
 def describe_calibration(report: CalibrationReport) -> str:

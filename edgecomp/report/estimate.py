@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from edgecomp.estimates.efficiency import Efficiency
 from edgecomp.estimates.go_no_go import GoNoGo
@@ -13,6 +14,7 @@ from edgecomp.estimates.memory import MemoryVerdict
 from edgecomp.estimates.roofline import Bound, Estimate, KernelTime
 from edgecomp.report.foresight import LlmReport, describe_go_no_go, describe_llm
 from edgecomp.report.text import flops, size, table
+from edgecomp.specs.costs import LARGEST, Amount, Us, Whole
 
 __all__ = ["BlockTime", "EstimateReport", "GraphEstimate", "describe_estimate", "findings_of", "graph_estimate"]
 
@@ -31,9 +33,9 @@ class BlockTime(msgspec.Struct, frozen=True):
 
     block: str
     kernels: int
-    flops: int
-    us: float
-    share: float
+    flops: Whole
+    us: Us
+    share: Annotated[float, Meta(ge=0, le=1 + 1e-6)]
     bound: Bound
 
 
@@ -51,7 +53,7 @@ class GraphEstimate(msgspec.Struct, frozen=True):
     model: str
     role: Literal["bucket", "plain", "file"]
     kept: int
-    over_plain: float
+    over_plain: Amount
     estimate: Estimate
     memory: MemoryVerdict
     blocks: tuple[BlockTime, ...]
@@ -67,6 +69,7 @@ class EstimateReport(msgspec.Struct, frozen=True):
         error: the 90th percentile of the model's error on published rows that were left out of its fit; where `is_own`,
             the largest of the user's own results, each left out in turn.
         findings: what a user should know before anything else.
+        bandwidth_gb_s: peak of the target's memory.
         go_no_go, llm: where they were asked for.
     """
 
@@ -76,12 +79,15 @@ class EstimateReport(msgspec.Struct, frozen=True):
     graphs: tuple[GraphEstimate, ...]
     efficiency: Efficiency
     efficiency_from: str
-    error: float
+    error: Amount
     findings: tuple[str, ...]
     notes: tuple[str, ...]
+    bandwidth_gb_s: Annotated[float, Meta(gt=0, le=LARGEST)]
     is_own: bool = False
     go_no_go: GoNoGo | None = None
     llm: LlmReport | None = None
+    schema: Literal[1] = 1
+    kind: Literal["edgecomp estimate"] = "edgecomp estimate"
 
     def __bool__(self) -> bool:
         return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from edgecomp.evaluation import Estimate, Evaluation, GraphScore
@@ -15,7 +17,7 @@ class EvaluationReport(msgspec.Struct, frozen=True):
     """What a bundle is worth on labelled images; `bool(report)` says whether no bucket loses more than it may.
 
     Attributes:
-        kind: how the data is laid out.
+        layout: of the data.
         found: images that the data holds; `evaluation.images` of them were run.
         seed: of the choice, where not all were.
         kept: tokens that each graph keeps, by its file name; of the plain model, those that it has; of
@@ -28,7 +30,7 @@ class EvaluationReport(msgspec.Struct, frozen=True):
 
     bundle: str
     data: str
-    kind: str
+    layout: str
     found: int
     seed: int
     runner: str
@@ -41,6 +43,8 @@ class EvaluationReport(msgspec.Struct, frozen=True):
     max_drop: float | None
     notes: tuple[str, ...]
     evaluation: Evaluation
+    schema: Literal[1] = 1
+    kind: Literal["edgecomp evaluation"] = "edgecomp evaluation"
 
     def __bool__(self) -> bool:
         return not self.failures
@@ -67,7 +71,7 @@ def describe_evaluation(report: EvaluationReport) -> str:
     threads = f"{report.threads or 'its own choice of'} threads" if report.threads != 1 else "1 thread"
     header = ["model", "kept", "top-1 %", "", "top-5 %", "drop", "", "agree %", "FLOPs", "ms/image", "time", "", ""]
     lines = [
-        f"{report.bundle}: {chosen} of {report.data} ({report.kind}), {found.num_classes} classes",
+        f"{report.bundle}: {chosen} of {report.data} ({report.layout}), {found.num_classes} classes",
         f"{report.version}, {threads}, batch {found.batch}, {len(found.scores[0].run_ms)} runs each, in turn",
         f"on {machine.cpu}, {machine.cores} cores{f', {machine.gpu}' if machine.gpu else ''}; load {load}",
         "",

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import itertools
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
-from edgecomp.estimates.go_no_go import GoNoGo
+from edgecomp.estimates.go_no_go import GoNoGo, Reach
 from edgecomp.estimates.llm import LlmShape, Prefill
 from edgecomp.estimates.memory import MemoryVerdict
 from edgecomp.report.text import flops, size, table
+from edgecomp.specs.costs import Amount
 
-__all__ = ["LlmReport", "LlmRow", "describe_go_no_go", "describe_llm"]
+__all__ = [
+    "LlmReport",
+    "LlmRow",
+    "allowance",
+    "describe_go_no_go",
+    "describe_llm",
+    "meaning",
+    "shape_words",
+    "spread",
+]
 
 
 class LlmRow(msgspec.Struct, frozen=True):
@@ -27,10 +39,10 @@ class LlmRow(msgspec.Struct, frozen=True):
     """
 
     label: str
-    encoder_us: float
+    encoder_us: Amount
     prefill: Prefill
-    of_all: float
-    first_token_us: float
+    of_all: Amount
+    first_token_us: Amount
     memory: MemoryVerdict
 
 
@@ -49,22 +61,41 @@ class LlmReport(msgspec.Struct, frozen=True):
     visual_tokens: int
     text_tokens: int
     schedule: str
-    rows: tuple[LlmRow, ...]
+    rows: Annotated[tuple[LlmRow, ...], Meta(min_length=1)]
     encoder_precision: str = ""
+
+
+def allowance(answer: GoNoGo) -> str:
+    """Return what a method may cost, in a sentence."""
+    half = min(answer.asked.reach, key=lambda reach: abs(reach.tokens - answer.tokens / 2))
+    return (
+        f"A method may take {answer.overhead_us / 1e3:.2f} ms for choosing and moving tokens before it is slower than "
+        f"the plain model, at {half.tokens} of {answer.tokens} tokens."
+    )
+
+
+def meaning(answer: GoNoGo) -> str:
+    """Return what the figures of the table are."""
+    text = (
+        f"times faster at best: blocks from number {answer.behind} on of {answer.blocks} work on the kept tokens, and "
+        "choosing and moving them costs nothing"
+    )
+    others = any(spread(reach) for row in answer.rows for reach in row.reach)
+    return text + "; in brackets what other fits of the same published rows say" * others
+
+
+def spread(reach: Reach) -> str:
+    """Return what other fits say; "" where there are none, under a calibration of one's own."""
+    return f"{reach.low:.2f} to {reach.high:.2f}" if reach.low != reach.high else ""
 
 
 def describe_go_no_go(answer: GoNoGo) -> list[str]:
     """Return the sentence, what a method may cost, and the table."""
     asked = answer.asked
-    half = min(asked.reach, key=lambda reach: abs(reach.tokens - answer.tokens / 2))
-    may = (
-        f"A method may take {answer.overhead_us / 1e3:.2f} ms for choosing and moving tokens before it is slower than "
-        f"the plain model, at {half.tokens} of {answer.tokens} tokens."
-    )
     lines = [
         "",
         answer.sentence,
-        may,
+        allowance(answer),
         "",
     ]
     counts = [reach.tokens for reach in asked.reach]
@@ -76,25 +107,27 @@ def describe_go_no_go(answer: GoNoGo) -> list[str]:
             f"{row.us / 1e3:.2f}",
             row.bound,
             f"{100 * row.busy_share:.0f} %",
-            *(f"{reach.faster:.2f}x ({reach.low:.2f} to {reach.high:.2f})" for reach in row.reach),
+            *(f"{reach.faster:.2f}x" + (f" ({spread(reach)})" if spread(reach) else "") for reach in row.reach),
         ]
         for row in answer.rows
     ]
     lines.append(table(header, rows))
-    meaning = (
-        f"times faster at best: blocks from number {answer.behind} on of {answer.blocks} work on the kept tokens, and "
-        "choosing and moving them costs nothing; in brackets what other fits of the same published rows say"
-    )
-    lines += ["", meaning]
+    lines += ["", meaning(answer)]
     return lines + [f"left out: {text}" for text in answer.skipped]
+
+
+def shape_words(report: LlmReport) -> str:
+    """Return what the language model is and what it is given, in a line."""
+    shape = report.shape
+    return (
+        f"{report.name}: {shape.layers} layers, width {shape.dim}, {shape.heads} heads on {shape.kv_heads} key heads, "
+        f"MLP {shape.mlp}; {report.precision}, {report.text_tokens} text tokens, one sequence"
+        + (f"; the encoder in {report.encoder_precision}" if report.encoder_precision else "")
+    )
 
 
 def describe_llm(report: LlmReport) -> list[str]:
     """Return a line for each count, and the layers of the last one."""
-    shape = report.shape
-    words = (
-        f"{shape.layers} layers, width {shape.dim}, {shape.heads} heads on {shape.kv_heads} key heads, MLP {shape.mlp}"
-    )
     rows: list[list[object]] = [
         [
             row.label,
@@ -125,8 +158,7 @@ def describe_llm(report: LlmReport) -> list[str]:
     last = report.rows[-1].prefill
     return [
         "",
-        f"{report.name}: {words}; {report.precision}, {report.text_tokens} text tokens, one sequence"
-        + (f"; the encoder in {report.encoder_precision}" if report.encoder_precision else ""),
+        shape_words(report),
         "",
         table(header, rows),
         "",

@@ -64,7 +64,7 @@ class Board:
         found = {}
         for one in self.known.values():
             verdict = self.verdict(one)
-            if one.family == family and verdict is not None and one.measured is not None:
+            if one.family == family and verdict is not None and one.measured is not None and not one.refused:
                 agreement = one.agreement.value if one.agreement is not None else None
                 found[one.tokens] = Seen(verdict.load, agreement, one.measured.p50_us.value)
         return found
@@ -77,7 +77,7 @@ class Board:
         """Whether a plain model meets all limits and agrees with the reference as that does with itself."""
         verdict = self.verdict(one)
         agrees = one.agreement is not None and one.agreement.value >= 1
-        return one.family.role == "plain" and verdict is not None and not verdict.misses and agrees
+        return one.family.role == "plain" and not one.refused and verdict is not None and not verdict.misses and agrees
 
     def winner(self) -> str:
         """Return the one that meets all limits and agrees most; of equal ones the plain model, then the fastest."""
@@ -107,5 +107,5 @@ class Board:
         return [
             (name, one)
             for name, one in self.known.items()
-            if one.family.role != "baseline" and not one.is_another_network
+            if one.family.role != "baseline" and not one.is_another_network and not one.refused
         ]

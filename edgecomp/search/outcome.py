@@ -96,7 +96,7 @@ def sentence_of(board: Board, subject: Subject, winner: str, closest: str) -> st
 
 
 def remarks_of(rows: Sequence[Row], winner: str, latency_of: LatencyOf) -> list[str]:
-    """Return what a reader of the winner must know: a baseline that is as good, a percentile of few samples."""
+    """Return what a reader of the winner must know: what is as good, and a percentile of few samples."""
     row = next((row for row in rows if row.name == winner), None)
     if row is None or row.measured is None:
         return []
@@ -105,6 +105,7 @@ def remarks_of(rows: Sequence[Row], winner: str, latency_of: LatencyOf) -> list[
         for other in rows
         if other.role == "baseline" and other.name in row.by
     ]
+    notes += [_remark_of_plain(other, row) for other in rows if _is_faster_unjudged_plain(other, row)]
     p99 = row.measured.p99_us
     if latency_of == "p99" and p99 is not None and p99.is_indicative:
         notes.append(
@@ -112,6 +113,23 @@ def remarks_of(rows: Sequence[Row], winner: str, latency_of: LatencyOf) -> list[
             "makes it surer"
         )
     return notes
+
+
+def _is_faster_unjudged_plain(other: Row, winner: Row) -> bool:
+    """Whether a row is an uncompressed model that cannot win, and would by its latency."""
+    if other.role != "plain" or other.agreement is not None or other.latency_us is None:
+        return False
+    return winner.latency_us is not None and other.latency_us <= winner.latency_us
+
+
+def _remark_of_plain(other: Row, winner: Row) -> str:
+    assert other.latency_us is not None
+    assert winner.latency_us is not None
+    return (
+        f"{other.name}, the uncompressed model, is no slower than {winner.name} ({other.latency_us / 1000:.3f} and "
+        f"{winner.latency_us / 1000:.3f} ms) and is left out only because it is another network, whose outputs cannot "
+        "be compared: for speed the method is not needed; `edgecomp evaluate` tells which is more accurate"
+    )
 
 
 def _latency_us(measured: Measured, latency_of: LatencyOf) -> float:

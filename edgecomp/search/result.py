@@ -97,7 +97,9 @@ class PrecisionVerdict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What became of a precision, and why."""
 
     precision: str
-    verdict: Literal["chosen", "slower", "fails parity", "cannot be exported", "not on the target", "not tried"]
+    verdict: Literal[
+        "chosen", "slower", "fails parity", "cannot be exported", "cannot be run", "not on the target", "not tried"
+    ]
     why: str
 
 

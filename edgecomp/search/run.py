@@ -13,16 +13,16 @@ from typing import Protocol
 
 import msgspec
 
-from edgecomp.errors import ExportError, InvalidSpec, ParityError, SpecError
+from edgecomp.errors import ExportError, InvalidSpec, ParityError, RunError, SpecError
 from edgecomp.search.board import Board, Known
 from edgecomp.search.outcome import LatencyOf, Outcome, remarks_of, rows_of, sentence_of
 from edgecomp.search.plan import Step, coarse, is_monotone, next_budgets
 from edgecomp.search.result import Agreement, Limits, Measured, PrecisionVerdict, Row
 from edgecomp.search.space import Family, Subject, name_of
-from edgecomp.search.state import Exported, Journal, Judged, Record, Refused, Timed
+from edgecomp.search.state import Exported, Journal, Judged, Record, Refused, RefusedFor, Timed
 from edgecomp.specs.precision import PRECISIONS
 
-__all__ = ["Ask", "Export", "Judge", "Made", "Measure", "Tools", "run_search"]
+__all__ = ["Ask", "Export", "Failed", "Judge", "Made", "Measure", "Tools", "run_search"]
 
 
 _WORTH_A_CONTROL = 4  # measurements
@@ -37,6 +37,12 @@ class Made(msgspec.Struct, frozen=True):
     bundle: Path
     model: str
     flops: int
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """Stands for what was to be found of a candidate that cannot be run; it is out, and the search goes on."""
+
+    why: str
 
 
 class Export(Protocol):
@@ -55,16 +61,24 @@ class Export(Protocol):
 class Measure(Protocol):
     """Measures graphs, or estimates them."""
 
-    def __call__(self, made: Sequence[Made]) -> Iterable[tuple[str, Measured]]:
-        """Yield names with what each takes, as soon as it is known."""
+    def __call__(self, made: Sequence[Made]) -> Iterable[tuple[str, Measured | Failed]]:
+        """Yield names with what each takes, as soon as it is known.
+
+        Raises:
+            EdgecompError: anything that is not a candidate's fault, such as a host that is gone; it ends the search.
+        """
         ...
 
 
 class Judge(Protocol):
     """Finds how far graphs agree with the reference."""
 
-    def __call__(self, made: Made) -> Agreement | None:
-        """Return the agreement; none where it cannot be told."""
+    def __call__(self, made: Made) -> Agreement | Failed | None:
+        """Return the agreement; none where it cannot be told.
+
+        Raises:
+            EdgecompError: the reference cannot be run, which ends the search.
+        """
         ...
 
 
@@ -131,7 +145,8 @@ class _Search:
         self.notes: list[str] = []
         self.precisions: dict[str, PrecisionVerdict] = {}
         self.taken = self.measured_now = 0
-        self.control: Made | None = None
+        self.plain: dict[str, Made] = {}  # uncompressed models that this run exported
+        self.is_resumed = any(isinstance(record, Timed) for record in journal.records)
         self.old: dict[str, list[Record]] = {}
         for record in journal.records:
             names = record.names if isinstance(record, Exported) else (getattr(record, "name", ""),)
@@ -192,15 +207,14 @@ class _Search:
                 if one.measured is not None:
                     times[word] = one.measured.p50_us.value, count
                     break
-                fails = one.refused.startswith("fails parity")
-                verdict: PrecisionVerdict = PrecisionVerdict(
-                    word, "fails parity" if fails else "cannot be exported", one.refused
-                )
+                kind = one.refused.partition(":")[0]
+                verdict: PrecisionVerdict = PrecisionVerdict(word, msgspec.convert(kind, RefusedFor), one.refused)
                 self.precisions[word] = verdict
-                if fails:
+                if kind == "fails parity":
                     break  # not the budget's fault
         if not times:
-            raise InvalidSpec(f"nothing could be exported: {self._why_not()}")
+            is_run = any(one.verdict == "cannot be run" for one in self.precisions.values())
+            raise InvalidSpec(f"nothing could be {'measured' if is_run else 'exported'}: {self._why_not()}")
         ranked = sorted(times, key=lambda word: times[word])
         best_us = times[ranked[0]][0]
         for word, (us, count) in times.items():
@@ -268,25 +282,60 @@ class _Search:
         ]
 
     def _look_again(self) -> None:
-        """Measure the plain model once more, where this run measured it and others after it."""
-        made = self.control
-        if made is None or not self.ask.control or self.measured_now < _WORTH_A_CONTROL:
+        """Measure the plain model once more where others were measured after it, and tell each time that it was.
+
+        A kill may fall between the last candidate and this, so that measurements count over all runs of the journal. A
+        run that went on with an earlier one's has numbers of two times side by side: any of its own is controlled.
+        """
+        plain = (one for one in self.board.known.values() if one.family.role == "plain")
+        first = next((one for one in plain if one.measured is not None), None)
+        if first is None or first.measured is None or not self.ask.control:
             return
-        first = self.board.known[made.name].measured
-        started = self.clock()
-        for _, again in self.tools.measure([made]):
-            self.journal.add(Timed(f"{made.name} again", again, self.clock() - started, made.flops))
-            if first is None:
-                return
-            times = [one.p50_us.value / 1000 for one in (first, again)]
-            share = times[1] / times[0] - 1
-            said = f"{made.name} took {times[0]:.3f} ms at the beginning and {times[1]:.3f} at the end ({share:+.1%})"
-            if abs(share) > self.ask.noise:
-                said += (
-                    f": the machine drifted by more than --noise {self.ask.noise:g}, so that candidates are not "
-                    "measured alike; repeat it on a quiet one, with --fresh"
-                )
-            self.notes.append(said)
+        name = name_of(first.family, first.tokens)
+        earlier = [record.value for record in self.old.get(_again(name), ()) if isinstance(record, Timed)]
+        for value in earlier:
+            self.notes.append(self._drift(name, first.measured, value, "at the end of an earlier run"))
+        waiting = 0  # measurements that no control has followed
+        for record in self.journal.records:
+            if isinstance(record, Timed):
+                waiting = 0 if record.name == _again(name) else waiting + 1
+        if waiting >= _WORTH_A_CONTROL or (self.is_resumed and self.measured_now):
+            self._control(name, first)
+
+    def _control(self, name: str, first: Known) -> None:
+        assert first.measured is not None
+        try:
+            made = self.plain.get(name) or self._plain_again(name, first)
+            started = self.clock()
+            for _, again in self.tools.measure([made]):
+                if isinstance(again, Failed):
+                    raise RunError(again.why)
+                self.journal.add(Timed(_again(name), again, self.clock() - started, made.flops))
+                self.notes.append(self._drift(name, first.measured, again, "at the end"))
+        except (ExportError, SpecError, RunError) as error:
+            self.notes.append(
+                f"{name} could not be measured again at the end, so that it is not known how far the machine drifted: "
+                f"{error}"
+            )
+
+    def _plain_again(self, name: str, first: Known) -> Made:
+        """Return the plain model of an earlier run, out of the bundle that it was exported in."""
+        record = next(one for one in self.journal.records if isinstance(one, Exported) and name in one.names)
+        beside = [one for one in map(self.board.known.get, record.names) if one and one.family.role == "candidate"]
+        family = beside[0].family if beside else self._family(first.family.precision, self.ask.schedules[0])
+        budgets = tuple(one.tokens for one in beside) or coarse(self.ask.budgets)[:1]
+        return next(one for one in self.tools.export(family, budgets, with_plain=True) if one.name == name)
+
+    def _drift(self, name: str, before: Measured, after: Measured, when: str) -> str:
+        times = [one.p50_us.value / 1000 for one in (before, after)]
+        share = times[1] / times[0] - 1
+        said = f"{name} took {times[0]:.3f} ms at the beginning and {times[1]:.3f} {when} ({share:+.1%})"
+        if abs(share) > self.ask.noise:
+            said += (
+                f": the machine drifted by more than --noise {self.ask.noise:g}, so that candidates are not "
+                "measured alike; repeat it on a quiet one, with --fresh"
+            )
+        return said
 
     def _skip_all(self, word: str, why: str) -> None:
         for schedule in self.ask.schedules:
@@ -304,24 +353,38 @@ class _Search:
         for one in wanted:
             one.skipped = ""
             for record in self.old.pop(name_of(one.family, one.tokens), ()):
+                if isinstance(record, Refused) and record.kind == "cannot be run":
+                    continue  # the machine may have been the reason: it is tried again
                 self._take(one, record)
                 self.taken += isinstance(record, Timed)
         if all(one.is_done for one in wanted):
             return
         made = self._make(family, tuple(budgets), with_plain)
         started = self.clock()
-        todo = [one for one in made if self.board.known[one.name].measured is None]
+        todo = [one for one in made if not self.board.known[one.name].refused]
+        todo = [one for one in todo if self.board.known[one.name].measured is None]
         flops = {one.name: one.flops for one in todo}
         for name, measured in self.tools.measure(todo) if todo else ():
+            if isinstance(measured, Failed):
+                self._refuse(name, measured)
+                continue
             self._note(Timed(name, measured, self.clock() - started, flops[name]))
             self.measured_now += 1
             self.say(f"{name}: p50 {measured.p50_us.value / 1000:.3f} ms, {measured.source}")
             started = self.clock()
         for graph in made:
-            if not self.board.known[graph.name].is_judged:
+            one = self.board.known[graph.name]
+            if not one.is_judged and not one.refused:
                 started = self.clock()
                 found = self.tools.judge(graph)
+                if isinstance(found, Failed):
+                    self._refuse(graph.name, found)
+                    continue
                 self._note(Judged(graph.name, found, self.clock() - started))
+
+    def _refuse(self, name: str, failed: Failed) -> None:
+        self.say(f"{name} cannot be run: {failed.why}")
+        self._note(Refused(name, "cannot be run", failed.why))
 
     def _make(self, family: Family, budgets: tuple[int, ...], with_plain: bool) -> list[Made]:
         """Export budgets in one bundle; one by one where one of them cannot be, so that it can be named."""
@@ -342,8 +405,8 @@ class _Search:
         self.journal.add(record)
         for one in made:
             self._take(self.board.known[one.name], record)
-            if one.family.role == "plain" and self.control is None:
-                self.control = one
+            if one.family.role == "plain":
+                self.plain[one.name] = one
         plain = name_of(Family("plain", "", family.precision), 0)
         if with_plain and plain not in record.names:
             self._note(Refused(plain, "cannot be exported", f"{record.bundle} has no uncompressed model"))
@@ -391,3 +454,8 @@ class _Search:
             winner_known=board.known.get(winner),
             known=tuple(board.known.values()),
         )
+
+
+def _again(name: str) -> str:
+    """Return the name under which the journal has the second measurement of a plain model."""
+    return f"{name} again"

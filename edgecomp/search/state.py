@@ -20,7 +20,7 @@ from edgecomp.errors import EdgecompError, InvalidSpec, RunError
 from edgecomp.profiles.machine import Machine
 from edgecomp.search.result import Agreement, Measured
 
-__all__ = ["Exported", "Journal", "Judged", "Record", "Refused", "Timed", "Where", "flat"]
+__all__ = ["Exported", "Journal", "Judged", "Record", "Refused", "RefusedFor", "Timed", "Where", "flat"]
 
 _KIND: Final = "edgecomp search journal"
 _SCHEMA: Final = 1
@@ -51,11 +51,14 @@ class Judged(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="judge
     seconds: float
 
 
+RefusedFor = Literal["fails parity", "cannot be exported", "cannot be run"]
+
+
 class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refused"):
-    """A candidate cannot be made or run."""
+    """A candidate cannot be made or run. One that cannot be run is tried again when the search goes on."""
 
     name: str
-    kind: Literal["fails parity", "cannot be exported", "cannot be run"]
+    kind: RefusedFor
     why: str
 
 

@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from edgecomp.specs.target import Precision
 
 __all__ = [
     "ELEMENT_BYTES",
     "FLOATS",
+    "LARGEST",
     "PRECISION_OF",
+    "RECURRENT",
+    "Amount",
     "GraphCosts",
     "Kind",
     "OpCost",
     "Role",
+    "Us",
     "ValueCost",
+    "Whole",
     "multiply_adds",
 ]
 
@@ -73,7 +79,15 @@ PRECISION_OF: dict[str, Precision] = {
     "float8e5m2": "fp8",
     "float4e2m1": "fp4",
 }
+RECURRENT = ("LSTM", "GRU", "RNN")
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16", "float8e4m3fn", "float8e5m2", "float4e2m1"})
+
+
+LARGEST = 1e15
+#: What a document of figures can hold: one that was edited beyond it is refused, before anything is computed of it.
+Whole = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Amount = Annotated[float, Meta(ge=0, le=LARGEST)]
+Us = Annotated[float, Meta(ge=1e-6, le=LARGEST)]  # of a kernel, which takes at least its launch
 
 
 class ValueCost(msgspec.Struct, frozen=True, gc=False):
@@ -187,6 +201,7 @@ def multiply_adds(
     *,
     transposed: bool = False,
     equation: str = "",
+    past: int = 0,
 ) -> int:
     """Return the multiply-adds of one op from its shapes; 0 for ops that are no matrix product or convolution.
 
@@ -197,9 +212,11 @@ def multiply_adds(
         inputs, outputs: shapes.
         transposed: Gemm's transA.
         equation: Einsum's.
+        past: keys of an Attention's cache, beside those of its input.
 
     Raises:
-        ValueError: an Einsum of more than two operands, which a runtime may order as it likes.
+        ValueError: an Einsum of more than two operands, which a runtime may order as it likes; a recurrent op, whose
+            steps wait for each other, so that its products tell no time.
     """
     if op in ("MatMul", "MatMulInteger"):
         return math.prod(outputs[0]) * inputs[0][-1]
@@ -216,7 +233,9 @@ def multiply_adds(
     if op == "Einsum":
         return _einsum(equation, inputs)
     if op == "Attention":
-        return _attention(inputs)
+        return _attention(inputs, past)
+    if op in RECURRENT:
+        raise ValueError(f"{op} is recurrent: its steps run one after another, which is not modelled")
     return 0
 
 
@@ -237,9 +256,9 @@ def _einsum(equation: str, inputs: Sequence[Sequence[int]]) -> int:
     return math.prod(sizes.values())
 
 
-def _attention(inputs: Sequence[Sequence[int]]) -> int:
-    """Query with keys, then with values; (B, H, N, D), or (B, N, H * D)."""
+def _attention(inputs: Sequence[Sequence[int]], past: int) -> int:
+    """Query with keys, those of the cache too, then with values; (B, H, N, D), or (B, N, H * D)."""
     query, key, value = inputs[:3]
     heads = query[1] if len(query) == 4 else 1
     of_values = value[-1] * (heads if len(query) == 4 else query[-1] // key[-1])
-    return query[0] * query[-2] * key[-2] * (heads * query[-1] + of_values)
+    return query[0] * query[-2] * (past + key[-2]) * (heads * query[-1] + of_values)

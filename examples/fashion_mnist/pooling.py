@@ -116,7 +116,7 @@ def evaluate_pooling(
     return EvaluationReport(
         bundle="",
         data=str(data),
-        kind=images.kind,
+        layout=images.kind,
         found=len(images.labels),
         seed=0,
         runner=session.name,

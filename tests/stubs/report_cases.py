@@ -88,7 +88,7 @@ def evaluation(bundle: str = "tome-vit", data: str = "fashion", **changes: Any) 
     fields: dict[str, Any] = {
         "bundle": bundle,
         "data": data,
-        "kind": "IDX files",
+        "layout": "IDX files",
         "found": 10_000,
         "seed": 0,
         "runner": "onnxruntime",
@@ -246,6 +246,7 @@ def estimate(**changes: Any) -> EstimateReport:
         "error": 0.2,
         "findings": (),
         "notes": (),
+        "bandwidth_gb_s": 102.0,
     }
     return EstimateReport(**(fields | changes))
 

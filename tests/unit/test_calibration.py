@@ -138,6 +138,18 @@ def test_a_time_that_is_not_the_gpus_is_refused_unless_forced(tmp_path: Path, ru
     assert not api.target_calibrate("t4", results=[on_gpu], models=[path]).forced
 
 
+def test_a_runner_says_in_its_version_what_it_ran_on(tmp_path: Path) -> None:
+    """By it a calibration tells a time of the GPU from one of the CPU."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; pip install 'edgecomp[cpu]' brings it")
+    from edgecomp.runners.onnxruntime import OnnxRuntimeRunner
+
+    path = model(tmp_path, 64)
+    for name in ("onnxruntime", "onnxruntime-cuda"):
+        words: dict[str, Any] = {"threads": 1, "takes_turns": False, "share_weights": False}
+        with OnnxRuntimeRunner(path, name=name, provider="CPUExecutionProvider", **words) as runner:
+            assert runner.version.partition(" ")[0] == name
+
+
 def test_a_measurement_counts_once_and_its_repetitions_tell_no_error(
     cli: Cli, truth: tuple[list[Path], list[Path]]
 ) -> None:

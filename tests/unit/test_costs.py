@@ -75,6 +75,7 @@ def test_a_product_with_weights_counts_each_byte_once(tmp_path: Path) -> None:
         ("Einsum", [(2, 3)], [(3, 2)], {"equation": "ij->ji"}, 0),
         ("Attention", [(2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4)], [(2, 3, 5, 4)], {}, 2 * 3 * 5 * 7 * 12),
         ("Attention", [(2, 5, 24), (2, 7, 24), (2, 7, 12)], [(2, 5, 12)], {}, 2 * 5 * 7 * 36),
+        ("Attention", [(2, 3, 1, 8), (2, 3, 1, 8), (2, 3, 1, 8)], [(2, 3, 1, 8)], {"past": 99}, 2 * 3 * 100 * 16),
         ("Softmax", [(2, 3)], [(2, 3)], {}, 0),
     ],
 )
@@ -227,6 +228,24 @@ def test_an_open_batch_is_bound_or_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_counted_is_named(tmp_path: Path, body: str, inputs: str, outputs: str, told: str) -> None:
     with pytest.raises(RunError, match=told):
         count(tmp_path, body, inputs, outputs)
+
+
+def test_attention_reads_the_keys_of_its_cache(tmp_path: Path) -> None:
+    new, past = "float[1,2,1,8]", "float[1,2,99,8]"
+    whole = "float[1,2,100,8]"
+    body = "y, pk, pv = Attention (q, k, v, , a, b)"
+    inputs = f"{new} q, {new} k, {new} v, {past} a, {past} b"
+    text = f'<ir_version: 11, opset_import: ["" : 23]> g ({inputs}) => ({new} y, {whole} pk, {whole} pv) {{ {body} }}'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
+    assert count_costs(tmp_path / "a.onnx").flops == 2 * 2 * 100 * 16
+
+
+@pytest.mark.parametrize(("op", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_recurrent_ops_are_refused(tmp_path: Path, op: str, gates: int) -> None:
+    body = f"y = {op} <hidden_size = 8> (x, w, r)"
+    inputs = f"float[5,2,4] x, float[1,{8 * gates},4] w, float[1,{8 * gates},8] r"
+    with pytest.raises(RunError, match=rf"{op} node .* cannot be counted \({op} is recurrent: its steps run one after"):
+        count(tmp_path, body, inputs, "float[5,1,2,8] y")
 
 
 def test_an_op_of_another_domain_is_named(tmp_path: Path) -> None:

@@ -267,6 +267,7 @@ def test_the_shipped_fit_is_that_of_the_published_rows() -> None:
     for name, efficiency in {"": made.efficiency, "filling": made.filling, **made.without}.items():
         other = shipped.efficiency if not name else shipped.filling if name == "filling" else shipped.without[name]
         assert asdict(efficiency) == pytest.approx(asdict(other), rel=1e-3), name
+    assert made.devices == pytest.approx(shipped.devices, rel=1e-3)
     assert len(errors) == len(shipped_rows().rows) == shipped.rows
     by_hand = [abs(math.log(one.without_row / one.us)) for one in errors]
     assert np.quantile(by_hand, 0.9) == pytest.approx(shipped.error_row, rel=1e-3)
@@ -279,6 +280,12 @@ def test_documents_state_the_error_of_the_fit(file: str) -> None:
     assert f"{fitted.rows} published" in text
     for error in (fitted.error_row, fitted.error_device):
         assert f"{math.exp(error):.2f}" in text
+
+
+def test_the_document_states_the_error_on_each_device() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "estimate.md").read_text(encoding="utf-8")
+    for name, error in shipped_fit().devices.items():
+        assert f"{name} {math.exp(error):.2f}" in text
 
 
 def test_every_published_row_says_where_it_comes_from() -> None:
@@ -305,7 +312,10 @@ def test_the_error_is_that_of_rows_or_of_devices() -> None:
     fitted = shipped_fit()
     assert shipped_for("t4").error == fitted.error_row
     assert shipped_for("h100").error == fitted.error_device > fitted.error_row
-    assert "none of h100" in shipped_for("h100").source
+    worst = fitted.devices[fitted.worst_device]
+    assert worst > fitted.error_device
+    said = f"(the worst, {fitted.worst_device}: 9 of 10 within {math.exp(worst):.2f})"
+    assert f"none of h100: each device left out in turn {said}" in shipped_for("h100").source
 
 
 # -- memory -------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from edgecomp.estimates.efficiency import Efficiency
 from edgecomp.estimates.geometry import Geometry, transformer_costs
 from edgecomp.estimates.go_no_go import go_no_go
 from edgecomp.estimates.project import blocks_of, with_fewer_tokens
+from edgecomp.report.foresight import describe_go_no_go
 from edgecomp.specs import load_target
 
 VIT_B = Geometry(197, 768, 12, 12, 3072, 768)
@@ -48,6 +49,20 @@ def test_a_width_that_equals_the_tokens_stays() -> None:
     small = transformer_costs(Geometry(64, 256, 4, 4, 1024, 768))
     late = [op.flops for op in small.ops if op.block != "front"]
     assert [op.flops for op in cut.ops if op.block != "front"] == late
+
+
+def test_heads_as_wide_as_there_are_tokens_stay() -> None:
+    costs = transformer_costs(Geometry(64, 256, 4, 4, 1024, 768))
+    cut = with_fewer_tokens(costs, tokens=16, behind=0)
+    small = transformer_costs(Geometry(16, 256, 4, 4, 1024, 768))
+    for attribute in ("flops", "writes"):
+        late = [[getattr(op, attribute) for op in one.ops if op.block != "front"] for one in (cut, small)]
+        assert late[0] == late[1]
+    numbers = [
+        [one.values[name].elements for op in one.ops if op.block != "front" for name in op.writes]
+        for one in (cut, small)
+    ]
+    assert numbers[0] == numbers[1]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +119,9 @@ def test_a_calibration_of_ones_own_has_no_other_fits(tmp_path: Path, monkeypatch
     assert calibration_path("t4").is_file()
     reach = go_no_go(transformer_costs(VIT_B), load_target("t4")).asked.reach[0]
     assert reach.low == reach.faster == reach.high
+    said = "\n".join(describe_go_no_go(go_no_go(transformer_costs(VIT_B), load_target("t4"))))
+    assert "other fits" not in said
+    assert " to " not in said.partition("precision")[2].partition("times faster")[0]
 
 
 def test_what_is_no_transformer_is_refused() -> None:

@@ -427,3 +427,10 @@ def test_a_file_is_not_copied_to_another_machine(model: Path, cli: Any) -> None:
     said = cli("profile", model, "--on", "ssh://me@nano/srv")
     assert (said.code, said.out) == (2, "")
     assert f"--on with {model}: bundles alone are copied" in said.err
+
+
+def test_a_place_here_is_looked_at_before_anything_is_done_there(tmp_path: Path, cli: Any) -> None:
+    (tmp_path / "file").write_text("mine")
+    said = cli("profile", tmp_path, "--on", "ssh://me@nano.invalid/srv", "--out", tmp_path / "file" / "r.json")
+    assert (said.code, said.out) == (2, "")
+    assert f"result cannot be written to {tmp_path / 'file'}: Not a directory" in said.err

@@ -20,6 +20,9 @@ from report_cases import calibration, comparison, estimate, evaluation, inside_r
 
 from edgecomp import api
 from edgecomp.errors import EdgecompError, InvalidSpec, MissingDependency, RunError
+from edgecomp.estimates.geometry import Geometry, transformer_costs
+from edgecomp.estimates.go_no_go import go_no_go
+from edgecomp.estimates.peaks import Rate
 from edgecomp.evaluation.reconstruction import Reconstruction
 from edgecomp.profiles.ratios import Ratio
 from edgecomp.profiles.result import BlockTime, Result, Subject, write_result
@@ -34,6 +37,7 @@ from edgecomp.report.page.numbers import figure
 from edgecomp.report.page.sources import Source
 from edgecomp.report.page.values import Cell, Page, Point, Section, Table
 from edgecomp.report.page.words import csv_cell, markdown, shown
+from edgecomp.specs import load_target
 
 Cli = Callable[..., Any]
 HOSTILE = "<script>alert(1)</script>\"'|`=1+1\n\u202egnp.exe](http://x.example)"
@@ -115,7 +119,10 @@ BAD = {
     "a list": ("[1, 2]", "nothing that a report is made of"),
     "NaN": ('{"kind": NaN}', "is truncated or no JSON"),
     "no candidate": (msgspec.json.encode(search(rows=(), winner="")).decode(), "holds no candidate"),
-    "evaluation cut": ('{"evaluation": {}, "bundle": "b"}', "is damaged or of another edgecomp"),
+    "evaluation cut": ('{"kind": "edgecomp evaluation", "schema": 1}', "evaluation"),
+    "newer estimate": ('{"kind": "edgecomp estimate", "schema": 2}', "is of schema 2, and this edgecomp reads 1"),
+    "newer evaluation": ('{"kind": "edgecomp evaluation", "schema": 2}', "is of schema 2, and this edgecomp reads 1"),
+    "newer calibration": ('{"kind": "edgecomp calibration", "schema": 2}', "is of schema 2, and this edgecomp reads 1"),
     "deep": ("[" * 100_000, "nothing that a report is made of"),
     "deeper": ('{"x": ' * 100_000, "is truncated or no JSON"),
     "no text": (b"\xff\xfe\x00\x01", "is truncated or no JSON"),
@@ -307,6 +314,7 @@ def test_blocks_stand_beside_the_plain_models(tmp_path: Path) -> None:
         "49 of 196 kept, ms",
     ]
     assert [row[0].text for row in blocks.tables[0].rows] == [f"blocks.{place}" for place in range(12)]
+    assert any("the fastest is 49 of 196 kept: it takes 0.499 of" in line for line in page.lead)
     without = [layer for layer in inside_result().layers if not layer.model.startswith("plain")]
     page = api.report([written(tmp_path / "s", inside_result(layers=tuple(without)))]).page
     assert "export with --with-plain" in section(page, "Encoder blocks").lines[0]
@@ -647,11 +655,101 @@ def test_estimate_says_in_each_cell_that_it_is_computed(tmp_path: Path) -> None:
     assert blocks.series[0][:2] == ("plain", "plain")
 
 
-def test_target_of_the_users_own_has_no_roof_and_it_is_said(tmp_path: Path) -> None:
-    (tmp_path / "e.json").write_bytes(msgspec.json.encode(estimate(target="mine")))
+def test_a_roof_for_each_rate_at_the_bandwidth_that_was_computed_with(tmp_path: Path) -> None:
+    first = estimate().graphs[0]
+    peaks = {"fp16": Rate(17.0, "stated", "a page"), "int8": Rate(33.0, "stated", "a page")}
+    graph = msgspec.structs.replace(first, estimate=msgspec.structs.replace(first.estimate, peaks=peaks))
+    mine = estimate(target="orin-nano-super", bandwidth_gb_s=51.0, graphs=(graph,))
+    (tmp_path / "e.json").write_bytes(msgspec.json.encode(mine))
+    roofline = section(api.report([tmp_path]).page, "Estimate").plots[0]
+    assert [(roof.peak_gflops, roof.bandwidth_gb_s) for roof in roofline.roofs] == [(33_000, 51), (17_000, 51)]
+    assert "under 2 roofs, one for each rate. 6 lie left of 647 FLOP a byte" in roofline.alt
+    assert (
+        "6 lie left of 333 FLOP a byte, where memory bounds under the roof of orin-nano-super: 17 T/s" in roofline.alt
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("graphs", 0, "estimate", "peaks", "fp16", "tera"), 0.0),
+        (("graphs", 0, "estimate", "kernels", 0, "us"), 1e-300),
+        (("graphs", 0, "estimate", "mid_us"), -1e308),
+        (("graphs", 0, "top", 0, "flops"), 10**300),
+        (("graphs", 0, "blocks", 0, "us"), -1.0),
+        (("graphs", 0, "memory", "available_bytes"), 10**400),
+        (("go_no_go", "tokens"), 10**400),
+        (("go_no_go", "asked", "reach", 0, "us"), -1e308),
+        (("llm", "rows", 0, "prefill", "flops"), 10**400),
+        (("llm", "rows", 0, "prefill", "mid_us"), -1.0),
+        (("bandwidth_gb_s",), 0),
+        (("error",), -2.0),
+    ],
+)
+def test_an_estimate_that_was_edited_is_refused(tmp_path: Path, path: tuple[Any, ...], value: float) -> None:
+    answer = go_no_go(transformer_costs(Geometry(197, 768, 12, 12, 3072, 768)), load_target("t4"))
+    behind = api.estimate(target="t4", llm="qwen3-0.6b", visual_tokens=49)
+    raw = json.loads(msgspec.json.encode(estimate(go_no_go=answer, llm=behind.llm)))
+    place = raw
+    for step in path[:-1]:
+        place = place[step]
+    assert path[-1] in place
+    place[path[-1]] = value
+    (tmp_path / "e.json").write_text(json.dumps(raw))
+    with pytest.raises(RunError, match=r"estimate .*e\.json is damaged or was edited"):
+        api.report([tmp_path / "e.json"])
+
+
+@pytest.mark.parametrize(
+    ("made", "path", "value"),
+    [
+        (evaluation, ("evaluation", "scores", 1, "against_plain", "agreement", "value"), -1e308),
+        (calibration, ("buckets", 0, "tokens"), 10**400),
+        (calibration, ("buckets", 0, "ms"), -1.0),
+    ],
+)
+def test_other_documents_that_were_edited_are_refused(
+    tmp_path: Path, made: Callable[[], msgspec.Struct], path: tuple[Any, ...], value: float
+) -> None:
+    raw = json.loads(msgspec.json.encode(made()))
+    place = raw
+    for step in path[:-1]:
+        place = place[step]
+    assert path[-1] in place
+    place[path[-1]] = value
+    (tmp_path / "e.json").write_text(json.dumps(raw))
+    with pytest.raises(RunError, match=r"e\.json is damaged or was edited"):
+        api.report([tmp_path / "e.json"])
+
+
+def test_the_answer_before_training_and_the_language_model_have_sections(tmp_path: Path) -> None:
+    answer = go_no_go(transformer_costs(Geometry(197, 768, 12, 12, 3072, 768)), load_target("t4"))
+    (tmp_path / "go.json").write_bytes(msgspec.json.encode(estimate(target="t4", go_no_go=answer)))
+    behind = api.estimate(target="t4", llm="qwen3-0.6b", visual_tokens=49, kept=20, text_tokens=9)
+    (tmp_path / "llm.json").write_bytes(msgspec.json.encode(behind))
     page = api.report([tmp_path]).page
-    assert any("mine is no target of this edgecomp" in line for line in section(page, "Estimate").lines)
-    assert any(line.startswith("No roofline") for line in page.absent)
+    assert len([one for one in page.sections if one.title.startswith("Estimate: ")]) == 1  # of the one with graphs
+    before = section(page, "Would fewer tokens help: tome-vit on t4")
+    assert before.lines[0] == f"{answer.sentence} Computed, not measured (go.json)."
+    assert before.lines[1].startswith("A method may take 0.27 ms for choosing")
+    assert [column.name for column in before.tables[0].columns][-3:] == [
+        "144 tokens, times",
+        "96 tokens, times",
+        "48 tokens, times",
+    ]
+    assert before.tables[0].rows[0][6].note == "1.08 to 1.19"
+    after = section(page, "Behind the encoder: qwen3-0.6b on t4")
+    assert after.lines[0].startswith("qwen3-0.6b: 28 layers, width 1024, 16 heads on 8 key heads")
+    assert [(row[0].text, row[1].text) for row in after.tables[0].rows] == [("all", "49"), ("20 kept", "20")]
+    assert behind.llm is not None
+    assert after.tables[0].rows[1][6].value == pytest.approx(behind.llm.rows[1].prefill.mid_us / 1000)
+
+
+def test_a_band_of_ones_own_results_is_said_to_be_theirs(tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_bytes(msgspec.json.encode(estimate(is_own=True)))
+    lines = section(api.report([tmp_path]).page, "Estimate").lines
+    assert "Your own results, left out of the fit in turn, were within a factor of 1.20: the band." in lines
+    assert not any("published" in line for line in lines)
 
 
 def test_state_of_the_device_stands_beside_each_graph(tmp_path: Path) -> None:

@@ -14,7 +14,11 @@ import msgspec
 import pytest
 from PIL import Image
 
-from edgecomp.api._search_export import Exporter
+from edgecomp import api
+from edgecomp.api import _search_measure
+from edgecomp.api._measure import Plan
+from edgecomp.api._search_export import Exporter, made_of
+from edgecomp.api._search_measure import MeasureThere
 from edgecomp.bundle import open_bundle
 from edgecomp.errors import InvalidSpec, ParityError, RunError
 from edgecomp.profiles.latency import LatencyProfile, percentiles_of
@@ -24,7 +28,7 @@ from edgecomp.profiles.result import Subject as ResultSubject
 from edgecomp.search.outcome import Outcome
 from edgecomp.search.recipe import recipe_text, winner_recipe
 from edgecomp.search.result import Agreement, Figure, Limits, Measured, SearchResult, read_search
-from edgecomp.search.run import Ask, Made, Tools, run_search
+from edgecomp.search.run import Ask, Failed, Made, Tools, run_search
 from edgecomp.search.space import Family, Subject, name_of
 from edgecomp.search.state import Journal
 from edgecomp.specs import BudgetRule, load_recipe, method_names
@@ -183,6 +187,59 @@ def test_a_budget_that_cannot_be_is_refused_and_the_others_are_searched(tmp_path
     (tmp_path / ".." / "journal.jsonl").unlink()
 
 
+def test_a_candidate_that_cannot_be_run_is_out_and_the_search_goes_on(tmp_path: Path) -> None:
+    shop, usual = Shop(), Shop.measure
+    broken = {"tome m16 fp32", "tome m112 fp32"}
+
+    def measure(made: Sequence[Made]) -> Iterator[tuple[str, Measured | Failed]]:
+        for one in made:
+            if one.name in broken:
+                yield one.name, Failed("out of memory")
+            else:
+                yield from usual(shop, [one])
+
+    shop.measure = measure  # type: ignore[method-assign,assignment]
+    found = shop.go(tmp_path, Limits(max_p50_ms=50))
+    assert found.winner == "tome m96 fp32"
+    assert row(found, "tome m112 fp32").why == "cannot be run: out of memory"
+    assert "tome m112 fp32" not in shop.judged
+    broken.clear()
+    assert shop.go(tmp_path, Limits(max_p50_ms=50)).winner == "tome m112 fp32", "it was tried again"
+    broken |= {name_of(Family("candidate", "tome", "fp32"), count) for count in COUNTS}
+    with pytest.raises(InvalidSpec, match="nothing could be measured: fp32: cannot be run: out of memory"):
+        shop.go(tmp_path / "..", Limits(max_p50_ms=50))
+    (tmp_path / ".." / "journal.jsonl").unlink()
+
+
+def test_a_candidate_whose_outputs_cannot_be_computed_does_not_win(tmp_path: Path) -> None:
+    shop, usual = Shop(), Shop.judge
+    shop.judge = lambda made: Failed("no kernel") if made.tokens == 112 else usual(shop, made)  # type: ignore[method-assign,assignment,return-value]
+    found = shop.go(tmp_path, Limits(max_p50_ms=50))
+    assert found.winner == "tome m96 fp32"
+    assert (row(found, "tome m112 fp32").state, row(found, "tome m112 fp32").why) == (
+        "refused",
+        "cannot be run: no kernel",
+    )
+
+
+def test_what_does_not_run_here_is_told_of_its_candidate_alone(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = _search_measure.measure_opened
+
+    def measure(*words: Any, model: str, **more: Any) -> LatencyProfile:
+        if ".m4." in model:
+            raise RunError("no kernel for MatMul")
+        return usual(*words, model=model, **more)
+
+    monkeypatch.setattr(_search_measure, "measure_opened", measure)
+    made = made_of(Family("candidate", "lookupvit", "fp32"), exported, open_bundle(exported).manifest)
+    plan = Plan(duration_s=0.02, threads=1, stages=False, warmup_s=0.0)
+    found = dict(_search_measure.MeasureHere(plan, say=lambda line: None)(made))
+    assert found["lookupvit m4 fp32"] == Failed("no kernel for MatMul")
+    assert isinstance(found["lookupvit m9 fp32"], Measured)
+
+
 def test_what_is_nobodys_fault_ends_the_search(tmp_path: Path) -> None:
     shop = Shop()
     shop.fails = {"tome m16 fp32": RunError("the disk is full")}
@@ -238,6 +295,7 @@ def test_a_machine_that_drifts_is_told(tmp_path: Path) -> None:
     again = shop.go(tmp_path, Limits(max_p50_ms=50), control=True)
     assert shop.measured.count("plain fp32") == 2, "nothing was measured, so that nothing is held to it"
     assert again.winner == found.winner
+    assert "plain fp32 took 72.000 ms at the beginning and 72.000 at the end of an earlier run (+0.0%)" in again.notes
     factors = iter([1.0, 1.2])
     usual = shop.measure
 
@@ -251,6 +309,46 @@ def test_a_machine_that_drifts_is_told(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").unlink()
     notes = shop.go(tmp_path, Limits(max_p50_ms=50), control=True).notes
     assert any("86.400 at the end (+20.0%): the machine drifted by more than --noise 0.05" in note for note in notes)
+
+
+def test_a_search_that_goes_on_has_its_drift_and_keeps_what_was_told(tmp_path: Path) -> None:
+    shop, usual = Shop(), Shop.measure
+    factor = 1.0
+
+    def drifting(made: Sequence[Made]) -> Iterator[tuple[str, Measured]]:
+        for name, one in usual(shop, made):
+            us = one.p50_us.value * factor
+            yield name, msgspec.structs.replace(one, p50_us=Figure(us, us * 0.99, us * 1.01))
+
+    shop.measure = drifting  # type: ignore[method-assign]
+    shop.die_at = 6
+    with pytest.raises(KeyboardInterrupt):
+        shop.go(tmp_path, Limits(max_p50_ms=50), control=True)
+    assert shop.measured.count("plain fp32") == 1
+    shop.die_at, factor = -1, 1.2
+    drift = "plain fp32 took 72.000 ms at the beginning and 86.400 at the end"
+    went_on = shop.go(tmp_path, Limits(max_p50_ms=50), control=True)
+    assert any(f"{drift} (+20.0%): the machine drifted" in note for note in went_on.notes)
+    factor, before = 1.0, len(shop.measured)
+    other = shop.go(tmp_path, Limits(max_p50_ms=30), control=True)
+    assert len(shop.measured) - before <= 4, "fewer than a search from the beginning, and yet controlled"
+    assert shop.measured[-1] == "plain fp32"
+    assert any(f"{drift} of an earlier run (+20.0%): the machine drifted" in note for note in other.notes)
+    assert any("72.000 at the end (+0.0%)" in note for note in other.notes)
+
+
+def test_a_control_that_cannot_be_is_told(tmp_path: Path) -> None:
+    shop, usual = Shop(), Shop.measure
+
+    def gone(made: Sequence[Made]) -> Iterator[tuple[str, Measured]]:
+        if "plain fp32" in shop.measured and made[0].name == "plain fp32":
+            raise RunError("the host is gone")
+        yield from usual(shop, made)
+
+    shop.measure = gone  # type: ignore[method-assign]
+    found = shop.go(tmp_path, Limits(max_p50_ms=50), control=True)
+    assert found.winner == "tome m112 fp32"
+    assert any("plain fp32 could not be measured again at the end" in n and "host is gone" in n for n in found.notes)
 
 
 def test_schedules_are_searched_each_and_the_better_wins(tmp_path: Path) -> None:
@@ -281,6 +379,12 @@ def test_another_network_is_there_for_its_latency_alone(tmp_path: Path) -> None:
     found = shop.go(tmp_path, Limits(max_p50_ms=100))
     assert found.winner == "tome m192 fp32"
     assert row(found, "plain fp32").why == "its agreement cannot be told, so that it stands in no front"
+    assert not any("uncompressed model" in note for note in found.notes), "72 ms is slower than the winner's 68"
+    shop.ms = lambda family, n: 73 + n / 4
+    slow = shop.go(tmp_path / "..", Limits(max_p50_ms=200))
+    (tmp_path / ".." / "journal.jsonl").unlink()
+    said = "plain fp32, the uncompressed model, is no slower than tome m192 fp32 (72.000 and 121.000 ms)"
+    assert any(note.startswith(said) for note in slow.notes)
 
 
 def test_latency_that_is_not_monotone_is_said(tmp_path: Path) -> None:
@@ -348,6 +452,29 @@ def test_searches_here_writes_a_recipe_and_goes_on(one_bundle: list[list[int]], 
     assert cli(*LOOK[:-1], "2", "--max-p50", "10000", "--out", out, "--fresh").code == 0
 
 
+def test_images_that_change_are_another_search(one_bundle: list[list[int]], cli: Cli, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (40, 40), (10, 20, 30)).save(data / "a.bmp")
+    words = (*LOOK, "--max-p50", "10000", "--data", data, "--out", tmp_path / "found")
+    assert cli(*words).code == 0
+    (data / "a.bmp").touch()
+    assert cli(*words).code == 0, "another time alone is no other image"
+    size = (data / "a.bmp").stat().st_size
+    Image.new("RGB", (40, 40), (10, 20, 31)).save(data / "a.bmp")
+    assert (data / "a.bmp").stat().st_size == size
+    said = cli(*words)
+    assert said.code == 2
+    assert "was begun with model.calibration" in said.err
+
+
+def test_operations_are_those_of_a_run(exported: Path) -> None:
+    manifest = open_bundle(exported).manifest
+    twice = tuple(msgspec.structs.replace(one, batch=2, flops=2 * one.flops) for one in manifest.buckets)
+    made = made_of(Family("candidate", "lookupvit", "fp32"), exported, msgspec.structs.replace(manifest, buckets=twice))
+    assert [one.flops for one in made if one.family.role == "candidate"] == [one.flops for one in twice]
+
+
 def test_images_that_cannot_be_read_are_named(one_bundle: list[list[int]], cli: Cli, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -377,6 +504,10 @@ def test_images_that_cannot_be_read_are_named(one_bundle: list[list[int]], cli: 
         (("--max-p50", "1", "--step", "3"), "--step 3 is none of 1, 2, 4, 8, 16, 32"),
         (("--max-p50", "1", "--noise", "0.5"), "noise 0.5 is not from 0"),
         (("--max-p50", "1", "--images", "0"), "--images 0 is below 1"),
+        (("--max-p50", "1", "--batch", "0", "--dry-run"), "batch 0 is not between 1 and 4096"),
+        (("--max-p50", "1", "--runner", "foo", "--dry-run"), "no runner 'foo'"),
+        (("--max-p50", "1", "--data", "nosuch", "--dry-run"), "data nosuch is not a folder"),
+        (("--max-p50", "1", "--calibration", "nosuch", "--dry-run"), "--calibration nosuch is not a folder"),
         (("--max-p50", "1", "--split", "test"), "--split test is of --data"),
         (("--max-p50", "1", "--target", "orin"), "no target 'orin'"),
         (("--max-energy", "1", "--target", "t4"), "an estimate for t4 knows no power"),
@@ -412,6 +543,43 @@ def test_a_dry_run_says_what_would_be_looked_at(cli: Cli, tmp_path: Path) -> Non
     assert "first      lookupvit m4 fp32, lookupvit m9 fp32" in said.out
     assert "measuring  2 to 3 times 0.02 s" in said.out
     assert not (tmp_path / "found").exists()
+
+
+def test_the_command_repeats_every_word_that_was_given() -> None:
+    import inspect
+
+    from edgecomp.api._search_asked import command_of
+
+    signature = inspect.signature(api.search)
+    usual = {name: one.default for name, one in signature.parameters.items()}
+    assert command_of(usual, signature) == ("edgecomp", "search")
+    words = (
+        "--method=tome --recipe=r.toml --preset=vit --backbone=b --weights=w.pt --backbone-weights=pretrained "
+        "--target=t4 --max-p50=1.5 --max-p99=2.5 --max-energy=3.5 --data=flowers --min-agreement=0.9 --split=test "
+        "--images=7 --seed=3 --budget=48 --budget=64 --step=16 --precision=fp32 --precision=int8 --schedule=linear "
+        "--rest=bf16 --fp32=a.b --calibration=scales --calibration-images=9 --image-size=64 --feature-layer=2 "
+        "--output=logits --input-dtype=uint8 --batch=2 --set=params.depth=4 --set=params.kind=x "
+        "--runner=onnxruntime-cuda --threads=1 --duration=30.0 --on=ssh://HOST/DIR --noise=0.1 --exhaustive "
+        "--no-baselines"
+    )
+    given = usual | {
+        "method": "tome", "recipe": Path("/a/r.toml"), "preset": "vit", "backbone": "b", "weights": "/a/w.pt",
+        "backbone_weights": "pretrained", "target": "t4", "max_p50_ms": 1.5, "max_p99_ms": 2.5, "max_energy_mj": 3.5,
+        "data": "/a/flowers/", "min_agreement": 0.9, "split": "test", "images": 7, "seed": 3, "budget": [48, 64],
+        "step": 16, "precision": ("fp32", "int8"), "schedule": ["linear"], "rest": "bf16", "fp32": ["a.b"],
+        "calibration": "/a/scales", "calibration_images": 9, "image_size": 64, "feature_layer": 2, "output": "logits",
+        "input_dtype": "uint8", "batch": 2, "params": {"depth": 4, "kind": "x"}, "runner": "onnxruntime-cuda",
+        "threads": 1, "duration_s": 30.0, "on": ["ssh://me@secret/~/x"], "noise": 0.1, "exhaustive": True,
+        "baselines": False, "out": "/a/out", "fresh": True,
+    }  # fmt: skip
+    assert command_of(given, signature) == ("edgecomp", "search", *words.split())
+    assert {name for name in usual if given[name] == usual[name]} == {"keep_bundles", "dry_run", "progress"}
+    import typer.testing
+
+    from edgecomp.cli.app import app
+
+    options = typer.testing.CliRunner().invoke(app, ["search", "--help"], env={"COLUMNS": "200"}).output
+    assert all(word.partition("=")[0] in options for word in words.split())
 
 
 # -- on other machines --------------------------------------------------------------------------------------
@@ -489,6 +657,51 @@ def test_hosts_of_one_kind_share_the_work(
     assert words == 0, "nothing is left to measure, so that no other machine is asked"
 
 
+def answers(measured: MeasureThere, of: Callable[[str, Made], Measured]) -> Callable[[str], None]:
+    measured._measure = of  # type: ignore[method-assign]
+    measured.machine = Machine("A", 2, "", (), 8.0, 4.0, "Linux", "CPython 3.11", "", "", {})
+    return lambda line: None
+
+
+def test_what_one_host_cannot_do_the_others_take() -> None:
+    family = Family("candidate", "tome", "fp32")
+    made = [Made(name_of(family, n), family, n, Path("b"), f"m{n}.onnx", n) for n in (16, 32, 48, 64)]
+    fine = Measured(source="measured", where="x", p50_us=Figure(1.0))
+
+    def there(**of: Callable[[Made], Measured]) -> MeasureThere:
+        urls = [f"ssh://{name}/~/x" for name in of]
+        measured = MeasureThere(urls, runner="onnxruntime", threads=0, duration_s=1.0, say=lambda line: None)
+        answers(measured, lambda url, one: of[url.split("/")[2]](one))
+        return measured
+
+    def gone(one: Made) -> Measured:
+        raise RunError("nano cannot be reached")
+
+    def fails(one: Made) -> Measured:
+        if one.tokens == 32:
+            raise _search_measure._NotRun("orin: ended with 2")
+        return fine
+
+    both = there(nano=gone, orin=fails)
+    found = dict(both(made))
+    assert {name: isinstance(one, Measured) for name, one in found.items()} == {
+        "tome m16 fp32": True, "tome m32 fp32": False, "tome m48 fp32": True, "tome m64 fp32": True,
+    }  # fmt: skip
+    assert found["tome m32 fp32"] == Failed("orin: ended with 2")
+    assert both.left_out == ["nano was left out, and others took its share: nano cannot be reached"]
+    assert set(dict(there(nano=fails, orin=lambda one: fine)(made)).values()) == {fine}
+    with pytest.raises(RunError, match="nano cannot be reached"):
+        dict(there(nano=gone)(made))
+
+
+def test_a_host_that_is_another_target_is_refused(
+    one_bundle: list[list[int]], hosts: Callable[..., list[str]], cli: Cli, tmp_path: Path
+) -> None:
+    said = cli(*LOOK, *hosts(nano="A"), "--target", "t4", "--max-p50", "6", "--out", tmp_path / "found")
+    assert said.code == 2
+    assert "nano is no t4: what onnxruntime measures there counts as 'cpu'" in said.err
+
+
 def test_hosts_of_different_kinds_are_refused(
     one_bundle: list[list[int]], hosts: Callable[..., list[str]], cli: Cli, tmp_path: Path
 ) -> None:
@@ -555,8 +768,7 @@ def test_a_recipe_holds_what_the_export_ended_with(exported: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["attention-pruning", "lookupvit", "tome", "visionzip"])
 def test_the_recipe_exports_the_very_graph_that_won(method: str, tmp_path: Path) -> None:
-    from edgecomp import api
-    from edgecomp.api._search_export import Exporter, ModelAsked, describe
+    from edgecomp.api._search_export import ModelAsked, describe
 
     preset = {"attention-pruning": "smoke-inside", "visionzip": ""}.get(method, "smoke")
     host = {"visionzip": "test_vit"}.get(method, "")
@@ -576,8 +788,6 @@ def test_the_recipe_exports_the_very_graph_that_won(method: str, tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_real_search_has_every_baseline_in_its_front_or_behind_it(tmp_path: Path) -> None:
-    from edgecomp import api
-
     found = api.search(
         "tome", preset="smoke", max_p50_ms=1e-6, duration_s=0.02, threads=1, out=tmp_path / "s", budget=(5, 9)
     )

@@ -60,7 +60,7 @@ def _evaluation(reports: Sequence[tuple[str, EvaluationReport]], slugs: set[str]
     failures = tuple(shown(line) for _, report in reports for line in report.failures)
     chosen = f"{found.images:,} of {first.found:,} images of {shown(first.data)}"
     lines = (
-        f"On {chosen} ({shown(first.kind)}), {found.num_classes} classes, batch {found.batch}.",
+        f"On {chosen} ({shown(first.layout)}), {found.num_classes} classes, batch {found.batch}.",
         f"Machine: {machine_label(machine)}; run by {joined(first.version, threads_label(first.threads))}.",
         *(f"Gate failed: {line}." for line in failures),
         *notes,

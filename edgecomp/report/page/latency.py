@@ -163,7 +163,7 @@ def findings(group: Group) -> tuple[str, ...]:
         if not high or float(low) <= 1 <= float(high):
             said = f"no difference from the plain model can be told: {what}"
         elif float(high) < 1:
-            said = f"the fastest is {what}"
+            said = f"the fastest is {best.label}: it{what.removeprefix(best.label)}"
         else:
             said = f"the plain model is the fastest: {what}"
         lines.append(f"Batch {batch}: {said}{marks}.")

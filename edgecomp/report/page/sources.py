@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from edgecomp.errors import RunError
-from edgecomp.files import JSON_ERRORS, read_content
+from edgecomp.files import JSON_ERRORS, read_content, read_document
 from edgecomp.profiles.comparison import Comparison
 from edgecomp.profiles.result import Result, read_result
 from edgecomp.report.calibrate import CalibrationReport
@@ -51,9 +51,6 @@ class _Head(msgspec.Struct, frozen=True):
     """The fields by which documents are told apart; what is absent, or of another type, is not said."""
 
     kind: msgspec.Raw = msgspec.Raw()
-    evaluation: msgspec.Raw = msgspec.Raw()
-    router_ms: msgspec.Raw = msgspec.Raw()
-    efficiency_from: msgspec.Raw = msgspec.Raw()
 
 
 def read_sources(paths: Sequence[Path]) -> Sources:
@@ -122,17 +119,17 @@ def _read(path: Path, *, is_named: bool) -> Document | None:
     if bytes(head.kind) == b'"edgecomp search"':
         return _require_rows(path, read_search(path))
     if bytes(head.kind) == b'"edgecomp comparison"':
-        return _decode(path, content, Comparison)
+        return _decode(path, Comparison, "comparison", "edgecomp compare")
     if bytes(head.kind) == b'"edgecomp methods"':
-        return _decode(path, content, MethodsReport)
+        return _decode(path, MethodsReport, "comparison of methods", "edgecomp compare --methods")
+    if bytes(head.kind) == b'"edgecomp evaluation"':
+        return _decode(path, EvaluationReport, "evaluation", "edgecomp evaluate")
+    if bytes(head.kind) == b'"edgecomp estimate"':
+        return _decode(path, EstimateReport, "estimate", "edgecomp estimate")
+    if bytes(head.kind) == b'"edgecomp calibration"':
+        return _decode(path, CalibrationReport, "calibration", "edgecomp calibrate")
     if bytes(head.kind).startswith(b'"edgecomp '):
         return read_result(path)
-    if bytes(head.evaluation):
-        return _decode(path, content, EvaluationReport)
-    if bytes(head.efficiency_from):
-        return _decode(path, content, EstimateReport)
-    if bytes(head.router_ms):
-        return _decode(path, content, CalibrationReport)
     if is_named:
         raise RunError(
             f"{path} is JSON, and nothing that a report is made of; give what `edgecomp profile --out`, or "
@@ -150,13 +147,9 @@ def _require_rows(path: Path, found: SearchResult) -> SearchResult:
 Kind = TypeVar("Kind", Comparison, MethodsReport, EstimateReport, EvaluationReport, CalibrationReport)
 
 
-def _decode(path: Path, content: bytes, kind: type[Kind]) -> Kind:
-    try:
-        value = msgspec.json.decode(content, type=kind)
-    except msgspec.ValidationError as error:
-        raise RunError(
-            f"{path} is damaged or of another edgecomp ({error}); run the command that wrote it again"
-        ) from None
+def _decode(path: Path, kind: type[Kind], noun: str, verb: str) -> Kind:
+    again = "run the command that wrote it again"
+    value = read_document(path, kind, noun=noun, verb=verb, again=again, largest=_LARGEST)
     if not _figures(value):
         raise RunError(f"{path} holds no graph and so no figure; run the command that wrote it again")
     return value
@@ -169,5 +162,5 @@ def _figures(value: Comparison | MethodsReport | EstimateReport | EvaluationRepo
     if isinstance(value, MethodsReport):
         return value.rows
     if isinstance(value, EstimateReport):
-        return value.graphs
+        return value.graphs or (() if value.llm is None else value.llm.rows)
     return value.evaluation.scores if isinstance(value, EvaluationReport) else value.buckets
