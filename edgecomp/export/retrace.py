@@ -96,7 +96,7 @@ def _require_alike(manifest: Manifest, made: Assembly) -> None:
         "image size": (manifest.image_size, made.image_size),
         "prefix tokens": (manifest.num_prefix_tokens, made.num_prefix_tokens),
         "feature layer": (manifest.feature_layer, made.feature_layer),
-        "params": (manifest.params, msgspec.json.decode(msgspec.json.encode(made.params))),
+        "params": (_as_written(manifest.params), _as_written(made.params)),
         "parameters": (manifest.parameters, sum(one.numel() for one in made.models[-1].parameters())),
     }
     other = [f"{name} {found}, not {wanted}" for name, (wanted, found) in asked.items() if wanted != found]
@@ -105,6 +105,11 @@ def _require_alike(manifest: Manifest, made: Assembly) -> None:
             f"the model of {manifest.method} that the manifest makes here is not the bundle's: {'; '.join(other)}; "
             "its torch, timm or recipe was another (`edgecomp inspect` shows the versions): export it again here"
         )
+
+
+def _as_written(params: dict[str, Any]) -> Any:
+    """Return parameters as a manifest has them that was read: lists for tuples."""
+    return msgspec.json.decode(msgspec.json.encode(params))
 
 
 def _is_tower(origin: WeightsOrigin | None) -> bool:

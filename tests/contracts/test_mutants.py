@@ -252,7 +252,7 @@ def swapped_comparison(model, bucket):
 def dropped_division(model, bucket):
     """A mean or a unit vector is left a sum or a vector."""
     one = np.ones((), np.float32)
-    nodes = [node for node in _weightless_nodes(model, "Div") if not _only_looks_for_its_best(node)]
+    nodes = [node for node in _weightless_nodes(model, "Div") if not (_only_looks_for_its_best(node) or _is_even(node))]
     return [lambda n=node: n.replace_input_with(1, _constant(model, "mutant_one", one)) for node in nodes]
 
 
@@ -261,6 +261,14 @@ def _only_looks_for_its_best(node):
     products = [use.node for use in node.outputs[0].uses() if use.node.op_type == "MatMul" and use.idx == 0]
     readers = [use.node.op_type for product in products for use in product.outputs[0].uses()]
     return bool(products) and len(products) == len(node.outputs[0].uses()) and set(readers) == {"ArgMax"}
+
+
+def _is_even(node):
+    """Whether rows are scaled to length 1 that a LayerNorm has just made nearly as long as each other."""
+    made = node.inputs[0].producer()
+    if made is not None and made.op_type == "Slice":
+        made = made.inputs[0].producer()
+    return made is not None and made.op_type == "LayerNormalization"
 
 
 def _is_plain(model):

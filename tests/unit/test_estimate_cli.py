@@ -263,7 +263,7 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     graph_file(tmp_path / "stem.onnx", "t = MatMul (x, x)\n h = Relu (t)", "float[1,8,8] x", "float[1,8,8] h")
     graph_file(tmp_path / "m.onnx", "t = Neg (h)\n y = MatMul (t, h)", "float[1,8,8] h", "float[1,8,8] y")
     graph_file(tmp_path / "plain.onnx", "y = MatMul (x, x)", "float[1,8,8] x", "float[1,8,8] y")
-    bucket = SimpleNamespace(model="m.onnx", stem="stem.onnx", batch=1, budget=SimpleNamespace(tokens_out=4))
+    bucket = SimpleNamespace(model="m.onnx", stem="stem.onnx", batch=1, inputs=(), budget=SimpleNamespace(tokens_out=4))
     manifest = SimpleNamespace(buckets=(bucket,), plain=(SimpleNamespace(model="plain.onnx", stem="", batch=1),))
     opened = SimpleNamespace(manifest=manifest, select=lambda **_: (bucket,))
     monkeypatch.setattr("edgecomp.api._estimate.open_bundle", lambda path, **_: opened)

@@ -801,7 +801,7 @@ def test_the_disk_there_is_full(bundle: Path, there: There) -> None:
 @pytest.mark.parametrize("size_kib", [64, 800])
 def test_a_small_disk_there(bundle: Path, there: There, tiny_disk: Callable[[int], Path], size_kib: int) -> None:
     """Too small for what is to be copied, which is said before; and too small for what the job then unpacks."""
-    disk = tiny_disk(size_kib if size_kib == 64 else 1500)
+    disk = tiny_disk(size_kib if size_kib == 64 else 2000)
     text = refused(bundle, on=f"ssh://nano{disk}/ec")
     if size_kib == 64:
         assert " KiB are to be copied and " in text
