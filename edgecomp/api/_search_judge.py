@@ -67,7 +67,8 @@ class AgreementJudge:
         else:
             try:
                 found = self._look(made, expected)
-            except InvalidSpec:  # NaN, other widths, or no place at all
+            except InvalidSpec as error:  # NaN, other widths, or no place at all
+                self._say(f"{made.name} is not compared: {error}")
                 return None
             except RunError as error:
                 return Failed(str(error))

@@ -10,10 +10,17 @@ import math
 import torch
 from torch import Tensor
 
+from edgecomp.compressors._base import HostFeature
 from edgecomp.compressors._pruning import SelectionOrder, select
 from edgecomp.errors import InvalidSpec
 
-__all__ = ["count_protected", "find_grid", "protect_and_fill", "require_room", "spatial_frequency"]
+__all__ = ["READS", "count_protected", "find_grid", "protect_and_fill", "require_room", "spatial_frequency"]
+
+#: What a host hands over for a score by attention.
+READS: dict[str, tuple[HostFeature, ...]] = {
+    "class-attention": ("class_attention",),
+    "received-attention": ("received_attention",),
+}
 
 
 def find_grid(tokens: int, height: int, *, method: str) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._base import HostFeature
 from edgecomp.compressors._protection import (
+    READS,
     count_protected,
     find_grid,
     protect_and_fill,
@@ -27,11 +28,6 @@ from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["SlowFast"]
-
-_READS: dict[str, tuple[HostFeature, ...]] = {
-    "class-attention": ("class_attention",),
-    "received-attention": ("received_attention",),
-}
 
 
 class SlowFastParams(PruneParams, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -111,7 +107,7 @@ class SlowFast(TokenPruner):
     @property
     def host_features(self) -> tuple[HostFeature, ...]:
         """What the importance of image tokens reads."""
-        return _READS.get(self.params.importance, ())
+        return READS.get(self.params.importance, ())
 
     def input_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return `tokens`, what importance reads, `text`, and `text_scores` where they are given."""

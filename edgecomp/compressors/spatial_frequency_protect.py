@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._base import HostFeature
 from edgecomp.compressors._protection import (
+    READS,
     count_protected,
     find_grid,
     protect_and_fill,
@@ -26,11 +27,6 @@ from edgecomp.compressors._tokens import take
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["SpatialFrequencyProtect"]
-
-_READS: dict[str, tuple[HostFeature, ...]] = {
-    "class-attention": ("class_attention",),
-    "received-attention": ("received_attention",),
-}
 
 
 class SpatialFrequencyProtectParams(PruneParams, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -88,7 +84,7 @@ class SpatialFrequencyProtect(TokenPruner):
     @property
     def host_features(self) -> tuple[HostFeature, ...]:
         """What the second score reads."""
-        return _READS.get(self.params.score, ())
+        return READS.get(self.params.score, ())
 
     def input_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return `tokens`, and what the score reads."""
