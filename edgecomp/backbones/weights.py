@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from edgecomp.backbones.assemble import require_declared, settle
+from edgecomp.backbones.choices import require_declared, settle
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._checkpoint import Checkpoint
 from edgecomp.compressors._recognise import OWN, fitting, fitting_own

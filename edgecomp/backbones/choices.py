@@ -1,0 +1,310 @@
+"""What an order leaves open, chosen: preset, parameters, output, site and budgets, with what the weights decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+from edgecomp.backbones.host import Host
+from edgecomp.backbones.timm import host_part
+from edgecomp.compressors._base import Compressor
+from edgecomp.compressors._checkpoint import Checkpoint, Saved
+from edgecomp.compressors._recognise import recognise, tell
+from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
+from edgecomp.specs import Output, Placement, Preprocess, Recipe, Site, TokenBudget, parse_budget
+from edgecomp.specs.budget import read_count
+from edgecomp.specs.order import Order
+
+__all__ = [
+    "choose_budgets",
+    "choose_output",
+    "decide",
+    "find_preprocess",
+    "find_site",
+    "read_weights",
+    "require_declared",
+    "settle",
+]
+
+
+def read_weights(
+    order: Order, cls: type[Compressor], notes: list[str]
+) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None, Saved]:
+    """Return the compressor's tensors, the host's, and what they say of the module that they were saved from.
+
+    A file with both prefixes, or an original's, serves for compressor and host.
+    """
+    if order.weights == "random":
+        return None, None, Saved()
+    checkpoint = Checkpoint(Path(order.weights))
+    if not any(key.startswith(("compressor.", "backbone.")) for key in checkpoint.stored.names):
+        match = recognise(order.recipe, cls, checkpoint.stored)
+        if match is not None:
+            notes.append(tell(match, order.recipe.method))
+        state = checkpoint.read(match.names if match is not None else None, say=notes.append)
+        own, host = cls.split_checkpoint(state)
+        return (own or state), (host or None), checkpoint.saved
+    state = checkpoint.read(say=notes.append)
+    own = {key.removeprefix("compressor."): value for key, value in state.items() if key.startswith("compressor.")}
+    host = host_part(state)
+    stray = [key for key in state if not key.startswith(("compressor.", "backbone."))]
+    if own and stray:
+        raise WeightsError(
+            f"weights file {order.weights} holds keys of compressor and host, and {len(stray)} of neither: "
+            f"{', '.join(stray[:5])}; remove them"
+        )
+    return (own or state), (host or None), Saved()
+
+
+def settle(
+    order: Order,
+    cls: type[Compressor],
+    state: Mapping[str, Tensor] | None,
+    saved: Saved,
+    notes: list[str],
+) -> tuple[str, Any]:
+    """Return preset and parameters: what was asked for, and what the weights decide.
+
+    Args:
+        saved: what the weights say of the module that they were saved from.
+    """
+    preset = _choose_preset(order, cls, state, saved, notes)
+    for name in saved.params.keys() & order.params.keys():
+        if name not in ("tokens", "latents") and saved.params[name] != order.params[name]:
+            raise InvalidSpec(
+                f"params.{name}={order.params[name]} was set, and the weights were saved with {saved.params[name]}; "
+                "drop the --set, or match them"
+            )
+    return preset, _choose_params(order, cls, order.recipe.preset(preset).params, state, saved, notes)
+
+
+def _choose_preset(
+    order: Order, cls: type[Compressor], state: Mapping[str, Tensor] | None, saved: Saved, notes: list[str]
+) -> str:
+    """Return the preset: the one named, the one of the checkpoint's layout, or the placement's own."""
+    recipe = order.recipe
+    if order.preset:
+        if recipe.preset(order.preset).placement == "encoder" and order.backbone not in ("", "none"):
+            raise InvalidSpec(
+                f"preset {order.preset} of {recipe.method} is an encoder itself, so --backbone {order.backbone} "
+                "has no place; drop one of the two"
+            )
+        layout, expected = cls.layout_of(state) if state is not None else "", recipe.preset(order.preset).layout
+        if layout and expected and layout != expected:
+            raise InvalidSpec(
+                f"preset {order.preset} is for weights in the layout {expected}, and the keys of {order.weights} tell "
+                f"{layout}; drop --preset"
+            )
+        return order.preset
+    if order.compressor is not None:
+        placement: Placement = order.compressor.site.placement
+    elif order.backbone:
+        placement = _placement_with(recipe, order.backbone)
+    else:
+        placement = recipe.preset(recipe.defaults.preset).placement
+    if saved.preset in recipe.presets and recipe.preset(saved.preset).placement == placement:
+        notes.append(f"the weights were saved from the preset {saved.preset}")
+        return saved.preset
+    layout = cls.layout_of(state) if state is not None else ""
+    for name, preset in recipe.presets.items():
+        if layout and preset.layout == layout and preset.placement == placement:
+            notes.append(f"the keys of the weights tell the layout {layout}: preset {name}")
+            return name
+    own = recipe.presets[recipe.defaults.preset]
+    if own.placement == placement:
+        return recipe.defaults.preset
+    return recipe.placements[placement]
+
+
+def _placement_with(recipe: Recipe, backbone: object) -> Placement:
+    """Return where a method stands with a host (its default place, if that takes one), or with none."""
+    own = recipe.preset(recipe.defaults.preset).placement
+    if isinstance(backbone, str) and backbone == "none":  # an encoder has none anyhow
+        return "after" if "after" in recipe.placements and own != "encoder" else own
+    placement = own if own in ("inside", "after") else "after"
+    if placement not in recipe.placements:
+        raise InvalidSpec(
+            f"{recipe.method} stands {' or '.join(recipe.placements)}, not {placement} a host, "
+            f"so --backbone {backbone} has no place; drop it"
+        )
+    return placement
+
+
+def choose_output(order: Order) -> Output:
+    """Return what the models give: what was asked for, or the default of module and recipe."""
+    output = order.output or (order.compressor.output if order.compressor is not None else order.recipe.defaults.output)
+    if output not in order.recipe.outputs:
+        raise UnknownName(f"output of {order.recipe.method}", str(output), order.recipe.outputs)
+    return output
+
+
+def _choose_params(
+    order: Order,
+    cls: type[Compressor],
+    preset: Mapping[str, Any],
+    state: Mapping[str, Tensor] | None,
+    saved: Saved,
+    notes: list[str],
+) -> Any:
+    method = order.recipe.method
+    if order.compressor is not None:
+        values = {**msgspec.to_builtins(order.compressor.params), **order.params}
+    else:
+        cls.parse_params(preset, method=f"a preset of the recipe of {method}")
+        values = {**preset, **saved.params, **order.params}
+    params = cls.parse_params(values, method=method)
+    if state is None:
+        return params
+    try:
+        found = cls.infer_params(state, params)
+    except (ValueError, IndexError, KeyError) as error:  # a tensor of another rank than any layout has
+        raise WeightsError(
+            f"weights file {order.weights} is in no layout of {method} ({type(error).__name__}: {error}); "
+            f"first keys: {', '.join(list(state)[:5])}"
+        ) from error
+    assumed = [name for name in cls.unstored_params if name not in {*found, *saved.params, *order.params}]
+    if assumed:
+        taken = ", ".join(f"params.{name}={getattr(params, name)}" for name in assumed)
+        notes.append(f"assumed, since no checkpoint stores it: {taken}; --set it if the model was trained otherwise")
+    return decide(cls, params, found, order, "the weights")
+
+
+def decide(cls: type[Compressor], params: Any, found: Mapping[str, Any], order: Order, who: str) -> Any:
+    """Let `found` decide parameters, unless the user set one to something else."""
+    for name, value in found.items():
+        if name in order.params and getattr(params, name) != value:
+            raise InvalidSpec(
+                f"params.{name}={getattr(params, name)} was set, and {who} say {value}; drop the --set, or match them"
+            )
+    return cls.parse_params({**msgspec.to_builtins(params), **found}, method=order.recipe.method)
+
+
+def find_site(
+    order: Order, cls: type[Compressor], placement: Placement, params: Any, host: Host | None, image_size: int
+) -> tuple[Site, Any]:
+    """Return where the compressor stands, and its parameters as the tokens there decide them.
+
+    Args:
+        image_size: side in pixels, for a method without a host.
+    """
+    if order.compressor is not None and host is None:
+        return order.compressor.site, params
+    if host is None:
+        return cls.site_without_host(params, placement, image_size), params
+    site = host.site
+    if placement == "inside" and order.prefix:
+        raise InvalidSpec(
+            f"--{order.prefix}-prefix: inside {host.name} its {host.num_prefix_tokens} prefix token(s) stay and are "
+            "protected; drop the option"
+        )
+    if placement == "after" and cls.keeps_prefix:
+        if order.prefix == "drop":
+            raise InvalidSpec(
+                f"--drop-prefix: {order.recipe.method} reads the {host.num_prefix_tokens} prefix token(s) of "
+                f"{host.name}; drop the option"
+            )
+        site = msgspec.structs.replace(site, num_prefix_tokens=host.num_prefix_tokens)
+    elif placement == "after" and order.prefix == "keep":
+        site = msgspec.structs.replace(site, tokens_in=site.tokens_in + host.num_prefix_tokens)
+    if placement == "inside":
+        site = msgspec.structs.replace(
+            site,
+            placement="inside",
+            num_prefix_tokens=host.num_prefix_tokens,
+            depth=host.depth,
+            has_class_token=host.has_class_token,
+            num_classes=host.num_classes,
+        )
+    decided = getattr(params, cls.width_param)
+    if order.weights != "random" and decided != site.embed_dim:
+        raise InvalidSpec(
+            f"{host.name} hands over tokens of width {site.embed_dim}, and the weights of {order.recipe.method} "
+            f"read width {decided}; choose a host or weights of equal width"
+        )
+    return site, decide(cls, params, cls.params_of_site(site), order, f"the tokens of {host.name}")
+
+
+def find_preprocess(recipe: Recipe, host: Host | None, site: Site) -> Preprocess | None:
+    """Return how images are prepared; None where tokens go in."""
+    if host is not None:
+        return host.preprocess
+    if site.placement != "encoder":
+        return None
+    given = recipe.preprocess
+    return Preprocess(site.image_size, given.crop, given.interpolation, given.mean, given.std)
+
+
+def choose_budgets(
+    order: Order, cls: type[Compressor], preset: str, params: Any, site: Site, notes: list[str]
+) -> tuple[TokenBudget, ...]:
+    """Return the budgets in ascending order: those asked for, or what method and recipe keep where nothing is said."""
+    rule = order.recipe.rule(preset).narrowed(cls.possible_counts(params, site))
+    tokens_in = cls.count_tokens(params, site)
+    rows = getattr(params, "latents", 0) or getattr(params, "table_entries", 0)
+    asked = order.budgets
+    if not asked and order.compressor is not None:
+        if order.align != 1:
+            raise InvalidSpec(
+                f"align={order.align}: a Compressor of your own has the budget that it was made for, "
+                f"{order.compressor.budget.tokens_out}; give budgets, or drop align"
+            )
+        return (order.compressor.budget,)
+    if not asked:
+        require_declared(order, preset, rows)
+        decided = cls.default_counts(params, site) or ((rows,) if rows and rule.allows(rows) else rule.default)
+        if max(decided) > tokens_in:
+            raise InvalidSpec(
+                f"{order.recipe.method} keeps {max(decided)} tokens where nothing is said, and {tokens_in} go in; say "
+                f"how many to keep, for example --budget {max(1, tokens_in // 2)}"
+            )
+        asked = tuple(map(str, decided))
+    given, asked = asked, tuple(_aligned(text, order, tokens_in, notes) for text in asked)
+    parsed = [parse_budget(text, tokens_in=tokens_in, rule=rule, method=order.recipe.method) for text in asked]
+    prefix = site.num_prefix_tokens if cls.hands_on_prefix else 0
+    parsed = [msgspec.structs.replace(budget, num_prefix_tokens=prefix) for budget in parsed]
+    counts = [budget.tokens_out for budget in parsed]
+    if counts != sorted(counts):
+        notes.append(f"budgets {', '.join(asked)} are taken in ascending order")
+    if len(set(counts)) != len(counts):
+        aligned = f" with --align {order.align}" if order.align != 1 else ""
+        raise InvalidSpec(
+            f"budgets {', '.join(given)}{aligned} name {sorted(counts)}, one of them twice; give each once"
+        )
+    return tuple(sorted(parsed, key=lambda budget: budget.tokens_out))
+
+
+def require_declared(order: Order, preset: str, rows: int) -> None:
+    """Refuse weights whose learned table has a size that the recipe does not declare: no budget would be its own."""
+    rule = order.recipe.rule(preset)
+    if order.weights == "random" or not rows or rule.allows(rows):
+        return
+    known = [name for name in order.recipe.presets if name not in order.recipe.smoke_presets]
+    others = [name for name in known if order.recipe.rule(name).allows(rows)]
+    raise InvalidSpec(
+        f"the weights in {order.weights} hold {rows} learned entries, a size that preset {preset} of "
+        f"{order.recipe.method} does not declare ({rule}); "
+        + (f"give --preset {' or '.join(others)}, or " if others else "give ")
+        + "--budget for fewer of them, or a recipe of your own that declares it"
+    )
+
+
+def _aligned(text: str, order: Order, tokens_in: int, notes: list[str]) -> str:
+    """Round a budget up to the multiple that was asked for, and say so."""
+    count = read_count(text, tokens_in=tokens_in)
+    if order.align == 1 or not 1 <= count <= tokens_in:  # what is out of range is refused as it was given
+        return text
+    rounded = -(-count // order.align) * order.align
+    if rounded > tokens_in:
+        most = tokens_in // order.align * order.align
+        raise InvalidSpec(
+            f"budget {text} cannot be reached with --align {order.align}: the next multiple is {rounded}, and "
+            f"{tokens_in} tokens go in; "
+            + (f"the largest budget is {most}, or drop --align" if most else "drop --align")
+        )
+    if rounded != count:
+        notes.append(f"budget {text} is rounded up to {rounded}, a multiple of {order.align} (--align)")
+    return str(rounded)
