@@ -1,12 +1,14 @@
-"""Methods behind an encoder at their published size: ONNX Runtime over torch eager, and as a share of that encoder.
+"""Methods at their published size: ONNX Runtime over torch eager, and as a share of their encoder.
 
     python benchmarks/projectors.py [--rounds 9] [--method c-abstractor,tokenpacker] [--json FILE]
+    python benchmarks/projectors.py --encoders 1 [--rounds 5]
     python benchmarks/projectors.py --ops 1 [--rounds 15]
 
 All recipes that stand after an encoder, each at its own preset for that place, on given tokens, batch 1, 1 and 2
-threads, interleaved. "Eager" is the static module itself in torch; "original" is the eager original. The share of the
-encoder is by FLOPs, of the plain ViT with these tokens and this width (depths in `_DEPTHS`, MLP of factor 4). Reach: no
-method slower than eager at 1 thread, 0.85 of it at 2.
+threads, interleaved; with --encoders 1 those that are whole encoders, on images of the sizes in `_ENCODERS`. "Eager"
+is the static module itself in torch; "original" is the eager original. The share of the encoder is by FLOPs, of the
+plain ViT with these tokens and this width (depths in `_DEPTHS`, MLP of factor 4). Reach: no method slower than eager
+at 1 thread, 0.85 of it at 2.
 
 With --ops 1: pooling and resizing as a constant matrix, in its two factors and whole, over the op that it replaces, in
 torch and, where ONNX Runtime has that op, there. Reach: 1.0 over the op.
@@ -41,6 +43,14 @@ from edgecomp.specs.order import Order
 
 _DEPTHS = {192: 12, 384: 12, 768: 12, 1024: 24, 1152: 27, 1280: 32, 1408: 39}  # of ViTs by their width
 _WIDTH = 1024  # of the tokens that are pooled
+_ENCODERS = (  # method, preset, pixels
+    ("dual-path", "s16", 672),
+    ("fastvlm", "hd", 256),
+    ("fastvlm", "hd", 512),
+    ("fastvlm", "hd", 1024),
+    ("deepseek-ocr", "tiny", 512),
+    ("deepseek-ocr", "base", 1024),
+)
 
 
 def main() -> None:
@@ -49,6 +59,7 @@ def main() -> None:
         __doc__ or "",
         rounds=(int, 9, "rounds"),
         method=(str, "", "which, with commas; all if left out"),
+        encoders=(int, 0, "1: whole encoders, in place of what stands after one"),
         ops=(int, 0, "1: the constant matrices over the ops that they replace"),
     )
     rounds = 3 if options.quick else options.rounds
@@ -57,33 +68,41 @@ def main() -> None:
         publish("pooling and resizing, width 1024", header, _ops(rounds), options.json)
         return
     rows: list[list[object]] = []
-    for name in options.method.split(",") if options.method else method_names():
+    listed = options.method.split(",") if options.method else method_names()
+    header = ["method", "tokens", "GFLOP", "of encoder", "threads", "ms", "over eager", "over original"]
+    if options.encoders:
+        for name, preset, size in _ENCODERS[: 1 if options.quick else None]:
+            if name in listed:
+                found = _method(load_recipe(name), rounds, preset=preset, backbone="none", image_size=size)
+                rows += [[f"{name} {preset}, {size} pixels", *row[1:]] for row in found]
+                print(*rows[-2:], flush=True)
+        publish("whole encoders, ONNX Runtime", header, rows, options.json)
+        return
+    for name in listed:
         recipe = load_recipe(name)
         if "after" in recipe.placements:
-            rows += _method(recipe, rounds)
-            print(*rows[-1], flush=True)
-    header = ["method", "tokens", "GFLOP", "of encoder", "threads", "ms", "over eager", "over original"]
+            rows += _method(recipe, rounds, preset=recipe.placements["after"], backbone="none")
+            print(*rows[-2:], flush=True)
     publish("methods on given tokens, ONNX Runtime", header, rows, options.json)
 
 
-def _method(recipe: Recipe, rounds: int) -> list[list[object]]:
+def _method(recipe: Recipe, rounds: int, **words: Any) -> list[list[object]]:
     """Return a row for each number of threads."""
-    preset = recipe.placements["after"]
     rows: list[list[object]] = []
     with tempfile.TemporaryDirectory() as folder:
-        words: dict[str, Any] = {"preset": preset, "backbone": "none"}
         try:
             model = assemble(Order(recipe=recipe, **words)).models[0]
             words["budget"] = [model.compressor.budget.tokens_out]
             api.export(recipe.method, out=Path(folder) / "bundle", **words)
         except EdgecompError as error:  # it needs a host or weights
             return [[recipe.method, str(error)[:60], "", "", "", "", "", ""]]
-        (bucket,) = open_bundle(Path(folder) / "bundle").manifest.buckets
+        bucket = open_bundle(Path(folder) / "bundle").manifest.buckets[0]  # of slices: the least
         specs = model.input_specs()
         inputs = golden_inputs(specs, seed=0, preprocess=None)["seeded"]
         tensors = [torch.from_numpy(inputs[spec.name].copy()) for spec in specs]
         site, budget = model.compressor.site, model.compressor.budget
-        share = _share(bucket.flops, site.tokens_in, site.embed_dim)
+        after = site.placement == "after"
+        share = _share(bucket.flops, site.tokens_in, site.embed_dim) if after else "-"
         original = model.reference().eval()
         for threads in (1, 2):
             torch.set_num_threads(threads)
