@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from edgecomp.compressors._base import HostFeature
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Preprocess, Site
 
-__all__ = ["Attend", "Host", "HostBlock"]
+__all__ = ["Attend", "Host", "HostBlock", "HostRequest", "no_classifier", "require_layers"]
 
 Attend = Callable[..., Attended]
 _NOT_OF_ATTENTION = ("levels", "text_likelihood")
@@ -35,6 +36,30 @@ class HostBlock(NamedTuple):
     norm2: Callable[[Tensor], Tensor]
     mlp: Callable[[Tensor], Tensor]
     scale2: Callable[[Tensor], Tensor]
+
+
+class HostRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What host is asked for, whichever library makes it.
+
+    Attributes:
+        name: timm's name, a name of the list, or a folder that transformers saved.
+        weights: `random`, a file or a folder in the model's own layout; for timm `pretrained` too (timm downloads
+            them; the one way to a download); for a folder "": its own, random where it has none.
+        state: tensors to load instead (a checkpoint that holds compressor and host).
+        image_size: side in pixels, a multiple of the patch; 0: the model's own. Position tables are resized to it.
+        feature_layer, levels: see `Host`.
+        keep_head: whether logits are asked: the classifier stays.
+        seed: of random weights.
+    """
+
+    name: str
+    weights: str
+    state: Mapping[str, Tensor] | None = None
+    image_size: int = 0
+    feature_layer: int
+    levels: tuple[int, ...] = ()
+    keep_head: bool = False
+    seed: int
 
 
 class Host(nn.Module):
@@ -208,3 +233,8 @@ def require_layers(name: str, depth: int, feature_layer: int, levels: Sequence[i
     if keep_head and feature_layer != -1:
         raise InvalidSpec(f"logits come after the last layer of {name}, and feature layer {feature_layer} was asked")
     return depth + 1 + max((feature_layer, *levels))
+
+
+def no_classifier(name: str) -> InvalidSpec:
+    """Return the error of logits that are asked of a model without a classifier."""
+    return InvalidSpec(f"{name} has no classifier, so --output logits has nothing to give; use --output tokens")

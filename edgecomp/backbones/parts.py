@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edgecomp.backbones.host import Host
+from edgecomp.backbones.host import Host, HostRequest, no_classifier
 from edgecomp.backbones.inside import InsideModel
 from edgecomp.backbones.placed import PlacedModel, PlainModel
 from edgecomp.backbones.timm import TimmHost, load_host, plain_vit, state_digest
-from edgecomp.backbones.transformers import TransformersHost, is_tower, load_tower, split_classifier
+from edgecomp.backbones.towers import is_tower, load_tower
+from edgecomp.backbones.transformers import TransformersHost, split_classifier
 from edgecomp.compressors._base import Compressor, initialise
 from edgecomp.compressors._chain import Chain
 from edgecomp.compressors._checkpoint import read_checkpoint, weights_origin
@@ -62,9 +62,8 @@ def make_host(
         weights = order.weights
     else:
         state = None
-    load = partial(load_tower, listed=listed) if is_tower(backbone, listed) else partial(load_host, listed=listed)
-    return load(
-        backbone,
+    request = HostRequest(
+        name=backbone,
         weights=weights,
         state=state,
         image_size=image_size,
@@ -72,8 +71,9 @@ def make_host(
         levels=levels,
         keep_head=keep_head,
         seed=order.seed,
-        say=notes.append,
     )
+    load = load_tower if is_tower(backbone, listed) else load_host
+    return load(request, listed=listed, say=notes.append)
 
 
 def _own_host(
@@ -86,7 +86,7 @@ def _own_host(
     if hasattr(getattr(module, "config", None), "model_type"):
         own, linear = split_classifier(_copy(module))
         if keep_head and linear is None:
-            raise InvalidSpec(f"{name} has no classifier, so --output logits has nothing to give; use --output tokens")
+            raise no_classifier(name)
         tower = TransformersHost(
             own,
             name=name,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgecomp.backbones.host import Host, HostBlock, require_layers
+from edgecomp.backbones.host import Host, HostBlock, HostRequest, no_classifier, require_layers
 from edgecomp.compressors._checkpoint import load_exactly, read_checkpoint, state_digest, weights_origin
 from edgecomp.errors import InvalidSpec, RunError, UnknownName, WeightsError
 from edgecomp.specs import Preprocess
@@ -62,7 +62,7 @@ class TimmHost(Host):
         self.num_prefix_tokens = int(vit.num_prefix_tokens)
         self.num_classes = int(vit.num_classes) if keep_head else 0
         if keep_head and not self.num_classes:
-            raise InvalidSpec(f"{name} has no classifier, so --output logits has nothing to give; use --output tokens")
+            raise no_classifier(name)
         self.image_size = int(vit.patch_embed.img_size[0])
         config: Mapping[str, Any] = getattr(vit, "pretrained_cfg", None) or {}
         self.preprocess = Preprocess(
@@ -166,29 +166,13 @@ def _is_rotary(model: nn.Module) -> bool:
 
 
 def load_host(
-    name: str,
-    *,
-    listed: Sequence[Backbone] = (),
-    weights: str,
-    state: Mapping[str, Tensor] | None,
-    image_size: int,
-    feature_layer: int,
-    levels: Sequence[int] = (),
-    keep_head: bool = False,
-    seed: int,
-    say: Callable[[str], None],
+    request: HostRequest, *, listed: Sequence[Backbone], say: Callable[[str], None]
 ) -> tuple[TimmHost, WeightsOrigin]:
     """Make a timm vision transformer with random, local or downloaded weights.
 
     Args:
-        name: timm's name, for example `vit_small_patch16_224`.
+        request: of timm's name, for example `vit_small_patch16_224`.
         listed: other hosts, for an error that names what there is.
-        weights: `random`, `pretrained` (timm downloads them; the one way to a download), or a file.
-        state: tensors to load instead of a file (a checkpoint that holds compressor and host).
-        image_size: side in pixels, a multiple of the patch; 0: the model's own. Position tables of a file are
-            resized to it.
-        feature_layer, levels, keep_head: see `TimmHost`.
-        seed: of random weights.
         say: is told what a user should know of the weights.
 
     Raises:
@@ -197,6 +181,7 @@ def load_host(
     """
     import timm
 
+    name, weights, state, image_size = request.name, request.weights, request.state, request.image_size
     if not timm.is_model(name):
         known = [m for m in timm.list_models() if m.startswith(("vit_", "deit"))]
         known += [one.name for one in listed if one.library == "transformers"]
@@ -205,12 +190,12 @@ def load_host(
         state = read_checkpoint(Path(weights), say=say)
         state = host_part(state) or state
     arguments: dict[str, Any] = {"img_size": image_size} if image_size else {}
-    if not keep_head:
+    if not request.keep_head:
         arguments["num_classes"] = 0
     elif state is not None and "head.weight" in state:
         arguments["num_classes"] = int(state["head.weight"].shape[0])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(request.seed)
         try:
             model = timm.create_model(name, pretrained=weights == "pretrained", **arguments)
         except (TypeError, AssertionError, ValueError) as error:
@@ -236,11 +221,14 @@ def load_host(
     if weights == "pretrained":
         origin = WeightsOrigin(kind="pretrained", name=f"timm {name}", sha256=state_digest(model.state_dict()))
     elif weights == "random" and state is None:
-        origin = WeightsOrigin(kind="random", seed=seed)
+        origin = WeightsOrigin(kind="random", seed=request.seed)
     else:
-        _load_state(model, state or {}, name, say, keep_head=keep_head)
+        _load_state(model, state or {}, name, say, keep_head=request.keep_head)
         origin = weights_origin(Path(weights), state or {}, layout=f"timm {name}")
-    return TimmHost(model, name=name, feature_layer=feature_layer, levels=levels, keep_head=keep_head), origin
+    host = TimmHost(
+        model, name=name, feature_layer=request.feature_layer, levels=request.levels, keep_head=request.keep_head
+    )
+    return host, origin
 
 
 def _nearest(name: str, known: list[str]) -> list[str]:

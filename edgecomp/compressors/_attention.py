@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["MASKED", "MultiHeadAttention", "attend", "key_bias", "merge_heads", "split_heads"]
+__all__ = ["MASKED", "MultiHeadAttention", "attend", "attend_packed", "key_bias", "merge_heads", "split_heads"]
 
 MASKED = -1e30  # finite, and below any score: of a row without any real key a softmax is still defined
 
@@ -38,6 +38,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, keep:
         weights = weights * keep
     read: Tensor = weights @ v
     return read
+
+
+def attend_packed(x: Tensor, qkv: nn.Module, proj: nn.Module, heads: int) -> Tensor:
+    """Return what the tokens (B, N, D) read of each other, by one projection for queries, keys and values."""
+    q, k, v = (split_heads(part, heads) for part in qkv(x).chunk(3, dim=-1))
+    return proj(merge_heads(attend(q, k, v)))  # type: ignore[no-any-return]
 
 
 def key_bias(mask: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

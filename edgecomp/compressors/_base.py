@@ -5,16 +5,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
 from edgecomp.specs import Output, Placement, Recipe, Site, TensorSpec, TokenBudget, parse_budget
 
-__all__ = ["Compressor", "HostFeature", "Params", "constant", "count_heads", "initialise"]
+__all__ = ["Compressor", "HostFeature", "Natural", "Params", "Positive", "constant", "count_heads", "initialise"]
+
+Positive = Annotated[int, Meta(ge=1, le=65536)]  # a parameter that counts something there is
+Natural = Annotated[int, Meta(ge=0, le=65536)]  # one that may count nothing
 
 
 #: What a host can hand over besides its tokens; N patch tokens, P prefix tokens in front of them, H heads.

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._base import Params
+from edgecomp.compressors._base import Natural, Params
 from edgecomp.compressors._inside import BlockState, InsideCompressor, Trail
 from edgecomp.compressors._tokens import compose_maps, largest_r, top_k_merge
 from edgecomp.errors import InvalidSpec
@@ -47,9 +47,9 @@ class MergeParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=True)
             there are prefix tokens and rank where there are none.
     """
 
-    r: Annotated[int, Meta(ge=0, le=65536)] = 0
+    r: Natural = 0
     inflect: Annotated[float, Meta(ge=-1, le=1)] = 0.0
-    schedule: tuple[Annotated[int, Meta(ge=0, le=65536)], ...] = ()
+    schedule: tuple[Natural, ...] = ()
     keep_ratio: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     prefix_tokens: Annotated[int, Meta(ge=0, le=64)] = 0
     prop_attn: bool = True

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 import torch
-from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._attention import MultiHeadAttention
-from edgecomp.compressors._base import Compressor, Params, constant
+from edgecomp.compressors._base import Compressor, Natural, Params, Positive, constant
 from edgecomp.compressors._checkpoint import load_exactly
 from edgecomp.compressors._grid import bicubic_line, grid_sides, sincos_grid
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["GridParams", "GridResampler", "Natural", "Positive"]
-
-Positive = Annotated[int, Meta(ge=1, le=65536)]
-Natural = Annotated[int, Meta(ge=0, le=65536)]
 
 EPS = 1e-6  # of the three norms
 

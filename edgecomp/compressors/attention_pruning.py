@@ -13,7 +13,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._base import HostFeature
+from edgecomp.compressors._base import HostFeature, Natural
 from edgecomp.compressors._inside import BlockState, Trail
 from edgecomp.compressors._pruning import (
     Kept,
@@ -76,8 +76,8 @@ class AttentionPruningParams(PruneParams, frozen=True, forbid_unknown_fields=Tru
     threshold: float | None = None
     quantile: Annotated[float, Meta(ge=0, lt=1)] | None = None
     schedule: Schedule = "constant"
-    blocks: tuple[Annotated[int, Meta(ge=0, le=65536)], ...] = ()
-    table: tuple[tuple[Annotated[int, Meta(ge=0, le=65536)], float], ...] = ()
+    blocks: tuple[Natural, ...] = ()
+    table: tuple[tuple[Natural, float], ...] = ()
     of: Literal["current", "original"] = "original"
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
 

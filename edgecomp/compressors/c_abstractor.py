@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._base import Compressor, Params, constant
-from edgecomp.compressors._checkpoint import load_exactly, part_with, rename_key
+from edgecomp.compressors._base import Compressor, Natural, Params, Positive, constant
+from edgecomp.compressors._checkpoint import count_numbered, load_exactly, part_with, renamed_part
+from edgecomp.compressors._eager import norm_channels
 from edgecomp.compressors._grid import adaptive_line, grid_sides, resample_grid, squares_up_to
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["CAbstractor"]
 
-Positive = Annotated[int, Meta(ge=1, le=65536)]
-Natural = Annotated[int, Meta(ge=0, le=65536)]
 _EPS = 1e-5  # of the norms inside a stage (timm's LayerNormAct2d)
 _PRENORM_EPS = 1e-6
 
@@ -164,7 +162,7 @@ class CAbstractor(Compressor):
     @classmethod
     def layout_of(cls, state: Mapping[str, Tensor]) -> str:
         """Return `honeybee` for the released code's keys."""
-        return "" if _is_own_layout(state) else "honeybee" if _honeybee_part(state) else ""
+        return "" if _is_own_layout(state) else "honeybee" if part_with(state, _ANCHOR) else ""
 
     @classmethod
     def infer_params(cls, state: Mapping[str, Tensor], params: CAbstractorParams) -> dict[str, Any]:  # noqa: ARG003
@@ -177,8 +175,8 @@ class CAbstractor(Compressor):
                 f"{', '.join(list(state)[:5])}. Give a checkpoint whose keys hold abstractor.readout.0.weight"
             )
         output, width = sizes["mlp.0.weight"]
-        found: dict[str, Any] = {"output_dim": output, "mlp_depth": _count(sizes, "mlp")}
-        found |= {"depth": _count(sizes, "before"), "prenorm": "prenorm.weight" in sizes}
+        found: dict[str, Any] = {"output_dim": output, "mlp_depth": count_numbered(sizes, "mlp")}
+        found |= {"depth": count_numbered(sizes, "before"), "prenorm": "prenorm.weight" in sizes}
         found |= {"positions": "positions" in sizes, "eos_tokens": sizes.get("eos", (0,))[0]}
         if found["depth"]:
             found["hidden_dim"] = width
@@ -229,10 +227,7 @@ def _tokens_of(rows: int) -> int:
     return rows - 1 if rows > 1 and side * side == rows - 1 else rows
 
 
-def _count(names: Mapping[str, object], part: str) -> int:
-    return 1 + max((int(key.split(".")[1]) for key in names if key.startswith(f"{part}.")), default=-1)
-
-
+_ANCHOR = "readout.0.weight"
 _HONEYBEE_KEYS = (
     (r"^pos_emb$", "positions"),
     (r"^eos_tokens$", "eos"),
@@ -251,17 +246,11 @@ def _is_own_layout(state: Mapping[str, Tensor]) -> bool:
     return "mlp.0.weight" in state and not any(key.startswith(("net.", "readout.")) for key in state)
 
 
-def _honeybee_part(state: Mapping[str, Tensor]) -> dict[str, str]:
-    return part_with(state, "readout.0.weight")
-
-
 def _to_own_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """Return the tensors under this module's keys, and what the file calls each of these."""
-    part = {} if _is_own_layout(state) else _honeybee_part(state)
-    if not part:
+    own, file_keys = ({}, {}) if _is_own_layout(state) else renamed_part(state, _ANCHOR, _HONEYBEE_KEYS)
+    if not own:
         return dict(state), None
-    file_keys = {rename_key(short, _HONEYBEE_KEYS): key for short, key in part.items()}
-    own = {name: state[key] for name, key in file_keys.items()}
     for name, tensor in own.items():
         if name in ("positions", "eos") and tensor.ndim == 3:
             own[name] = tensor[0]
@@ -301,18 +290,13 @@ class CAbstractorOriginal(nn.Module):
         return (x,)
 
     def _block(self, block: Any, planes: Tensor) -> Tensor:
-        hidden = F.silu(self._norm(block.norm1, F.conv2d(planes, block.conv1.weight[:, :, None, None])))
+        hidden = F.silu(norm_channels(block.norm1, F.conv2d(planes, block.conv1.weight[:, :, None, None])))
         hidden = F.conv2d(hidden, block.conv2.weight, padding=1, groups=hidden.shape[1])
-        hidden = F.silu(self._norm(block.norm2, hidden))
+        hidden = F.silu(norm_channels(block.norm2, hidden))
         squeezed = F.adaptive_avg_pool2d(hidden, 1)
         squeezed = F.silu(F.conv2d(squeezed, block.squeeze.weight[:, :, None, None], block.squeeze.bias))
         gate = torch.sigmoid(F.conv2d(squeezed, block.excite.weight[:, :, None, None], block.excite.bias))
-        hidden = self._norm(block.norm3, F.conv2d(hidden * gate, block.conv3.weight[:, :, None, None]))
+        hidden = norm_channels(block.norm3, F.conv2d(hidden * gate, block.conv3.weight[:, :, None, None]))
         if hasattr(block, "shortcut"):
-            planes = self._norm(block.shortcut_norm, F.conv2d(planes, block.shortcut.weight[:, :, None, None]))
+            planes = norm_channels(block.shortcut_norm, F.conv2d(planes, block.shortcut.weight[:, :, None, None]))
         return F.silu(hidden + planes)
-
-    def _norm(self, norm: nn.LayerNorm, planes: Tensor) -> Tensor:
-        centred = planes - planes.mean(dim=1, keepdim=True)
-        scaled = centred / torch.sqrt(centred.square().mean(dim=1, keepdim=True) + norm.eps)
-        return scaled * norm.weight[:, None, None] + norm.bias[:, None, None]

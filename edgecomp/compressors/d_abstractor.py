@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 import torch
 import torch.nn.functional as F
-from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._attention import merge_heads, split_heads
-from edgecomp.compressors._base import Compressor, Params, constant
-from edgecomp.compressors._checkpoint import load_exactly, part_with, rename_key
+from edgecomp.compressors._base import Compressor, Natural, Params, Positive, constant
+from edgecomp.compressors._checkpoint import count_numbered, load_exactly, part_with, renamed_part
+from edgecomp.compressors._eager import norm_rows
 from edgecomp.compressors._grid import adaptive_line, grid_sides, resample_grid, squares_up_to
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["DAbstractor"]
-
-Positive = Annotated[int, Meta(ge=1, le=65536)]
-Natural = Annotated[int, Meta(ge=0, le=65536)]
 
 
 class DAbstractorParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -257,7 +254,7 @@ class DAbstractor(Compressor):
         sizes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         queries, width = sizes["query_table"]
         found: dict[str, Any] = {"queries": queries, "hidden_dim": width, "positions": "positions" in sizes}
-        found["depth"] = 1 + max(int(key.split(".")[1]) for key in sizes if key.startswith("layers."))
+        found["depth"] = count_numbered(sizes, "layers")
         found["mlp_dim"] = sizes["layers.0.fc1.weight"][0]
         found["points"] = sizes["layers.0.cross_attn.shares.weight"][0] // params.num_heads
         found["embed_dim"] = sizes.get("input_proj.weight", (0, width))[1]
@@ -306,16 +303,14 @@ _KEYS = (
 
 def _to_own_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """Return the tensors under this module's keys, and what the file calls each of these."""
-    part = part_with(state, _ANCHOR)
-    if not part:
+    own, file_keys = renamed_part(state, _ANCHOR, _KEYS)
+    if not own:
         if "query_table" in state:
             return dict(state), None
         raise WeightsError(
             f"weights are in neither layout of d-abstractor, honeybee-d or edgecomp; first keys: "
             f"{', '.join(list(state)[:5])}. Give a checkpoint whose keys hold {_ANCHOR}"
         )
-    file_keys = {rename_key(short, _KEYS): key for short, key in part.items()}
-    own = {name: state[key] for name, key in file_keys.items()}
     for name in ("positions", "eos", "references"):
         if name in own and own[name].ndim == 3:
             own[name] = own[name][0]
@@ -368,10 +363,10 @@ class DAbstractorOriginal(nn.Module):
             for source, part in ((x + places, attention.to_q), (x + places, attention.to_k), (x, attention.to_v))
         )
         read = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = self._norm(layer.self_norm, x + F.linear(read, attention.to_out.weight, attention.to_out.bias))
-        x = self._norm(layer.cross_norm, x + self._sample(layer.cross_attn, x + places, tokens, references))
+        x = norm_rows(layer.self_norm, x + F.linear(read, attention.to_out.weight, attention.to_out.bias))
+        x = norm_rows(layer.cross_norm, x + self._sample(layer.cross_attn, x + places, tokens, references))
         hidden = F.linear(x, layer.fc1.weight, layer.fc1.bias).clamp(min=0)
-        return self._norm(layer.mlp_norm, x + F.linear(hidden, layer.fc2.weight, layer.fc2.bias))
+        return norm_rows(layer.mlp_norm, x + F.linear(hidden, layer.fc2.weight, layer.fc2.bias))
 
     def _sample(self, attention: Any, queries: Tensor, tokens: Tensor, references: Tensor) -> Tensor:
         side, heads, points = self.static.side, attention.heads, attention.points
@@ -387,7 +382,3 @@ class DAbstractorOriginal(nn.Module):
         shares = shares.reshape(batch, count, heads, points).softmax(dim=-1).transpose(1, 2).flatten(0, 1)
         read = (seen * shares.unsqueeze(1)).sum(-1).reshape(batch, width, count).transpose(1, 2)
         return F.linear(read, attention.to_out.weight, attention.to_out.bias)
-
-    def _norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        centred = x - x.mean(dim=-1, keepdim=True)
-        return centred / torch.sqrt(centred.square().mean(dim=-1, keepdim=True) + norm.eps) * norm.weight + norm.bias

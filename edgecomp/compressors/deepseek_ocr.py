@@ -19,8 +19,9 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._attention import merge_heads, split_heads
-from edgecomp.compressors._base import Compressor, Params, constant
-from edgecomp.compressors._checkpoint import load_exactly, rename_key
+from edgecomp.compressors._base import Compressor, Natural, Params, Positive, constant
+from edgecomp.compressors._checkpoint import count_numbered, load_exactly, rename_key
+from edgecomp.compressors._eager import norm_channels
 from edgecomp.compressors._grid import antialiased_line, bilinear_line, resample_grid
 from edgecomp.compressors._norms import ChannelLayerNorm
 from edgecomp.errors import InvalidSpec, WeightsError
@@ -28,8 +29,6 @@ from edgecomp.specs import Output, Placement, Site, TensorSpec, TokenBudget
 
 __all__ = ["DeepSeekOCR"]
 
-Positive = Annotated[int, Meta(ge=1, le=65536)]
-Natural = Annotated[int, Meta(ge=0, le=65536)]
 Part = Literal["whole", "features", "compressor"]
 
 _STRIDE = 4  # of the two convolutions together, along each side
@@ -410,11 +409,11 @@ class DeepSeekOCR(Compressor):
         else:
             found["projector_dim"] = own["projector.weight"][0]
         found["table_side"], _, width = own["positions"]
-        found["embed_dim"], found["depth"] = width, _count(own, "blocks")
+        found["embed_dim"], found["depth"] = width, count_numbered(own, "blocks")
         found["num_heads"] = width // own["blocks.0.attn.rel_rows"][1]
         found["mlp_ratio"] = own["blocks.0.fc1.weight"][0] / width
         found["clip_table_side"] = math.isqrt(own["clip_positions"][0] - 1)
-        found["clip_depth"] = _count(own, "clip_blocks")
+        found["clip_depth"] = count_numbered(own, "clip_blocks")
         found["clip_hidden"] = own["clip_blocks.0.fc1.weight"][0]
         tables = [(own[f"blocks.{index}.attn.rel_rows"][0] + 1) // 2 for index in range(found["depth"])]
         if len(set(tables)) > 1:  # else window and grid are of one size, and the tables do not tell which is which
@@ -570,10 +569,6 @@ def _to_own_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-def _count(own: Mapping[str, object], name: str) -> int:
-    return 1 + max((int(key.split(".")[1]) for key in own if key.startswith(f"{name}.")), default=-1)
-
-
 class DeepSeekOCROriginal(nn.Module):
     """The eager original: channels last, windows cut one by one, torch's own attention and resizes.
 
@@ -624,7 +619,7 @@ class DeepSeekOCROriginal(nn.Module):
             x = x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
         x = x.movedim(-1, 1)
         for layer in static.neck:
-            x = layer(x) if isinstance(layer, nn.Conv2d) else _norm_channels(layer, x)
+            x = layer(x) if isinstance(layer, nn.Conv2d) else norm_channels(layer, x)
         squeezed = self._convolve(x).movedim(1, -1)  # (B, n, n, C)
         side = squeezed.shape[1]
         table = static.clip_positions
@@ -688,9 +683,3 @@ def _resize_grid(table: Tensor, side: int) -> Tensor:
     image = table.movedim(-1, 0).unsqueeze(0)
     image = F.interpolate(image, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
     return image[0].movedim(0, -1)
-
-
-def _norm_channels(norm: ChannelLayerNorm, x: Tensor) -> Tensor:
-    centred = x - x.mean(1, keepdim=True)
-    scaled = centred / torch.sqrt(centred.square().mean(1, keepdim=True) + norm.eps)
-    return norm.weight[:, None, None] * scaled + norm.bias[:, None, None]

@@ -8,12 +8,12 @@ formulas, and held to numbers that the original gave.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from msgspec import Meta
 from torch import Tensor, nn
 
+from edgecomp.compressors._base import Positive
 from edgecomp.compressors._checkpoint import load_exactly, rename_key
 from edgecomp.compressors._inside import BlockState
 from edgecomp.compressors._merging import Merged, MergeParams, OriginalMerger, TokenMerger
@@ -35,7 +35,7 @@ class DTEMParams(MergeParams, frozen=True, forbid_unknown_fields=True, kw_only=T
         metric_dim: width of the learned metric; a checkpoint decides it.
     """
 
-    metric_dim: Annotated[int, Meta(ge=1, le=65536)] = 64
+    metric_dim: Positive = 64
 
 
 class DTEM(TokenMerger):

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._attention import merge_heads, split_heads
-from edgecomp.compressors._base import Compressor, Params
+from edgecomp.compressors._attention import attend_packed
+from edgecomp.compressors._base import Compressor, Params, Positive
 from edgecomp.compressors._checkpoint import load_exactly
+from edgecomp.compressors._eager import cosine, norm_rows
 from edgecomp.compressors._norms import ChannelLayerNorm
 from edgecomp.compressors._pruning import select
 from edgecomp.compressors._tokens import take, unit_rows
@@ -25,8 +26,6 @@ from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["DualPath"]
-
-Positive = Annotated[int, Meta(ge=1, le=65536)]
 
 _LIGHT_STRIDE = 32  # pixels of a global token in the reduced image
 _EPS = 1e-6
@@ -62,16 +61,14 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
-        self.heads, self.scale = heads, (width // heads) ** -0.5
+        self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=_EPS), nn.LayerNorm(width, eps=_EPS)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Update the tokens."""
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1))
-        weights = ((q * self.scale) @ k.transpose(-1, -2)).softmax(-1)
-        x = x + self.proj(merge_heads(weights @ v))
+        x = x + attend_packed(self.norm1(x), self.qkv, self.proj, self.heads)
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))  # type: ignore[no-any-return]
 
 
@@ -275,41 +272,29 @@ class DualPathOriginal(nn.Module):
             rows = self._block(block, rows)
         rows = F.linear(rows, static.light_proj.weight, static.light_proj.bias)
         if not static.sees_details:
-            return (self._norm(static.norm, self._block(static.fusion, rows)),)
+            return (norm_rows(static.norm, self._block(static.fusion, rows)),)
         size = static.params.patch_size
         fine = F.conv2d(image[None], static.patch_embed.weight, static.patch_embed.bias, stride=size)[0].flatten(1).T
         fine = fine + static.positions
         for block in static.blocks:
             fine = self._block(block, fine)
-        fine = F.linear(self._norm(static.detail_norm, fine), static.detail_proj.weight, static.detail_proj.bias)
-        novelty = torch.stack([1 - max(_cosine(token, row) for row in rows) for token in fine])
+        fine = F.linear(norm_rows(static.detail_norm, fine), static.detail_proj.weight, static.detail_proj.bias)
+        novelty = torch.stack([1 - max(cosine(token, row) for row in rows) for token in fine])
         novelty = torch.where(novelty.isnan(), -torch.inf, novelty)
         chosen = torch.argsort(novelty, descending=True, stable=True)[: static.params.detail_tokens]
-        fused = self._norm(static.norm, self._block(static.fusion, torch.cat([rows, fine[chosen]])))
+        fused = norm_rows(static.norm, self._block(static.fusion, torch.cat([rows, fine[chosen]])))
         return fused, torch.cat([torch.full((len(rows),), -1), chosen]).to(torch.int32)
 
-    def _norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + norm.eps)
-        return scaled * norm.weight + norm.bias
-
     def _light(self, block: Any, x: Tensor) -> Tensor:
-        hidden = self._norm(block.norm, x.movedim(1, -1)).movedim(-1, 1)
+        hidden = norm_rows(block.norm, x.movedim(1, -1)).movedim(-1, 1)
         for layer, padding in ((block.widen, 0), (block.mix, 1)):
             groups = hidden.shape[1] // layer.weight.shape[1]
             hidden = F.gelu(F.conv2d(hidden, layer.weight, layer.bias, padding=padding, groups=groups))
         return F.conv2d(hidden, block.narrow.weight, block.narrow.bias)
 
     def _block(self, block: Any, x: Tensor) -> Tensor:
-        q, k, v = (
-            block.qkv(self._norm(block.norm1, x)).unflatten(-1, (3, block.heads, -1)).permute(1, 2, 0, 3).unbind(0)
-        )
+        q, k, v = block.qkv(norm_rows(block.norm1, x)).unflatten(-1, (3, block.heads, -1)).permute(1, 2, 0, 3).unbind(0)
         read = F.scaled_dot_product_attention(q, k, v)  # (H, N, d)
         x = x + F.linear(read.movedim(0, 1).flatten(1), block.proj.weight, block.proj.bias)
-        hidden = F.gelu(F.linear(self._norm(block.norm2, x), block.fc1.weight, block.fc1.bias))
+        hidden = F.gelu(F.linear(norm_rows(block.norm2, x), block.fc1.weight, block.fc1.bias))
         return x + F.linear(hidden, block.fc2.weight, block.fc2.bias)
-
-
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    length = a.norm() * b.norm()
-    return (a * b).sum() / length if length > 0 else torch.zeros_like(length)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from msgspec import Meta
 from torch import Tensor, nn
 
+from edgecomp.compressors._base import Natural
 from edgecomp.compressors._checkpoint import load_exactly
 from edgecomp.compressors._inside import BlockState, Trail
 from edgecomp.compressors._pruning import (
@@ -46,7 +47,7 @@ class DynamicViTParams(PruneParams, frozen=True, forbid_unknown_fields=True, kw_
     """
 
     ratios: tuple[Annotated[float, Meta(gt=0, le=1)], ...] = ()
-    blocks: tuple[Annotated[int, Meta(ge=0, le=65536)], ...] = ()
+    blocks: tuple[Natural, ...] = ()
     order: Literal["rank", "raster"] = "rank"
 
 

@@ -13,6 +13,7 @@ import torch
 from msgspec import Meta
 from torch import nn
 
+from edgecomp.compressors._base import Natural
 from edgecomp.compressors._inside import BlockState, Trail
 from edgecomp.compressors._pruning import (
     Kept,
@@ -43,7 +44,7 @@ class EViTParams(PruneParams, frozen=True, forbid_unknown_fields=True, kw_only=T
     """
 
     keep_rate: Annotated[float, Meta(gt=0, le=1)] = 0.7
-    blocks: tuple[Annotated[int, Meta(ge=0, le=65536)], ...] = ()
+    blocks: tuple[Natural, ...] = ()
     fuse: bool = True
     order: Literal["rank", "raster"] = "rank"
 

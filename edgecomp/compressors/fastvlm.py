@@ -6,7 +6,6 @@ code is under Apple's own licence: this is written from the architecture, and he
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -16,17 +15,15 @@ import torch.nn.functional as F
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._attention import merge_heads, split_heads
-from edgecomp.compressors._base import Compressor, Params, count_heads
-from edgecomp.compressors._checkpoint import load_exactly, rename_key
+from edgecomp.compressors._attention import attend_packed
+from edgecomp.compressors._base import Compressor, Natural, Params, Positive, count_heads
+from edgecomp.compressors._checkpoint import count_numbered, load_exactly, rename_key
+from edgecomp.compressors._eager import gelu, norm_channels
 from edgecomp.compressors._norms import ChannelLayerNorm
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["FastVLM"]
-
-Positive = Annotated[int, Meta(ge=1, le=65536)]
-Natural = Annotated[int, Meta(ge=0, le=65536)]
 
 _STRIDE = 64  # pixels of one token, along each side
 _FINE = 16  # pixels of a token of the third stage, which counts as what goes in
@@ -101,7 +98,7 @@ class AttendBlock(nn.Module):
 
     def __init__(self, width: int, hidden: int, head_dim: int) -> None:
         super().__init__()
-        self.heads, self.scale = width // head_dim, head_dim**-0.5
+        self.heads = width // head_dim
         self.norm = ChannelLayerNorm(width, eps=_EPS)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
@@ -111,9 +108,7 @@ class AttendBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(tokens).chunk(3, dim=-1))
-        weights = ((q * self.scale) @ k.transpose(-1, -2)).softmax(-1)
-        update = self.proj(merge_heads(weights @ v)).transpose(1, 2).reshape(x.shape)
+        update = attend_packed(tokens, self.qkv, self.proj, self.heads).transpose(1, 2).reshape(x.shape)
         x = x + self.attn_scale * update
         return x + self.mlp(x)  # type: ignore[no-any-return]
 
@@ -250,11 +245,8 @@ class FastVLM(Compressor):
                 "weights are in no layout of fastvlm (apple, timm or edgecomp): the trunk of FastViTHD is missing; "
                 f"first keys: {', '.join(list(state)[:5])}"
             )
-        stages = 1 + max(int(key.split(".")[1]) for key in own if key.startswith("stages."))
-        depths = [
-            1 + max(int(key.split(".")[3]) for key in own if key.startswith(f"stages.{index}.blocks."))
-            for index in range(stages)
-        ]
+        stages = count_numbered(own, "stages")
+        depths = [count_numbered(own, f"stages.{index}.blocks") for index in range(stages)]
         widths = [own[f"stages.{index}.blocks.0.mlp.fc2.weight"][0] for index in range(stages)]
         attention = [f"stages.{index}.blocks.0.qkv.weight" in own for index in range(stages)]
         for index, attends in enumerate(attention):
@@ -499,27 +491,27 @@ class FastVLMOriginal(nn.Module):
         strides = (2, 2, 1)
         x = image
         for layer, stride in zip(static.stem, strides, strict=True):
-            x = _gelu(self._convolve(layer, x, stride=stride))
+            x = gelu(self._convolve(layer, x, stride=stride))
         for stage in static.stages:
             if hasattr(stage, "down"):
-                x = _gelu(self._convolve(stage.down, x, stride=2))
-                x = _gelu(self._convolve(stage.point, x))
+                x = gelu(self._convolve(stage.down, x, stride=2))
+                x = gelu(self._convolve(stage.point, x))
             if hasattr(stage, "position"):
                 x = self._convolve(stage.position, x)
             for block in stage.blocks:
                 x = self._attend(block, x) if hasattr(block, "qkv") else self._convolve(block.mix, x)
-                hidden = _gelu(self._convolve(block.mlp.fc1, self._convolve(block.mlp.conv, x)))
+                hidden = gelu(self._convolve(block.mlp.fc1, self._convolve(block.mlp.conv, x)))
                 x = x + block.mlp.scale * self._convolve(block.mlp.fc2, hidden)
         x = self._convolve(static.expand, x)
         pooled = F.avg_pool2d(x, x.shape[2:])
         gate = torch.sigmoid(self._convolve(static.excite, torch.relu(self._convolve(static.squeeze, pooled))))
-        x = _gelu(x * gate)
+        x = gelu(x * gate)
         if static.output == "logits":
             return (torch.einsum("bcyx,ck->bk", x, static.head) / (x.shape[2] * x.shape[3]),)
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
         if static.params.projector_dim:
             first, second = static.projector
-            tokens = F.linear(_gelu(F.linear(tokens, first.weight, first.bias)), second.weight, second.bias)
+            tokens = F.linear(gelu(F.linear(tokens, first.weight, first.bias)), second.weight, second.bias)
         return (tokens,)
 
     def _convolve(self, layer: Any, x: Tensor, stride: int = 1) -> Tensor:
@@ -529,16 +521,9 @@ class FastVLMOriginal(nn.Module):
 
     def _attend(self, block: Any, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        centred = x - x.mean(1, keepdim=True)
-        normed = centred / torch.sqrt(centred.square().mean(1, keepdim=True) + block.norm.eps)
-        normed = normed * block.norm.weight[:, None, None] + block.norm.bias[:, None, None]
-        tokens = normed.permute(0, 2, 3, 1).flatten(1, 2)
+        tokens = norm_channels(block.norm, x).permute(0, 2, 3, 1).flatten(1, 2)
         qkv = (tokens @ block.qkv.weight.T).unflatten(-1, (3, block.heads, -1)).permute(2, 0, 3, 1, 4)
         read = F.scaled_dot_product_attention(*qkv.unbind(0)).movedim(1, 2).flatten(2)
         update = F.linear(read, block.proj.weight, block.proj.bias).reshape(len(x), height, width, -1)
         updated: Tensor = x + block.attn_scale * update.permute(0, 3, 1, 2)
         return updated
-
-
-def _gelu(x: Tensor) -> Tensor:
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2.0)))

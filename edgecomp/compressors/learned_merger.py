@@ -6,15 +6,15 @@ The project's founding notes call it the learned compressor of their chapter on 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._base import Compressor, Params
+from edgecomp.compressors._base import Compressor, Natural, Params, Positive
 from edgecomp.compressors._checkpoint import load_exactly
+from edgecomp.compressors._eager import cosine
 from edgecomp.compressors._pruning import select
 from edgecomp.compressors._tokens import take, unit_rows
 from edgecomp.errors import InvalidSpec
@@ -37,8 +37,8 @@ class LearnedMergerParams(Params, frozen=True, forbid_unknown_fields=True, kw_on
     """
 
     form: Literal["parallel", "sequential"] = "parallel"
-    score_dim: Annotated[int, Meta(ge=1, le=65536)] = 256
-    merge_dim: Annotated[int, Meta(ge=0, le=65536)] = 0
+    score_dim: Positive = 256
+    merge_dim: Natural = 0
 
 
 class LearnedMerger(Compressor):
@@ -183,7 +183,7 @@ class LearnedMergerOriginal(nn.Module):
         for place in range(len(x)):
             if place in index:
                 continue
-            alike = torch.stack([_cosine(x[place], token) for token in kept])
+            alike = torch.stack([cosine(x[place], token) for token in kept])
             row = rows[place] = int(alike.argmax())
             if static.params.form == "sequential":
                 kept[row] = self._merge(kept[row], x[place])
@@ -197,8 +197,3 @@ class LearnedMergerOriginal(nn.Module):
         static = self.static
         hidden = F.gelu(F.linear(torch.cat([kept, other]), static.merge_fc1.weight, static.merge_fc1.bias))
         return F.linear(hidden, static.merge_fc2.weight, static.merge_fc2.bias)
-
-
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    length = a.norm() * b.norm()
-    return (a * b).sum() / length if length > 0 else torch.zeros_like(length)

@@ -18,7 +18,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._attention import merge_heads, split_heads
-from edgecomp.compressors._base import Compressor, Params, constant, count_heads
+from edgecomp.compressors._base import Compressor, Params, Positive, constant, count_heads
 from edgecomp.compressors._checkpoint import load_exactly, rename_key, rename_keys
 from edgecomp.compressors._grid import bilinear_matrix, sincos_2d
 from edgecomp.compressors._norms import GammaLayerNorm
@@ -26,8 +26,6 @@ from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["LookupViT"]
-
-Positive = Annotated[int, Meta(ge=1, le=65536)]
 
 
 class LookupViTParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=True):

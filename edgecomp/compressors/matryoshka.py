@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
-import torch
 import torch.nn.functional as F
-from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._base import Compressor, Params, constant
+from edgecomp.compressors._base import Compressor, Natural, Params, Positive, constant
 from edgecomp.compressors._checkpoint import load_exactly, part_with, rename_key
+from edgecomp.compressors._eager import gelu
 from edgecomp.compressors._grid import adaptive_line, grid_sides, resample_grid
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["Matryoshka"]
 
-Positive = Annotated[int, Meta(ge=1, le=65536)]
 _NESTED = (
     1,
     2,
@@ -43,7 +41,7 @@ class MatryoshkaParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=
 
     tokens: Positive = 576
     embed_dim: Positive = 1024
-    output_dim: Annotated[int, Meta(ge=0, le=65536)] = 0
+    output_dim: Natural = 0
 
 
 class Matryoshka(Compressor):
@@ -157,7 +155,7 @@ class MatryoshkaOriginal(nn.Module):
         x = tokens
         if static.params.output_dim:
             x = F.linear(x, static.fc1.weight, static.fc1.bias)
-            x = 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+            x = gelu(x)
             x = F.linear(x, static.fc2.weight, static.fc2.bias)
         side = math.isqrt(budget.tokens_in)
         planes = x.reshape(len(x), side, side, -1).permute(0, 3, 1, 2)

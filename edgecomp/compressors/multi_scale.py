@@ -15,15 +15,15 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._attention import merge_heads, split_heads
-from edgecomp.compressors._base import Compressor, Params, constant
+from edgecomp.compressors._base import Compressor, Params, Positive, constant
 from edgecomp.compressors._checkpoint import load_exactly
+from edgecomp.compressors._eager import norm_rows
 from edgecomp.compressors._grid import adaptive_line, grid_sides, resample_grid
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["MultiScale"]
 
-Positive = Annotated[int, Meta(ge=1, le=65536)]
 Pair = tuple[Annotated[int, Meta(ge=1, le=256)], Positive]
 
 
@@ -235,15 +235,11 @@ class MultiScaleOriginal(nn.Module):
         return (torch.cat(found, dim=1),)
 
     def _read(self, reader: Any, tokens: Tensor) -> Tensor:
-        tokens = self._norm(reader.token_norm, tokens)
-        queries = self._norm(reader.query_norm, reader.queries) @ reader.to_q.weight.T
+        tokens = norm_rows(reader.token_norm, tokens)
+        queries = norm_rows(reader.query_norm, reader.queries) @ reader.to_q.weight.T
         keys, values = tokens @ reader.to_k.weight.T, tokens @ reader.to_v.weight.T
         heads = []
         for q, k, v in zip(*(x.chunk(reader.heads, dim=-1) for x in (queries, keys, values)), strict=True):
             weights = torch.einsum("md,bnd->bmn", q, k).div(q.shape[-1] ** 0.5).softmax(dim=-1)
             heads.append(torch.einsum("bmn,bnd->bmd", weights, v))
         return reader.queries + torch.cat(heads, dim=-1) @ reader.to_out.weight.T  # type: ignore[no-any-return]
-
-    def _norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        centred = x - x.mean(dim=-1, keepdim=True)
-        return centred / torch.sqrt(centred.square().mean(dim=-1, keepdim=True) + norm.eps) * norm.weight + norm.bias

@@ -17,16 +17,14 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._attention import MASKED, attend, merge_heads, split_heads
-from edgecomp.compressors._base import Compressor, Params, count_heads
-from edgecomp.compressors._checkpoint import load_exactly, rename_key
+from edgecomp.compressors._base import Compressor, Natural, Params, Positive, count_heads
+from edgecomp.compressors._checkpoint import count_numbered, load_exactly, rename_key
 from edgecomp.compressors._norms import RMSNorm
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["Perceiver"]
 
-Positive = Annotated[int, Meta(ge=1, le=65536)]
-Natural = Annotated[int, Meta(ge=0, le=65536)]
 Family = Literal["flamingo", "open-flamingo", "idefics1", "idefics2", "cross-only"]
 
 
@@ -270,7 +268,7 @@ class Perceiver(Compressor):
         sizes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         latents, width = sizes["latents"]
         found: dict[str, Any] = {"family": family, "latents": latents, "embed_dim": width}
-        found["depth"] = 1 + max((int(k.split(".")[1]) for k in own if k.startswith("layers.")), default=-1)
+        found["depth"] = count_numbered(own, "layers")
         found["qk_norm"] = "layers.0.q_norm.weight" in sizes
         if found["qk_norm"]:
             found["head_dim"] = sizes["layers.0.q_norm.weight"][0]

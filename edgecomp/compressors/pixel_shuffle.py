@@ -8,15 +8,15 @@ Qwen2-VL (arXiv:2409.12191) and Qwen2.5-VL (arXiv:2502.13923), as transformers h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._base import Compressor, Params
+from edgecomp.compressors._base import Compressor, Natural, Params, Positive
 from edgecomp.compressors._checkpoint import load_exactly, part_with, rename_key
+from edgecomp.compressors._eager import gelu
 from edgecomp.compressors._grid import gather_groups, grid_sides
 from edgecomp.compressors._norms import RMSNorm
 from edgecomp.errors import InvalidSpec, WeightsError
@@ -24,8 +24,6 @@ from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["PixelShuffle"]
 
-Positive = Annotated[int, Meta(ge=1, le=65536)]
-Natural = Annotated[int, Meta(ge=0, le=65536)]
 Family = Literal["internvl", "idefics3", "qwen2-vl", "qwen2.5-vl"]
 
 _QWEN = ("qwen2-vl", "qwen2.5-vl")
@@ -238,8 +236,7 @@ class PixelShuffleOriginal(nn.Module):
         if family == "internvl":
             joined = self._norm(joined)
         hidden = joined @ static.fc1.weight.T + static.fc1.bias
-        hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
-        return (hidden @ static.fc2.weight.T + static.fc2.bias,)
+        return (gelu(hidden) @ static.fc2.weight.T + static.fc2.bias,)
 
     def _shuffle(self, tokens: Tensor) -> Tensor:
         """Fold columns into channels, then rows: (B, N, C) -> (B, M, s s C)."""

@@ -7,24 +7,21 @@ those of transformers' layout (version in `export/recipes/q-former.toml`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import torch
 import torch.nn.functional as F
-from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._attention import MultiHeadAttention, key_bias
-from edgecomp.compressors._base import Compressor, Params
-from edgecomp.compressors._checkpoint import load_exactly, rename_key
+from edgecomp.compressors._base import Compressor, Natural, Params, Positive
+from edgecomp.compressors._checkpoint import count_numbered, load_exactly, rename_key
+from edgecomp.compressors._eager import gelu
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["QFormer"]
-
-Positive = Annotated[int, Meta(ge=1, le=65536)]
-Natural = Annotated[int, Meta(ge=0, le=65536)]
 
 _EPS = 1e-12  # BERT's
 
@@ -215,7 +212,7 @@ class QFormer(Compressor):
         _, own, _ = _to_own_keys(state)
         sizes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         hidden, width = sizes["layers.0.ff.fc1.weight"]
-        depth = 1 + max(int(name.split(".")[1]) for name in own if name.startswith("layers."))
+        depth = count_numbered(own, "layers")
         reading = [index for index in range(depth) if f"layers.{index}.cross.to_q.weight" in own]
         found: dict[str, Any] = {"embed_dim": width, "hidden_dim": hidden, "depth": depth}
         found["cross_every"] = reading[1] if len(reading) > 1 else depth
@@ -347,8 +344,7 @@ class QFormerOriginal(nn.Module):
 
     def _mlp(self, ff: FeedForward, x: Tensor) -> Tensor:
         hidden = F.linear(x, ff.fc1.weight, ff.fc1.bias)
-        hidden = 0.5 * hidden * (1.0 + torch.erf(hidden / 2.0**0.5))
-        return self._norm(ff.norm, x + F.linear(hidden, ff.fc2.weight, ff.fc2.bias))
+        return self._norm(ff.norm, x + F.linear(gelu(hidden), ff.fc2.weight, ff.fc2.bias))
 
     def _norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)

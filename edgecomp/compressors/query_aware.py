@@ -13,6 +13,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
+from edgecomp.compressors._base import Natural
 from edgecomp.compressors._pruning import PruneParams, TokenPruner, residual_token, select
 from edgecomp.compressors._tokens import take, unit_rows
 from edgecomp.errors import InvalidSpec
@@ -45,7 +46,7 @@ class QueryAwareParams(PruneParams, frozen=True, forbid_unknown_fields=True, kw_
     residual: bool = False
     form: Literal["select", "latents"] = "select"
     num_heads: Annotated[int, Meta(ge=1, le=256)] = 8
-    latents: Annotated[int, Meta(ge=0, le=65536)] = 0
+    latents: Natural = 0
 
 
 class QueryAware(TokenPruner):

@@ -8,24 +8,20 @@ name as its users: those are `resampler-2d` and `llava-uhd`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import torch
 import torch.nn.functional as F
-from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._attention import MultiHeadAttention
-from edgecomp.compressors._base import Compressor, Params
-from edgecomp.compressors._checkpoint import load_exactly, rename_key
+from edgecomp.compressors._base import Compressor, Natural, Params, Positive
+from edgecomp.compressors._checkpoint import count_numbered, load_exactly, rename_key
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["QueryDecoder"]
-
-Positive = Annotated[int, Meta(ge=1, le=65536)]
-Natural = Annotated[int, Meta(ge=0, le=65536)]
 
 
 class QueryDecoderParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -145,7 +141,7 @@ class QueryDecoder(Compressor):
         context = own["project.weight"].shape[1] if "project.weight" in own else width
         found = {"latents": latents, "embed_dim": width, "context_dim": context}
         found["hidden_dim"] = own["layers.0.fc1.weight"].shape[0]
-        return {**found, "depth": 1 + max(int(key.split(".")[1]) for key in own if key.startswith("layers."))}
+        return {**found, "depth": count_numbered(own, "layers")}
 
     def load_original(self, state: Mapping[str, Tensor], *, unread: Sequence[str] = ()) -> str:
         """Load queries and a torch `TransformerDecoder` with its final norm, or edgecomp's own layout."""

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgecomp.compressors._attention import key_bias
-from edgecomp.compressors._base import constant
+from edgecomp.compressors._base import Positive, constant
 from edgecomp.compressors._grid import sincos_grid, sincos_line
-from edgecomp.compressors._resampler import EPS, GridParams, GridResampler, Positive
+from edgecomp.compressors._resampler import EPS, GridParams, GridResampler
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 

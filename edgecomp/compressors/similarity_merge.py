@@ -13,7 +13,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._base import Compressor, Params
+from edgecomp.compressors._base import Compressor, Natural, Params, Positive
 from edgecomp.compressors._tokens import top_k, unit_rows
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
@@ -34,8 +34,8 @@ class SimilarityMergeParams(Params, frozen=True, forbid_unknown_fields=True, kw_
 
     threshold: Annotated[float, Meta(ge=-1, le=1)] = 0.9
     scope: Literal["all", "adjacent", "chunk"] = "all"
-    chunk: Annotated[int, Meta(ge=1, le=65536)] = 256
-    grid_height: Annotated[int, Meta(ge=0, le=65536)] = 0
+    chunk: Positive = 256
+    grid_height: Natural = 0
 
 
 class SimilarityMerge(Compressor):

@@ -16,13 +16,11 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors import compressor_class
-from edgecomp.compressors._base import Compressor, Params
+from edgecomp.compressors._base import Compressor, Params, Positive
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget, load_recipe
 
 __all__ = ["SliceWise"]
-
-Positive = Annotated[int, Meta(ge=1, le=65536)]
 
 
 class SliceWiseParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -13,7 +13,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._base import HostFeature
+from edgecomp.compressors._base import HostFeature, Natural, Positive
 from edgecomp.compressors._protection import (
     READS,
     count_protected,
@@ -50,9 +50,9 @@ class SlowFastParams(PruneParams, frozen=True, forbid_unknown_fields=True, kw_on
     quantile: Annotated[float, Meta(ge=0, lt=1)] = 0.7
     keep_ratio: Annotated[float, Meta(gt=0, le=1)] = 0.7
     importance: Literal["norm", "class-attention", "received-attention"] = "norm"
-    grid_height: Annotated[int, Meta(ge=0, le=65536)] = 0
-    words: Annotated[int, Meta(ge=1, le=65536)] = 512
-    text_dim: Annotated[int, Meta(ge=0, le=65536)] = 0
+    grid_height: Natural = 0
+    words: Positive = 512
+    text_dim: Natural = 0
     text_keep_ratio: Annotated[float, Meta(gt=0, le=1)] = 0.3
     text_importance: Literal["norm", "given"] = "norm"
 

@@ -13,7 +13,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._base import HostFeature
+from edgecomp.compressors._base import HostFeature, Natural
 from edgecomp.compressors._protection import (
     READS,
     count_protected,
@@ -44,7 +44,7 @@ class SpatialFrequencyProtectParams(PruneParams, frozen=True, forbid_unknown_fie
     quantile: Annotated[float, Meta(ge=0, lt=1)] = 0.7
     keep_ratio: Annotated[float, Meta(gt=0, le=1)] = 0.7
     score: Literal["norm", "class-attention", "received-attention", "given"] = "norm"
-    grid_height: Annotated[int, Meta(ge=0, le=65536)] = 0
+    grid_height: Natural = 0
     order: SelectionOrder = "rank"
 
 

@@ -7,12 +7,10 @@ this is written from the formulas, and held to numbers that that code gave.
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from msgspec import Meta
 from torch import Tensor, nn
 
+from edgecomp.compressors._base import Natural
 from edgecomp.compressors._inside import BlockState
 from edgecomp.compressors._merging import KeyMergeParams, Merged, OriginalMerger, TokenMerger
 from edgecomp.compressors._tokens import top_k_merge
@@ -30,7 +28,7 @@ class ToFuParams(KeyMergeParams, frozen=True, forbid_unknown_fields=True, kw_onl
             target stays as it is.
     """
 
-    prune_blocks: Annotated[int, Meta(ge=0, le=65536)] = 0
+    prune_blocks: Natural = 0
 
 
 class ToFu(TokenMerger):

@@ -17,15 +17,15 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._attention import merge_heads, split_heads
-from edgecomp.compressors._base import Compressor, HostFeature, Params, constant
-from edgecomp.compressors._checkpoint import load_exactly, part_with, rename_key
+from edgecomp.compressors._base import Compressor, HostFeature, Natural, Params, Positive, constant
+from edgecomp.compressors._checkpoint import load_exactly, part_with, renamed_part
+from edgecomp.compressors._eager import gelu, norm_rows
 from edgecomp.compressors._grid import bilinear_line, gather_groups, grid_sides, resample_grid
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["TokenPacker"]
 
-Positive = Annotated[int, Meta(ge=1, le=65536)]
 _EPS = 1e-6
 
 
@@ -44,7 +44,7 @@ class TokenPackerParams(Params, frozen=True, forbid_unknown_fields=True, kw_only
     tokens: Positive = 576
     embed_dim: Positive = 1024
     levels: tuple[Annotated[int, Meta(le=-1)], ...] = (-13, -9, -3, -2)
-    level_dim: Annotated[int, Meta(ge=0, le=65536)] = 0
+    level_dim: Natural = 0
     hidden_dim: Positive = 1024
     num_heads: Positive = 8
     output_dim: Positive = 4096
@@ -184,16 +184,14 @@ _KEYS = (
 
 def _to_own_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """Return the tensors under this module's keys, and what the file calls each of these."""
-    part = part_with(state, _ANCHOR)
-    if not part:
+    own, file_keys = renamed_part(state, _ANCHOR, _KEYS)
+    if not own:
         if "k_fc1.weight" in state:
             return dict(state), None
         raise WeightsError(
             f"weights are in neither layout of tokenpacker, that of its release or edgecomp's; first keys: "
             f"{', '.join(list(state)[:5])}. Give a checkpoint whose keys hold {_ANCHOR}"
         )
-    file_keys = {rename_key(short, _KEYS): key for short, key in part.items()}
-    own = {name: state[key] for name, key in file_keys.items()}
     for kind in ("weight", "bias"):  # queries, keys and values are packed in the file
         packed = f"clip_attn.in_proj_{kind}"
         if packed in own and len(own[packed]) % 3 == 0:
@@ -217,9 +215,9 @@ class TokenPackerOriginal(nn.Module):
         coarse = side // factor
         planes = tokens.reshape(batch, side, side, -1).permute(0, 3, 1, 2)
         resized = F.interpolate(planes, size=(coarse, coarse), mode="bilinear")
-        queries = self._norm(static.q_norm, F.linear(resized.flatten(2).transpose(1, 2), static.q_proj.weight))
-        keys = self._norm(static.k_norm, self._mlp(static.k_fc1, static.k_fc2, levels)).reshape(batch, side, side, -1)
-        values = self._norm(static.v_norm, self._mlp(static.v_fc1, static.v_fc2, levels)).reshape(batch, side, side, -1)
+        queries = norm_rows(static.q_norm, F.linear(resized.flatten(2).transpose(1, 2), static.q_proj.weight))
+        keys = norm_rows(static.k_norm, self._mlp(static.k_fc1, static.k_fc2, levels)).reshape(batch, side, side, -1)
+        values = norm_rows(static.v_norm, self._mlp(static.v_fc1, static.v_fc2, levels)).reshape(batch, side, side, -1)
         read = []
         for index in range(coarse * coarse):
             top, left = index // coarse * factor, index % coarse * factor
@@ -253,8 +251,4 @@ class TokenPackerOriginal(nn.Module):
 
     def _mlp(self, first: nn.Linear, second: nn.Linear, x: Tensor) -> Tensor:
         hidden = F.linear(x, first.weight, first.bias)
-        return F.linear(0.5 * hidden * (1 + torch.erf(hidden / 2**0.5)), second.weight, second.bias)
-
-    def _norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        centred = x - x.mean(dim=-1, keepdim=True)
-        return centred / torch.sqrt(centred.square().mean(dim=-1, keepdim=True) + norm.eps) * norm.weight + norm.bias
+        return F.linear(gelu(hidden), second.weight, second.bias)

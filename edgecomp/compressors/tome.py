@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from msgspec import Meta
 from torch import Tensor, nn
 
+from edgecomp.compressors._base import Natural
 from edgecomp.compressors._inside import BlockState
 from edgecomp.compressors._merging import KeyMergeParams, Merged, OriginalMerger, TokenMerger, merge_steps
 from edgecomp.compressors._tokens import (
@@ -46,7 +47,7 @@ class ToMeParams(KeyMergeParams, frozen=True, forbid_unknown_fields=True, kw_onl
     threshold: Annotated[float, Meta(ge=-1, le=1)] | None = None
     matching: Literal["bipartite", "kth"] = "bipartite"
     k: Annotated[int, Meta(ge=2, le=65536)] = 2
-    kth_blocks: tuple[Annotated[int, Meta(ge=0, le=65536)], ...] = (0,)
+    kth_blocks: tuple[Natural, ...] = (0,)
 
     @property
     def decides_counts(self) -> bool:

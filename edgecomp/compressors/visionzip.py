@@ -11,7 +11,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._base import HostFeature
+from edgecomp.compressors._base import HostFeature, Natural
 from edgecomp.compressors._pruning import PruneParams, TokenPruner, others, select
 from edgecomp.compressors._tokens import take, top_k, unit_rows
 from edgecomp.errors import InvalidSpec
@@ -30,7 +30,7 @@ class VisionZipParams(PruneParams, frozen=True, forbid_unknown_fields=True, kw_o
         prefix_tokens: class and register tokens in front of given tokens; a host says it itself.
     """
 
-    contextual: Annotated[int, Meta(ge=0, le=65536)] = 0
+    contextual: Natural = 0
     prefix_tokens: Annotated[int, Meta(ge=0, le=64)] = 1
 
 

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._base import Compressor, Params
+from edgecomp.compressors._base import Compressor, Natural, Params, Positive
 from edgecomp.compressors._checkpoint import load_exactly
 from edgecomp.compressors.perceiver import Perceiver, PerceiverParams
 from edgecomp.errors import InvalidSpec
@@ -21,7 +21,6 @@ from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
 __all__ = ["Vist"]
 
-Positive = Annotated[int, Meta(ge=1, le=65536)]
 _INSIDE = "resampler."
 
 
@@ -42,7 +41,7 @@ class VistParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=True):
     num_heads: Positive = 8
     head_dim: Positive = 64
     ff_mult: Annotated[float, Meta(gt=0, le=64)] = 4.0
-    table_rows: Annotated[int, Meta(ge=0, le=65536)] = 0
+    table_rows: Natural = 0
 
 
 class Vist(Compressor):

@@ -16,8 +16,10 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 
 from edgecomp.backbones.attention import attend, attend_fused  # noqa: E402
+from edgecomp.backbones.host import HostRequest  # noqa: E402
 from edgecomp.backbones.timm import TimmHost  # noqa: E402
-from edgecomp.backbones.transformers import TransformersHost, load_tower, split_classifier  # noqa: E402
+from edgecomp.backbones.towers import load_tower  # noqa: E402
+from edgecomp.backbones.transformers import TransformersHost, split_classifier  # noqa: E402
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError  # noqa: E402
 from edgecomp.resources import data_path  # noqa: E402
 from edgecomp.specs.backbone import is_model_folder, read_backbones  # noqa: E402
@@ -60,8 +62,8 @@ def saved(model: Any, folder: Path, **options: Any) -> str:
 
 def load(folder: str, **words: Any) -> tuple[TransformersHost, Any, list[str]]:
     notes: list[str] = []
-    given = {"weights": "", "state": None, "image_size": 0, "feature_layer": -1, "seed": 0, **words}
-    host, origin = load_tower(folder, listed=(), say=notes.append, **given)
+    request = HostRequest(name=folder, **{"weights": "", "feature_layer": -1, "seed": 0, **words})
+    host, origin = load_tower(request, listed=(), say=notes.append)
     return host.double(), origin, notes
 
 
