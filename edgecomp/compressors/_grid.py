@@ -19,6 +19,7 @@ __all__ = [
     "bilinear_matrix",
     "gather_groups",
     "grid_sides",
+    "require_multiple",
     "resample_grid",
     "roi_line",
     "sincos_2d",
@@ -51,6 +52,21 @@ def grid_sides(count: int, rows: int, *, method: str, what: str, param: str) -> 
             f"--set params.{param}=ROWS"
         )
     return side, side
+
+
+def require_multiple(name: str, size: int, step: int, *, method: str) -> None:
+    """Refuse an image that whole tokens do not fill.
+
+    Args:
+        name: of the size, for the refusal.
+        size: side of the image in pixels.
+        step: side of one token in pixels.
+    """
+    if size < step or size % step:
+        nearest = max(1, round(size / step)) * step
+        raise InvalidSpec(
+            f"{method}: {name} {size} is not a multiple of {step}, the pixels of one token; the nearest is {nearest}"
+        )
 
 
 def squares_up_to(count: int) -> tuple[int, ...]:

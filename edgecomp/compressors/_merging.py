@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from msgspec import Meta
 from torch import Tensor, nn
@@ -165,8 +165,6 @@ class TokenMerger(InsideCompressor):
 
     Params = MergeParams
     params: MergeParams
-    #: How many steps an `after` form may take; each halves the tokens at most.
-    most_steps: ClassVar[int] = 16
 
     def __init__(self, params: Any, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:
         super().__init__(params, site, budget, output)

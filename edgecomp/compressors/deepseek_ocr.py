@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from msgspec import Meta
 from torch import Tensor, nn
 
-from edgecomp.compressors._attention import merge_heads, split_heads
 from edgecomp.compressors._base import Compressor, Natural, Params, Positive, constant
 from edgecomp.compressors._checkpoint import count_numbered, load_exactly, rename_key
 from edgecomp.compressors._eager import norm_channels
-from edgecomp.compressors._grid import antialiased_line, bilinear_line, resample_grid
+from edgecomp.compressors._grid import antialiased_line, bilinear_line, require_multiple, resample_grid
 from edgecomp.compressors._norms import ChannelLayerNorm
+from edgecomp.compressors._vit import Block
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Placement, Site, TensorSpec, TokenBudget
 
@@ -82,102 +82,6 @@ class DeepSeekOCRParams(Params, frozen=True, forbid_unknown_fields=True, kw_only
 
 def _quick_gelu(x: Tensor) -> Tensor:
     return x * (1.702 * x).sigmoid()
-
-
-class Attention(nn.Module):
-    """Self-attention; with tables of relative positions along rows and columns where `table` is above 0.
-
-    Args:
-        width, heads: of the tokens.
-        table: side of the grid that the tables are stored for.
-    """
-
-    def __init__(self, width: int, heads: int, table: int = 0) -> None:
-        super().__init__()
-        self.heads, self.scale = heads, (width // heads) ** -0.5
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-        if table:
-            self.rel_rows = nn.Parameter(torch.zeros(2 * table - 1, width // heads))
-            self.rel_columns = nn.Parameter(torch.zeros(2 * table - 1, width // heads))
-
-    def forward(self, x: Tensor, side: int = 0, resize: Tensor | None = None) -> Tensor:
-        """Attend among all tokens of a row.
-
-        Shapes: x (B, N, D); with relative positions N = side * side, and resize (2 side - 1, rows of the tables) or
-        none -> (B, N, D).
-        """
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        scores = (q * self.scale) @ k.transpose(-1, -2)  # (B, H, N, N)
-        if side:
-            scores = self._add_positions(scores, q, side, resize)
-        return self.proj(merge_heads(scores.softmax(-1) @ v))  # type: ignore[no-any-return]
-
-    def _add_positions(self, scores: Tensor, q: Tensor, side: int, resize: Tensor | None) -> Tensor:
-        """Add q . row table + q . column table; each is a product of its own, spread over the other axis."""
-        batch, heads, tokens, width = q.shape
-        offsets = torch.arange(side, device=q.device)
-        offsets = offsets[:, None] - offsets + side - 1  # of query and key: (side, side)
-        rows, columns = (
-            (table if resize is None else resize @ table)[offsets].transpose(1, 2)  # (side, d, side)
-            for table in (self.rel_rows, self.rel_columns)
-        )
-        grid = q.reshape(batch, heads, side, side, width)
-        by_row = grid @ rows  # (B, H, y, x, key's y)
-        by_column = (grid.transpose(2, 3) @ columns).transpose(2, 3)  # (B, H, y, x, key's x)
-        spread = scores.reshape(batch, heads, tokens, side, side)
-        spread = spread + by_row.reshape(batch, heads, tokens, side, 1)
-        spread = spread + by_column.reshape(batch, heads, tokens, 1, side)
-        return spread.reshape(batch, heads, tokens, tokens)
-
-
-class Block(nn.Module):
-    """Pre-norm attention and MLP, of both ViTs.
-
-    Args:
-        table: see `Attention`.
-        hidden: width of the MLP.
-        act: between its layers.
-        eps: of the norms.
-    """
-
-    def __init__(
-        self, width: int, heads: int, hidden: int, *, table: int = 0, act: Callable[[Tensor], Tensor], eps: float
-    ) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads, table)
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.act = act
-
-    def forward(self, x: Tensor, side: int = 0, window: int = 0, resize: Tensor | None = None) -> Tensor:
-        """Update tokens (B, N, D); with a window, in windows of a side * side grid that zeros fill up."""
-        normed = self.norm1(x)
-        if window:
-            update = _join_windows(self.attn(_split_windows(normed, side, window), window), len(x), side, window)
-        else:
-            update = self.attn(normed, side, resize)
-        x = x + update
-        return x + self.fc2(self.act(self.fc1(self.norm2(x))))  # type: ignore[no-any-return]
-
-
-def _split_windows(x: Tensor, side: int, window: int) -> Tensor:
-    """(B, side * side, D) -> (B * windows, window * window, D); windows in raster order, filled up with zeros."""
-    batch, _, width = x.shape
-    count = -(-side // window)
-    grid = x.reshape(batch, side, side, width)
-    if count * window > side:
-        grid = F.pad(grid, (0, 0, 0, count * window - side, 0, count * window - side))
-    grid = grid.reshape(batch, count, window, count, window, width).transpose(2, 3)
-    return grid.reshape(batch * count * count, window * window, width)
-
-
-def _join_windows(x: Tensor, batch: int, side: int, window: int) -> Tensor:
-    """Undo `_split_windows`."""
-    count, width = -(-side // window), x.shape[-1]
-    grid = x.reshape(batch, count, count, window, window, width).transpose(2, 3)
-    grid = grid.reshape(batch, count * window, count * window, width)
-    return grid[:, :side, :side].reshape(batch, side * side, width)
 
 
 class DeepSeekOCR(Compressor):
@@ -359,7 +263,7 @@ class DeepSeekOCR(Compressor):
     def site_without_host(cls, params: DeepSeekOCRParams, placement: Placement, image_size: int) -> Site:
         """Return an encoder's site; of the compressor alone that of given tokens, as many as an image would give."""
         if params.part == "compressor" and placement == "encoder":
-            _require_multiple("image size", image_size, params)
+            require_multiple("image size", image_size, params.pixels_per_token, method="deepseek-ocr")
             tokens = (image_size // params.patch_size) ** 2
             return Site("after", tokens_in=tokens, embed_dim=params.neck_dim)
         return super().site_without_host(params, placement, image_size)
@@ -369,7 +273,7 @@ class DeepSeekOCR(Compressor):
         """Return the patches of the image and of as many tiles as there can be, or the tokens that are given."""
         if site.placement != "encoder":
             return site.tokens_in
-        _require_multiple("image size", site.image_size, params)
+        require_multiple("image size", site.image_size, params.pixels_per_token, method="deepseek-ocr")
         tiles = _MOST_TILES * (params.tile_size // params.patch_size) ** 2
         return int((site.image_size // params.patch_size) ** 2 + tiles)
 
@@ -443,7 +347,7 @@ def _arrange(params: DeepSeekOCRParams, site: Site, rows: int) -> tuple[tuple[in
         raise InvalidSpec(
             "deepseek-ocr is an encoder itself; after a host set params.part=compressor, or drop the host"
         )
-    _require_multiple("image size", site.image_size, params)
+    require_multiple("image size", site.image_size, params.pixels_per_token, method="deepseek-ocr")
     side, pixels = site.image_size // params.pixels_per_token, f"images of {site.image_size} pixels"
     if params.part == "features":
         if params.tile_size:
@@ -453,7 +357,7 @@ def _arrange(params: DeepSeekOCRParams, site: Site, rows: int) -> tuple[tuple[in
     plain = side * (side + 1) + 1
     found = {plain: [(0, 0)]}
     if params.tile_size:
-        _require_multiple("params.tile_size", params.tile_size, params)
+        require_multiple("params.tile_size", params.tile_size, params.pixels_per_token, method="deepseek-ocr")
         small = params.tile_size // params.pixels_per_token
         for columns in range(1, _MOST_TILES + 1):
             for lines in range(1, _MOST_TILES // columns + 1):
@@ -486,16 +390,6 @@ def _require_rows(rows: int, found: Mapping[int, list[tuple[int, int]]], what: s
         both = " and ".join(f"{columns}x{lines}" for columns, lines in arrangements)
         raise InvalidSpec(f"deepseek-ocr: {rows} rows are those of {both} tiles; choose another params.tile_size")
     return arrangements[0]
-
-
-def _require_multiple(name: str, size: int, params: DeepSeekOCRParams) -> None:
-    step = params.pixels_per_token
-    if size < step or size % step:
-        nearest = max(1, round(size / step)) * step
-        raise InvalidSpec(
-            f"deepseek-ocr: {name} {size} is not a multiple of {step}, the pixels of one token; the nearest is "
-            f"{nearest}"
-        )
 
 
 def _layout(sides: tuple[int, ...], tiles: tuple[int, int]) -> Tensor:

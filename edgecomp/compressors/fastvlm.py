@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._attention import attend_packed
 from edgecomp.compressors._base import Compressor, Natural, Params, Positive, count_heads
+from edgecomp.compressors._branches import sum_parallel, unit_kernel
 from edgecomp.compressors._checkpoint import count_numbered, load_exactly, rename_key
 from edgecomp.compressors._eager import gelu, norm_channels
+from edgecomp.compressors._grid import require_multiple
 from edgecomp.compressors._norms import ChannelLayerNorm
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
@@ -215,14 +217,8 @@ class FastVLM(Compressor):
     @classmethod
     def count_tokens(cls, params: FastVLMParams, site: Site) -> int:  # noqa: ARG003 - the signature of all
         """Return the tokens of the third stage's grid, one for each 16 x 16 pixels."""
-        size = site.image_size
-        if size < _STRIDE or size % _STRIDE:
-            nearest = max(1, round(size / _STRIDE)) * _STRIDE
-            raise InvalidSpec(
-                f"fastvlm: image size {size} is not a multiple of {_STRIDE}, the pixels of one token; the nearest is "
-                f"{nearest}"
-            )
-        return (size // _FINE) ** 2
+        require_multiple("image size", site.image_size, _STRIDE, method="fastvlm")
+        return (site.image_size // _FINE) ** 2
 
     @classmethod
     def default_counts(cls, params: FastVLMParams, site: Site) -> tuple[int, ...]:
@@ -431,48 +427,14 @@ def _sum_branches(name: str, parts: dict[str, dict[str, Tensor]]) -> tuple[Tenso
         raise WeightsError(f"weights of {name} hold no kernel; the checkpoint is not whole")
     side = max(kernel.shape[-1] for kernel in kernels)
     if "mixer" in inner:  # x + scale (mixer(x) - norm(x))
-        mixer, norm = (_sum_parallel(name, inner[part], side, kernels[0]) for part in ("mixer", "norm"))
+        mixer, norm = (sum_parallel(name, inner[part], side, kernels[0]) for part in ("mixer", "norm"))
         factor = torch.ones(()) if scale is None else scale.reshape(-1)
-        weight = factor.reshape(-1, 1, 1, 1) * (mixer[0] - norm[0]) + _unit_kernel(mixer[0])
+        weight = factor.reshape(-1, 1, 1, 1) * (mixer[0] - norm[0]) + unit_kernel(mixer[0])
         return weight, factor * (mixer[1] - norm[1])
-    weight, bias = _sum_parallel(name, inner[""], side, kernels[0])
+    weight, bias = sum_parallel(name, inner[""], side, kernels[0])
     if "pe" in parts or "pos_enc" in parts:  # beside a skip
-        weight = weight + _unit_kernel(weight)
+        weight = weight + unit_kernel(weight)
     return weight, bias
-
-
-def _sum_parallel(name: str, parts: Mapping[str, dict[str, Tensor]], side: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the one kernel of convolutions side by side, each with its batch norm folded in."""
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    for tensors in parts.values():
-        kernel = tensors.get("conv.weight", tensors.get("weight"))
-        norm = {key.removeprefix("bn."): value for key, value in tensors.items() if key.startswith("bn.")}
-        if kernel is None or kernel.ndim != 4:  # a skip: its batch norm alone
-            norm, kernel = tensors, _unit_kernel(like.new_zeros(len(tensors["running_mean"]), *like.shape[1:3], side))
-        shift = tensors.get("bias") if not norm else None
-        if norm:
-            missing = [key for key in ("weight", "bias", "running_mean", "running_var") if key not in norm]
-            if missing:
-                raise WeightsError(f"weights of {name} lack {missing[0]} of a batch norm; the checkpoint is not whole")
-            factor = norm["weight"] / (norm["running_var"] + _EPS).sqrt()
-            kernel = kernel * factor.reshape(-1, 1, 1, 1)
-            shift = norm["bias"] - norm["running_mean"] * factor
-        pad = (side - kernel.shape[-1]) // 2
-        kernel = F.pad(kernel, (pad, pad, pad, pad))
-        shift = kernel.new_zeros(len(kernel)) if shift is None else shift
-        weight, bias = (kernel, shift) if weight is None or bias is None else (weight + kernel, bias + shift)
-    assert weight is not None
-    assert bias is not None
-    return weight, bias
-
-
-def _unit_kernel(like: Tensor) -> Tensor:
-    """Return the kernel that changes nothing, in the shape of another: (C, C / groups, k, k)."""
-    side = like.shape[-1]
-    kernel = like.new_zeros(len(like), like.shape[1], side, side)
-    kernel[torch.arange(len(like)), torch.arange(len(like)) % like.shape[1], side // 2, side // 2] = 1.0
-    return kernel
 
 
 class FastVLMOriginal(nn.Module):
