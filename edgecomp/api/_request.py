@@ -256,7 +256,7 @@ def _folder_digest(folder: str | Path) -> str:
 def _module_digest(module: Any) -> str:
     if module is None:
         return ""
-    from edgecomp.backbones.timm import state_digest
+    from edgecomp.compressors._checkpoint import state_digest
 
     return f"{type(module).__qualname__} {module!r} {state_digest(module.state_dict())}"
 

@@ -6,7 +6,15 @@ from typing import Any
 
 import msgspec
 
-from edgecomp.backbones.choices import choose_budgets, choose_output, find_preprocess, find_site, read_weights, settle
+from edgecomp.backbones.choices import (
+    choose_budgets,
+    choose_output,
+    find_preprocess,
+    find_site,
+    learned_rows,
+    read_weights,
+    settle,
+)
 from edgecomp.backbones.parts import make_compressors, make_host, make_plain, make_router, place
 from edgecomp.backbones.placed import PlacedModel, PlainModel
 from edgecomp.backbones.seam import find_seam
@@ -85,7 +93,7 @@ def assemble(order: Order) -> Assembly:
         notes.append(f"{host.num_prefix_tokens} prefix token(s) of {host.name} {fate}")
     if plain is not None and host is None:
         notes.append(f"the uncompressed model is a {plain_name} with random weights: for latency and FLOPs alone")
-    rows = getattr(params, "latents", 0) or getattr(params, "table_entries", 0)
+    rows = learned_rows(params)
     if state is not None and rows and then is None and any(budget.tokens_out < rows for budget in budgets):
         notes.append(f"the weights hold {rows} learned entries; a smaller budget uses the first of them")
     return Assembly(

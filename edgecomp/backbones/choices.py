@@ -9,13 +9,12 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from edgecomp.backbones.host import Host
-from edgecomp.backbones.timm import host_part
+from edgecomp.backbones.host import Host, host_part
 from edgecomp.compressors._base import Compressor
 from edgecomp.compressors._checkpoint import Checkpoint, Saved
 from edgecomp.compressors._recognise import recognise, tell
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
-from edgecomp.specs import Output, Placement, Preprocess, Recipe, Site, TokenBudget, parse_budget
+from edgecomp.specs import BudgetRule, Output, Placement, Preprocess, Recipe, Site, TokenBudget, parse_budget
 from edgecomp.specs.budget import read_count
 from edgecomp.specs.order import Order
 
@@ -25,9 +24,11 @@ __all__ = [
     "decide",
     "find_preprocess",
     "find_site",
+    "learned_rows",
     "read_weights",
     "require_declared",
     "settle",
+    "usual_counts",
 ]
 
 
@@ -244,7 +245,6 @@ def choose_budgets(
     """Return the budgets in ascending order: those asked for, or what method and recipe keep where nothing is said."""
     rule = order.recipe.rule(preset).narrowed(cls.possible_counts(params, site))
     tokens_in = cls.count_tokens(params, site)
-    rows = getattr(params, "latents", 0) or getattr(params, "table_entries", 0)
     asked = order.budgets
     if not asked and order.compressor is not None:
         if order.align != 1:
@@ -254,8 +254,8 @@ def choose_budgets(
             )
         return (order.compressor.budget,)
     if not asked:
-        require_declared(order, preset, rows)
-        decided = cls.default_counts(params, site) or ((rows,) if rows and rule.allows(rows) else rule.default)
+        require_declared(order, preset, learned_rows(params))
+        decided = usual_counts(cls, params, site, rule)
         if max(decided) > tokens_in:
             raise InvalidSpec(
                 f"{order.recipe.method} keeps {max(decided)} tokens where nothing is said, and {tokens_in} go in; say "
@@ -275,6 +275,17 @@ def choose_budgets(
             f"budgets {', '.join(given)}{aligned} name {sorted(counts)}, one of them twice; give each once"
         )
     return tuple(sorted(parsed, key=lambda budget: budget.tokens_out))
+
+
+def learned_rows(params: Any) -> int:
+    """Return how many rows a learned table of latents or entries has, of which a budget takes the first; 0 without."""
+    return int(getattr(params, "latents", 0) or getattr(params, "table_entries", 0))
+
+
+def usual_counts(cls: type[Compressor], params: Any, site: Site, rule: BudgetRule) -> tuple[int, ...]:
+    """Return the tokens kept where nothing is said: what the method decides, a table's rows, or the recipe's own."""
+    rows = learned_rows(params)
+    return cls.default_counts(params, site) or ((rows,) if rows and rule.allows(rows) else rule.default)
 
 
 def require_declared(order: Order, preset: str, rows: int) -> None:

@@ -15,7 +15,7 @@ from edgecomp.compressors._base import HostFeature
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Preprocess, Site
 
-__all__ = ["Attend", "Host", "HostBlock", "HostRequest", "no_classifier", "require_layers"]
+__all__ = ["Attend", "Host", "HostBlock", "HostRequest", "host_part", "no_classifier", "require_layers"]
 
 Attend = Callable[..., Attended]
 _NOT_OF_ATTENTION = ("levels", "text_likelihood")
@@ -238,3 +238,12 @@ def require_layers(name: str, depth: int, feature_layer: int, levels: Sequence[i
 def no_classifier(name: str) -> InvalidSpec:
     """Return the error of logits that are asked of a model without a classifier."""
     return InvalidSpec(f"{name} has no classifier, so --output logits has nothing to give; use --output tokens")
+
+
+def host_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the host's tensors of a file that holds compressor and host (keys `backbone.*`); else nothing."""
+    return {
+        key.removeprefix("backbone.").removeprefix("model."): tensor
+        for key, tensor in state.items()
+        if key.startswith("backbone.")
+    }

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from edgecomp.backbones.host import Host, HostRequest, no_classifier
 from edgecomp.backbones.inside import InsideModel
 from edgecomp.backbones.placed import PlacedModel, PlainModel
-from edgecomp.backbones.timm import TimmHost, load_host, plain_vit, state_digest
+from edgecomp.backbones.timm import TimmHost, load_host, plain_vit
 from edgecomp.backbones.towers import is_tower, load_tower
 from edgecomp.backbones.transformers import TransformersHost, split_classifier
 from edgecomp.compressors._base import Compressor, initialise
 from edgecomp.compressors._chain import Chain
-from edgecomp.compressors._checkpoint import read_checkpoint, weights_origin
+from edgecomp.compressors._checkpoint import read_checkpoint, state_digest, weights_origin
 from edgecomp.compressors._inside import InsideCompressor
 from edgecomp.compressors._pruning import TokenPruner
 from edgecomp.errors import InvalidSpec, WeightsError

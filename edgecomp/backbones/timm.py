@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgecomp.backbones.host import Host, HostBlock, HostRequest, no_classifier, require_layers
+from edgecomp.backbones.host import Host, HostBlock, HostRequest, host_part, no_classifier, require_layers
 from edgecomp.compressors._checkpoint import load_exactly, read_checkpoint, state_digest, weights_origin
 from edgecomp.errors import InvalidSpec, RunError, UnknownName, WeightsError
 from edgecomp.specs import Preprocess
 from edgecomp.specs.backbone import Backbone
 from edgecomp.specs.origin import WeightsOrigin
 
-__all__ = ["TimmHost", "host_part", "load_host", "plain_vit", "state_digest"]
+__all__ = ["TimmHost", "load_host", "plain_vit"]
 
 _MORE = (
     "`edgecomp list backbones` shows those that were tried, timm.list_models() all of timm; a folder that transformers "
@@ -235,15 +235,6 @@ def _nearest(name: str, known: list[str]) -> list[str]:
     import difflib
 
     return difflib.get_close_matches(name, known, n=6, cutoff=0.4) or known[:6]
-
-
-def host_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the host's tensors of a file that holds compressor and host (keys `backbone.*`); else nothing."""
-    return {
-        key.removeprefix("backbone.").removeprefix("model."): tensor
-        for key, tensor in state.items()
-        if key.startswith("backbone.")
-    }
 
 
 def _load_state(

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from edgecomp.backbones.choices import require_declared, settle
+from edgecomp.backbones.choices import learned_rows, require_declared, settle, usual_counts
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._checkpoint import Checkpoint
 from edgecomp.compressors._recognise import OWN, fitting, fitting_own
@@ -78,9 +78,8 @@ def _settled(checkpoint: Checkpoint, method: str, match: Match, asked: Mapping[s
     if placement == "inside":
         return made
     site = cls.site_without_host(params, placement, recipe.preset(preset).image_size or recipe.defaults.image_size)
-    rows = getattr(params, "latents", 0) or getattr(params, "table_entries", 0)
     rule = recipe.rule(preset)
     if not cls.default_counts(params, site):
-        require_declared(order, preset, rows)
-    default = cls.default_counts(params, site) or ((rows,) if rows and rule.allows(rows) else rule.default)
+        require_declared(order, preset, learned_rows(params))
+    default = usual_counts(cls, params, site, rule)
     return msgspec.structs.replace(made, tokens_in=cls.count_tokens(params, site), default=tuple(default))
