@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 from conftest import SEED, Smoke
 
@@ -42,6 +43,22 @@ def preset_of(method, precision, assembled):
     return pytest.skip("no preset of this method has a linear layer to quantise")
 
 
+def stored_bytes(bundle):
+    """Return the bytes of weights and constants of all graphs of the first batch, without the gaps between them.
+
+    Another batch folds constants of its own, which at test size outweigh what is learned.
+    """
+    lengths = {}
+    for graph in bundle.manifest.graphs:
+        if graph.batch == bundle.manifest.buckets[0].batch:
+            for tensor in onnx.load(bundle.path / graph.model, load_external_data=False).graph.initializer:
+                if tensor.external_data:
+                    place = {entry.key: entry.value for entry in tensor.external_data}
+                    assert place["location"] == WEIGHTS
+                    lengths[place["offset"]] = int(place["length"])
+    return sum(lengths.values())
+
+
 @pytest.mark.parametrize(("name", "precision"), CASES)
 def test_a_precision_from_export_to_engine(name, precision, assembled, tmp_path):
     options = {"preset": preset_of(name, precision, assembled), "precision": precision, "seed": SEED}
@@ -54,7 +71,7 @@ def test_a_precision_from_export_to_engine(name, precision, assembled, tmp_path)
     assert {spec.dtype for graph in manifest.graphs for spec in graph.outputs} <= {"float32", "int32", "int64", "bool"}
     assert (manifest.samples is None) == (precision == "bf16")
     if manifest.parameters > 1000:
-        assert bundle.file(WEIGHTS).size < manifest.parameters * (BYTES[precision] + 1)  # some are in the rest, or fp32
+        assert stored_bytes(bundle) < manifest.parameters * (BYTES[precision] + 1)  # some are in the rest, or fp32
     again = api.parity(report.bundle)
     assert again
     assert [row.output for row in again.ties] == [row.output for row in report.parity.ties]
