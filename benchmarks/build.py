@@ -11,15 +11,13 @@ of a tome bundle that `edgecomp export --precision fp16 --with-plain` makes.
 from __future__ import annotations
 
 import hashlib
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from common import parse, publish
+from common import parse, publish, run_apart
 
 _BARE = """
 import sys
@@ -70,10 +68,10 @@ def main() -> None:
         for turn in range(1 + (1 if options.quick else options.rounds)):
             for name, command in runs.items():
                 _empty(place / "out")
-                taken, peak = _run(command)
+                done = run_apart(command)
                 if turn:  # the first round fills the system's cache of files
-                    seconds[name].append(taken)
-                    memory[name].append(peak)
+                    seconds[name].append(done.seconds)
+                    memory[name].append(done.peak_mib)
         same = _compare(place)
     ratios = [ours / bare for ours, bare in zip(seconds["edgecomp"], seconds["bare"], strict=True)]
     rows: list[list[object]] = [
@@ -83,17 +81,6 @@ def main() -> None:
     rows.append(["ratio", f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}", f"{max(ratios):.2f}", ""])
     title = f"build of a ViT-B fp16 for SM{options.sm}: seconds; plans: {same}"
     publish(title, ["process", "median", "min", "max", "peak MiB"], rows, options.json)
-
-
-def _run(command: list[str]) -> tuple[float, float]:
-    """Return the seconds and the peak MiB of a process."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    _, status, usage = os.wait4(process.pid, 0)
-    taken = time.perf_counter() - started
-    if status:
-        raise SystemExit(f"{command[:4]} failed: {process.stderr.read().decode() if process.stderr else status}")
-    return taken, usage.ru_maxrss / 1024
 
 
 def _empty(folder: Path) -> None:

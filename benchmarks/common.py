@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -17,7 +20,7 @@ from edgecomp.profiles.interleave import interleave as take_turns
 from edgecomp.profiles.machine import read_machine
 from edgecomp.report.text import table
 
-__all__ = ["interleave", "parse", "publish", "ratio", "time_inside"]
+__all__ = ["Apart", "interleave", "parse", "publish", "ratio", "run_apart", "time_inside"]
 
 
 def parse(description: str, **flags: tuple[type, Any, str]) -> argparse.Namespace:
@@ -28,6 +31,34 @@ def parse(description: str, **flags: tuple[type, Any, str]) -> argparse.Namespac
     for name, (kind, default, text) in flags.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text)
     return parser.parse_args()
+
+
+class Apart(NamedTuple):
+    """What a process of its own took and printed."""
+
+    seconds: float
+    processor_s: float
+    peak_mib: float
+    printed: str
+
+
+def run_apart(command: list[str]) -> Apart:
+    """Run a command as a process of its own, from its start to its end.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; `stderr` is what it said.
+    """
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=printed, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        printed.seek(0)
+        said.seek(0)
+        if status:
+            raise subprocess.CalledProcessError(process.returncode, command, printed.read(), said.read())
+        return Apart(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, printed.read())
 
 
 def interleave(runs: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int = 1) -> dict[str, list[float]]:

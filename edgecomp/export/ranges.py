@@ -20,6 +20,7 @@ __all__ = [
     "OutOfRange",
     "Range",
     "Threshold",
+    "collect_largest",
     "collect_ranges",
     "float_activations",
     "nodes_out_of_range",
@@ -33,6 +34,7 @@ FP16_LIMIT = 65504 / 8  # an eighth of fp16's largest: images that were not cali
 _BINS = 2048
 _GROUP_BYTES = 256 * 2**20  # activations that one run gives back at once
 _PERCENTILE = 0.9999
+_EXTREMES = ("ReduceMax", "ReduceMin", "ReduceL1")  # of a value; the sum is NaN where one of its numbers is
 _CANDIDATES = 64  # thresholds that "mse" tries
 
 
@@ -129,17 +131,11 @@ def collect_ranges(
         ExportError: a value was not finite, or ONNX Runtime does not run the graph.
     """
     batches = list(batches)
-    if not batches:
-        raise InvalidSpec("calibration needs at least one input, and there is none; give a folder of images")
-    inputs = {value.name for value in model.graph.inputs}
-    for number, batch in enumerate(batches):
-        if missing := sorted(str(name) for name in inputs - batch.keys()):
-            raise InvalidSpec(f"calibration input {number} lacks {', '.join(missing)}; it has {', '.join(batch)}")
-    values = {value.name: value for node in model.graph for value in node.outputs if value.name}
-    values |= {value.name: value for value in model.graph.inputs if value.name}
+    values = _require_fed(model, batches)
     wanted = tuple(dict.fromkeys(tensors)) or float_activations(model)
     if unknown := [name for name in wanted if name not in values]:
         raise InvalidSpec(f"the graph has no value {unknown[0]!r}, whose range was asked for")
+    inputs = {value.name for value in model.graph.inputs}
     seen = {name: _Histogram() for name in wanted}
     made = {name: values[name] for name in wanted if name not in inputs}
     for name in wanted:
@@ -154,6 +150,49 @@ def collect_ranges(
     return {name: histogram.range() for name, histogram in seen.items()}
 
 
+def collect_largest(model: ir.Model, batches: Iterable[Mapping[str, Array]], *, threads: int = 1) -> dict[str, float]:
+    """Run an fp32 graph on each batch, and return the largest magnitude of every fp32 input and activation.
+
+    The graph finds them itself, so that one run of each batch gives them all, and none of the values is held beyond its
+    last reader: the range check of fp16 costs about as much as the inference. `collect_ranges` has histograms too.
+
+    Args:
+        model: the graph, its weights in memory or in a file; it is not changed.
+        batches: inputs by name, a mapping for each run.
+        threads: of ONNX Runtime.
+
+    Raises:
+        InvalidSpec: there is no batch, or a batch lacks an input.
+        ExportError: a value was not finite, or ONNX Runtime does not run the graph.
+    """
+    batches = list(batches)
+    values = _require_fed(model, batches)
+    names = float_activations(model)
+    measured = model.clone()
+    made = {value.name: value for node in measured.graph for value in node.outputs}
+    made |= {value.name: value for value in measured.graph.inputs}
+    shown: list[ir.Value] = []
+    for name in names:
+        nodes = [ir.node(op, [made[name]], {"keepdims": 0}, name=f"{name}.{op}") for op in _EXTREMES]
+        for node in nodes:
+            node.outputs[0].name, node.outputs[0].shape = node.name, ir.Shape([])
+            node.outputs[0].dtype = ir.DataType.FLOAT
+            shown.append(node.outputs[0])
+        maker = made[name].producer()
+        if maker is None:
+            measured.graph.insert_before(measured.graph[0], nodes)
+        else:
+            measured.graph.insert_after(maker, nodes)
+    largest = dict.fromkeys(names, 0.0)
+    for _, outputs in _run(measured, shown, batches, threads):
+        for name, most, least, total in zip(names, *(outputs[place::3] for place in range(3)), strict=True):
+            seen = max(abs(float(most)), abs(float(least)))
+            if np.isnan(total) or not np.isfinite(seen):  # a total of Inf alone: many large numbers
+                raise _not_finite(name, values)
+            largest[name] = max(largest[name], seen)
+    return largest
+
+
 def run_graph(model: ir.Model, batches: Iterable[Mapping[str, Array]], *, threads: int = 1) -> list[dict[str, Array]]:
     """Return a graph's outputs by name for each batch: what a bundle's stem hands to the graphs behind it.
 
@@ -166,20 +205,20 @@ def run_graph(model: ir.Model, batches: Iterable[Mapping[str, Array]], *, thread
 
 
 def nodes_out_of_range(
-    model: ir.Model, ranges: Mapping[str, Range], *, limit: float = FP16_LIMIT
+    model: ir.Model, largest: Mapping[str, float], *, limit: float = FP16_LIMIT
 ) -> tuple[OutOfRange, ...]:
-    """Return the values of `ranges` above `limit`, in the graph's order, each with the island that would cure it."""
+    """Return the values whose `largest` is above `limit`, in the graph's order, each with the island that cures it."""
     found = []
     for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
-        seen = ranges.get(value.name or "")
-        if seen is None or seen.absmax <= limit:
+        seen = largest.get(value.name or "", 0.0)
+        if seen <= limit:
             continue
         node = value.producer()
         readers = tuple(dict.fromkeys(use.node.name or "" for use in value.uses()))
         maker = (node.name or "",) if node is not None else ()
         op, module = (node.op_type, module_of(node)) if node is not None else ("", "")
         island = tuple(dict.fromkeys((*maker, *readers)))
-        found.append(OutOfRange(value.name or "", "".join(maker), op, module, seen.absmax, readers, island))
+        found.append(OutOfRange(value.name or "", "".join(maker), op, module, seen, readers, island))
     return tuple(found)
 
 
@@ -226,13 +265,29 @@ def _add(histogram: _Histogram, name: str, array: Array, values: Mapping[str, ir
     """Count one array, or say which node made a number that is none."""
     magnitudes = np.abs(array.astype(np.float32, copy=False))
     if not np.isfinite(magnitudes).all():
-        node = values[name].producer()
-        where = f"node {node.name!r} ({node.op_type})" if node is not None else "a calibration input"
-        raise ExportError(
-            f"{where} gives NaN or Inf in {name!r} while calibrating in fp32; no precision can hold that. "
-            "Check the weights and the calibration inputs"
-        )
+        raise _not_finite(name, values)
     histogram.add(magnitudes, rows or (len(array) if array.ndim else 1))
+
+
+def _not_finite(name: str, values: Mapping[str, ir.Value]) -> ExportError:
+    node = values[name].producer()
+    where = f"node {node.name!r} ({node.op_type})" if node is not None else "a calibration input"
+    return ExportError(
+        f"{where} gives NaN or Inf in {name!r} while calibrating in fp32; no precision can hold that. "
+        "Check the weights and the calibration inputs"
+    )
+
+
+def _require_fed(model: ir.Model, batches: Sequence[Mapping[str, Array]]) -> dict[str, ir.Value]:
+    """Refuse batches that lack an input, or none at all; return the graph's inputs and activations by name."""
+    if not batches:
+        raise InvalidSpec("calibration needs at least one input, and there is none; give a folder of images")
+    inputs = {value.name for value in model.graph.inputs}
+    for number, batch in enumerate(batches):
+        if missing := sorted(str(name) for name in inputs - batch.keys()):
+            raise InvalidSpec(f"calibration input {number} lacks {', '.join(missing)}; it has {', '.join(batch)}")
+    made = (value for node in model.graph for value in node.outputs)
+    return {value.name: value for value in (*model.graph.inputs, *made) if value.name}
 
 
 def _squared_error(centres: npt.NDArray[Any], counts: npt.NDArray[Any], threshold: float, levels: int) -> float:
@@ -268,6 +323,8 @@ def _run(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    # in the order of the file: else what only measures a value would run last, and all values would live until then
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     names = [value.name for value in group]
     with tempfile.TemporaryDirectory(prefix="edgecomp-calibrate-") as folder:
         path = Path(folder) / "model.onnx"

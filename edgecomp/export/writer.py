@@ -33,7 +33,7 @@ from edgecomp.export.passes import (
     tensors_to_calibrate,
 )
 from edgecomp.export.quiet import quiet_tools
-from edgecomp.export.ranges import OutOfRange, Range, collect_ranges, nodes_out_of_range, run_graph
+from edgecomp.export.ranges import OutOfRange, Range, collect_largest, collect_ranges, nodes_out_of_range, run_graph
 from edgecomp.export.samples import Sample, in_rows
 from edgecomp.routers import Router
 from edgecomp.specs import Recipe, TensorSpec, load_oplists
@@ -142,8 +142,8 @@ class GraphWriter:
         self._unused = {pattern: None for pattern in self._unused if not asked[pattern]}
         self._modules += modules_named_in(graph)
         quantized: tuple[str, ...] = ()
-        ranges = self._ranges(graph, module, batch) if plan.needs_samples else {}
-        risky = nodes_out_of_range(graph, ranges) if plan.rest == "fp16" else ()
+        ranges, largest = self._ranges(graph, module, batch) if plan.needs_samples else ({}, {})
+        risky = nodes_out_of_range(graph, largest)
         if plan.quantized is not None:
             made = insert_qdq(graph, ranges, kind=plan.quantized, scale_type=plan.rest, keep=self._is_kept)
             quantized = tuple(one.node for one in made)
@@ -167,17 +167,20 @@ class GraphWriter:
     def _is_kept(self, node: ir.Node) -> bool:
         return bool(pattern_of(self.precision.fp32, node=node.name or "", module=module_of(node)))
 
-    def _ranges(self, graph: ir.Model, module: Part, batch: int) -> dict[str, Range]:
-        """Run the graph in fp32 on the samples, and keep what a stem hands to the graphs behind it."""
+    def _ranges(self, graph: ir.Model, module: Part, batch: int) -> tuple[dict[str, Range], dict[str, float]]:
+        """Run the graph in fp32 on the samples: what scales are made of, and what fp16 has to hold.
+
+        What a stem hands to the graphs behind it is kept for them.
+        """
         runnable = graph.clone()
         add_merge_body(runnable)
         samples = self._handed if isinstance(module, Rest) else in_rows(self.samples, batch)
-        every = self.precision.rest == "fp16"  # its range is checked everywhere
-        wanted = () if every else tensors_to_calibrate(graph, keep=self._is_kept)
         if isinstance(module, Stem):
             handed = run_graph(runnable, samples)
             self._handed = [{**given, **made} for given, made in zip(samples, handed, strict=True)]
-        return collect_ranges(runnable, samples, tensors=wanted) if every or wanted else {}
+        wanted = tensors_to_calibrate(graph, keep=self._is_kept) if self.precision.quantized is not None else ()
+        ranges = collect_ranges(runnable, samples, tensors=wanted) if wanted else {}
+        return ranges, collect_largest(runnable, samples) if self.precision.rest == "fp16" else {}
 
 
 def _products(graph: ir.Model) -> list[str]:

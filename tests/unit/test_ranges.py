@@ -16,7 +16,14 @@ import onnx_ir as ir
 from edgecomp.errors import ExportError, InvalidSpec
 from edgecomp.export import ranges as module
 from edgecomp.export.passes.strip_metadata import MODULE_KEY
-from edgecomp.export.ranges import FP16_LIMIT, collect_ranges, float_activations, nodes_out_of_range, run_graph
+from edgecomp.export.ranges import (
+    FP16_LIMIT,
+    collect_largest,
+    collect_ranges,
+    float_activations,
+    nodes_out_of_range,
+    run_graph,
+)
 
 Array = npt.NDArray[np.float32]
 
@@ -67,6 +74,21 @@ def test_an_input_of_the_graph_has_a_range() -> None:
     assert collect_ranges(chain(), [{"x": x}], tensors=["x"])["x"].absmax == np.abs(x).max()
 
 
+def test_the_largest_are_found_by_the_graph_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [{"x": random(seed, scale=(-3.0) ** seed)} for seed in range(3)]
+    expected = {name: seen.absmax for name, seen in collect_ranges(chain(), batches).items()}
+    runs: list[int] = []
+    run = module._run
+    monkeypatch.setattr(module, "_run", lambda *words: runs.append(1) or run(*words))
+    model = chain()
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    assert collect_largest(model, batches) == expected
+    assert runs == [1]
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+    tall = [{"x": np.full((2, 8), 3e37, np.float32)}]  # their sum is beyond fp32, they are not
+    assert collect_largest(model, tall)["h"] == pytest.approx(9e37)
+
+
 def test_groups_bound_memory_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [{"x": random(seed)} for seed in range(2)]
     together = collect_ranges(chain(), batches)
@@ -104,11 +126,15 @@ def test_run_graph_hands_on_what_a_stem_gives() -> None:
 def test_nothing_to_calibrate_with_is_refused() -> None:
     with pytest.raises(InvalidSpec, match="at least one input, and there is none"):
         collect_ranges(chain(), [])
+    with pytest.raises(InvalidSpec, match="at least one input, and there is none"):
+        collect_largest(chain(), [])
 
 
 def test_a_lacking_input_is_named() -> None:
     with pytest.raises(InvalidSpec, match="calibration input 1 lacks x; it has image"):
         collect_ranges(chain(), [{"x": random(0)}, {"image": random(0)}])
+    with pytest.raises(InvalidSpec, match="calibration input 1 lacks x; it has image"):
+        collect_largest(chain(), [{"x": random(0)}, {"image": random(0)}])
 
 
 def test_an_unknown_value_is_named() -> None:
@@ -122,6 +148,8 @@ def test_a_number_that_is_none_is_an_error_that_names_the_node(bad: float) -> No
     x[1, 3] = bad
     with pytest.raises(ExportError, match=r"node 'scale' \(Mul\) gives NaN or Inf in 'h'"):
         collect_ranges(chain(), [{"x": x}], tensors=["h"])
+    with pytest.raises(ExportError, match=r"a calibration input gives NaN or Inf in 'x'"):
+        collect_largest(chain(), [{"x": random(1)}, {"x": x}])
     with pytest.raises(ExportError, match=r"a calibration input gives NaN or Inf in 'x'"):
         collect_ranges(chain(), [{"x": x}])
 
@@ -177,8 +205,8 @@ def test_an_unknown_threshold_lists_the_choices() -> None:
 
 def test_values_near_fp16s_end_are_listed_with_their_island() -> None:
     model = chain()
-    ranges = collect_ranges(model, [{"x": np.full((2, 8), 2750, np.float32)}])
-    (found,) = nodes_out_of_range(model, ranges)
+    largest = collect_largest(model, [{"x": np.full((2, 8), 2750, np.float32)}])
+    (found,) = nodes_out_of_range(model, largest)
     assert (found.tensor, found.node, found.op, found.module) == ("h", "scale", "Mul", "blocks.0.mlp")
     assert found.absmax == 8250 > FP16_LIMIT == 8188
     assert found.readers == ("shift", "best")
@@ -187,8 +215,8 @@ def test_values_near_fp16s_end_are_listed_with_their_island() -> None:
 
 def test_the_limit_itself_is_in_range() -> None:
     model = chain()
-    ranges = collect_ranges(model, [{"x": np.full((2, 8), 100, np.float32)}], tensors=["h", "x"])
-    assert nodes_out_of_range(model, ranges, limit=300) == ()
-    assert [found.tensor for found in nodes_out_of_range(model, ranges, limit=299)] == ["h"]
-    (first, _) = nodes_out_of_range(model, ranges, limit=99)
+    largest = collect_largest(model, [{"x": np.full((2, 8), 100, np.float32)}])
+    assert nodes_out_of_range(model, largest, limit=300) == ()
+    assert [found.tensor for found in nodes_out_of_range(model, largest, limit=299)] == ["h"]
+    (first, *_) = nodes_out_of_range(model, largest, limit=99)
     assert (first.tensor, first.node, first.island) == ("x", "", ("scale",))
