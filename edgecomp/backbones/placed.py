@@ -49,7 +49,7 @@ class PlacedModel(nn.Module):
     """A compressor where it stands.
 
     Shapes: what `input_specs` says -> what the compressor's `output_specs` says. With a host, `image` takes
-    the place of `tokens`; where the compressor takes several media, the image has the same leading axes.
+    the place of `tokens`; where the compressor takes several images, the image has the same leading axes.
 
     Args:
         compressor: for one budget.
@@ -95,7 +95,7 @@ class PlacedModel(nn.Module):
 
     @property
     def media_shape(self) -> tuple[int, ...]:
-        """Axes between batch and tokens (media, frames) that the compressor takes."""
+        """Axes between batch and tokens (images, frames) that the compressor takes."""
         return self.compressor.input_specs()[0].shape[1:-2] if self.backbone is not None else ()
 
     def input_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:

@@ -41,8 +41,9 @@ class PerceiverParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=T
         ff_mult: hidden width of the MLP over `embed_dim`.
         latents: rows of the latent table; a budget takes the first M. 0: the largest budget.
         qk_norm: LayerNorm on each head's queries and keys (Idefics1).
-        media, frames: media (images) in one request, and frames in each; above 1 they become axes.
-        media_embeds, frame_embeds: rows of the position tables over media and frames (0: none).
+        images, frames: images (Flamingo: media) in one request, and frames in each of them that is a video; above 1
+            they become axes behind the batch.
+        media_embeds, frame_embeds: rows of the position tables over images and frames (0: none).
         mask: take a `context_mask`, true where a token is real.
     """
 
@@ -58,7 +59,7 @@ class PerceiverParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=T
     ff_mult: Annotated[float, Meta(gt=0, le=64)] = 4.0
     latents: Natural = 0
     qk_norm: bool = False
-    media: Positive = 1
+    images: Positive = 1
     frames: Positive = 1
     media_embeds: Natural = 0
     frame_embeds: Natural = 0
@@ -165,7 +166,7 @@ class Perceiver(Compressor):
     """Replace N tokens by M latents that have read them.
 
     Shapes: tokens (B, [T, [F,]] N, C), optional context_mask of the same leading axes (bool, true = real)
-    -> latents (B, [T,] M, D). T media and F frames are axes where `media` or `frames` is above 1.
+    -> latents (B, [T,] M, D). T images and F frames are axes where `images` or `frames` is above 1.
 
     Static rewrite: nothing in the original depends on data (level E0). The mask is a finite bias of -1e30,
     grouped heads are laid end to end instead of repeating keys and values, and key and value share one
@@ -200,8 +201,8 @@ class Perceiver(Compressor):
     def media_shape(self) -> tuple[int, ...]:
         """Axes between the batch and the tokens: (), (T,) or (T, F)."""
         if self.params.frames > 1:
-            return (self.params.media, self.params.frames)
-        return (self.params.media,) if self.params.media > 1 else ()
+            return (self.params.images, self.params.frames)
+        return (self.params.images,) if self.params.images > 1 else ()
 
     def input_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:
         """Return `tokens`, and `context_mask` where the parameters ask for it."""
@@ -218,16 +219,16 @@ class Perceiver(Compressor):
         """Return the latents after the final norm."""
         params, count = self.params, self.budget.tokens_out
         batch = tokens.shape[0]
-        context = tokens.reshape(batch * params.media, params.frames, -1, params.context_dim)
+        context = tokens.reshape(batch * params.images, params.frames, -1, params.context_dim)
         if params.projection_dim:
             context = self.projection(context)
         if params.frame_embeds:
             context = context + self.frame_embeds[: params.frames, None]  # (F, 1, D)
         if params.media_embeds:
-            context = context.reshape(batch, params.media, -1, params.width) + self.media_embeds[: params.media]
-        context = context.reshape(batch * params.media, self.budget.tokens_in, params.width)
-        bias, keep = self._mask(context_mask, batch * params.media)
-        latents = self.latents[:count].expand(batch * params.media, -1, -1)
+            context = context.reshape(batch, params.images, -1, params.width) + self.media_embeds[: params.images]
+        context = context.reshape(batch * params.images, self.budget.tokens_in, params.width)
+        bias, keep = self._mask(context_mask, batch * params.images)
+        latents = self.latents[:count].expand(batch * params.images, -1, -1)
         for layer in self.layers:
             latents = layer(latents, context, bias, keep)
         return (self.norm(latents).reshape(batch, *self.media_shape[:1], count, params.width),)
@@ -310,7 +311,7 @@ def _require_consistent(params: PerceiverParams, budget: TokenBudget) -> None:
             f"perceiver: budget {budget.tokens_out} is above the {params.latents} latents of the table; "
             "lower the budget, or raise params.latents where no checkpoint fixes it"
         )
-    for axis, table in (("media", "media_embeds"), ("frames", "frame_embeds")):
+    for axis, table in (("images", "media_embeds"), ("frames", "frame_embeds")):
         rows = getattr(params, table)
         if rows and getattr(params, axis) > rows:
             raise InvalidSpec(f"perceiver: params.{axis}={getattr(params, axis)} is above params.{table}={rows}")
@@ -410,7 +411,7 @@ class PerceiverOriginal(nn.Module):
     def forward(self, tokens: Tensor, context_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return what the static module returns, one sample and one medium at a time."""
         params = self.static.params
-        shape = (tokens.shape[0], params.media, params.frames, self.static.site.tokens_in)
+        shape = (tokens.shape[0], params.images, params.frames, self.static.site.tokens_in)
         media = tokens.reshape(*shape, -1)
         masks = [None] * shape[0] if context_mask is None else list(context_mask.reshape(shape))
         samples = [

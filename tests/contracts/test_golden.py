@@ -249,7 +249,7 @@ def _arrange(inputs, values):
     if "image" in inputs:
         return [inputs["image"]], Site("encoder", image_size=inputs["image"].shape[-1]), values
     tokens = inputs["x"]
-    axes = dict(zip(("media", "frames"), tokens.shape[1:-2], strict=False))
+    axes = dict(zip(("images", "frames"), tokens.shape[1:-2], strict=False))
     site = Site("after", tokens_in=tokens.shape[-2], embed_dim=tokens.shape[-1])
     if "attention_mask" not in inputs:
         return [tokens], site, {**values, **axes}

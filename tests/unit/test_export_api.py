@@ -177,14 +177,14 @@ def test_budgets_share_one_weights_file(exported: Path, tmp_path: Path) -> None:
 
 
 def test_media_become_an_axis_of_the_image(tmp_path: Path) -> None:
-    report = api.export("perceiver", preset="smoke-host", params={"media": 2}, batch=[3], out=tmp_path / "out")
+    report = api.export("perceiver", preset="smoke-host", params={"images": 2}, batch=[3], out=tmp_path / "out")
     (bucket,) = report.manifest.buckets
     assert [str(spec) for spec in bucket.inputs] == ["image float32[3, 2, 3, 64, 64]"]
     assert [str(spec) for spec in bucket.outputs] == ["latents float32[3, 2, 8, 64]"]
     image = np.random.default_rng(0).standard_normal((3, 2, 3, 64, 64), dtype=np.float32)
     whole = infer(report.bundle / bucket.model, image=image)["latents"]
     turned = infer(report.bundle / bucket.model, image=image[::-1, ::-1].copy())["latents"]
-    np.testing.assert_allclose(turned[::-1, ::-1], whole, atol=1e-4)  # no position table: media are equal
+    np.testing.assert_allclose(turned[::-1, ::-1], whole, atol=1e-4)  # no position table: images are equal
     ran = api.run(report.bundle, photograph_path())
     np.testing.assert_allclose(ran.outputs["latents"][0, 0], ran.outputs["latents"][2, 1], atol=1e-4)
 
