@@ -1,7 +1,8 @@
-"""A large image as slices and an overview: which grid, which sizes, and how their tokens follow each other.
+"""A large image in parts and an overview: which grid, which sizes, and how their tokens follow each other.
 
-The policy is that of LLaVA-UHD (arXiv:2403.11703, section 3.1), which MiniCPM-V took over. Here are no models: what it
-returns are the inputs of a bundle of `slice-wise`, and the order in which a language model reads its outputs.
+Slices are those of LLaVA-UHD (arXiv:2403.11703, section 3.1), which MiniCPM-V took over; tiles those of DeepSeek-OCR
+(arXiv:2510.18234, section 3.2). Here are no models: what it returns are the inputs of a bundle of `slice-wise` or
+`deepseek-ocr`, and the order in which a language model reads its outputs.
 """
 
 from __future__ import annotations
@@ -25,15 +26,23 @@ __all__ = [
     "BUCKETS",
     "NEWLINE",
     "SEPARATOR",
+    "Layout",
     "Prepared",
     "SlicePolicy",
     "Sliced",
+    "TilePolicy",
     "best_size",
     "choose_grid",
+    "choose_tiles",
     "cut",
+    "fit_tiles",
+    "grid_of_rows",
     "join_rows",
+    "layout_of_page",
+    "layout_of_slices",
     "order_of_rows",
     "policy_of",
+    "prepare_page",
     "prepare_slices",
     "rows_of_bucket",
 ]
@@ -58,6 +67,7 @@ class SlicePolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     Attributes:
         resolution: side of the square whose area a slice and the overview have, in pixels (448; UHD's paper: 336).
         patch: sides are multiples of it.
+        sides: how they come to be: rounded `down` (LLaVA-UHD) or to the `nearest` (MiniCPM-V).
         most: slices (9; UHD's paper: 6).
         overview: where the overview stands among the rows of the batch.
         fit: how a part comes into the square that the encoder takes: `stretch`, to all of it; or `pad`, in its own
@@ -66,6 +76,7 @@ class SlicePolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
     resolution: Annotated[int, Meta(ge=1, le=8192)] = 448
     patch: Annotated[int, Meta(ge=1, le=1024)] = 14
+    sides: Literal["down", "nearest"] = "down"
     most: Annotated[int, Meta(ge=1, le=1024)] = 9
     overview: Literal["first", "last"] = "first"
     fit: Literal["stretch", "pad"] = "stretch"
@@ -83,6 +94,33 @@ class Sliced(msgspec.Struct, frozen=True):
     grid: tuple[int, int] | None
     overview: Image.Image
     slices: tuple[Image.Image, ...]
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """How the rows that came out follow each other for a language model.
+
+    Attributes:
+        grid: columns and rows of slices or tiles; none where the image stands by itself.
+        parts: slices or tiles, and the overview; or images of text.
+        order: (L,) int32, numbers of rows of the outputs laid end to end, or `SEPARATOR` and `NEWLINE` where the
+            language model's own embedding goes, as `join_rows` puts it there.
+        newlines, separators: int32, where in that order they stand, also where the graph itself gives their rows.
+    """
+
+    grid: tuple[int, int] | None
+    parts: int
+    order: npt.NDArray[np.int32]
+    newlines: npt.NDArray[np.int32]
+    separators: npt.NDArray[np.int32]
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[np.int32]]:
+        """What a file of outputs holds of it."""
+        return {
+            "layout.order": self.order,
+            "layout.newlines": self.newlines,
+            "layout.separators": self.separators,
+        }
 
 
 class Prepared(msgspec.Struct, frozen=True):
@@ -135,7 +173,7 @@ def best_size(width: float, height: float, policy: SlicePolicy, *, enlarge: bool
         aspect = width / height
         height = int(policy.resolution / math.sqrt(aspect))
         width = int(height * aspect)
-    return _floor_to(width, policy.patch), _floor_to(height, policy.patch)
+    return _to_multiple(width, policy.patch, policy), _to_multiple(height, policy.patch, policy)
 
 
 def cut(image: Image.Image, policy: SlicePolicy) -> Sliced:
@@ -145,7 +183,7 @@ def cut(image: Image.Image, policy: SlicePolicy) -> Sliced:
     if grid is None:
         return Sliced(None, overview, ())
     columns, rows = grid
-    cell = (_floor_to(image.width, columns) / columns, _floor_to(image.height, rows) / rows)
+    cell = (_to_multiple(image.width, columns, policy) / columns, _to_multiple(image.height, rows, policy) / rows)
     width, height = best_size(*cell, policy, enlarge=True)
     whole = image.resize((width * columns, height * rows), _CUBIC)
     places = [(column * width, row * height) for row in range(rows) for column in range(columns)]
@@ -232,6 +270,14 @@ def order_of_rows(grid: tuple[int, int] | None, tokens: int, policy: SlicePolicy
     return np.concatenate([overview, *found] if first else [*found, overview])
 
 
+def layout_of_slices(grid: tuple[int, int] | None, tokens: int, policy: SlicePolicy) -> Layout:
+    """Return `order_of_rows` with the places of newlines and separators in it."""
+    order = order_of_rows(grid, tokens, policy)
+    columns, rows = grid or (0, 0)
+    newlines, separators = (np.flatnonzero(order == mark).astype(np.int32) for mark in (NEWLINE, SEPARATOR))
+    return Layout(grid, columns * rows + 1, order, newlines, separators)
+
+
 def join_rows(
     latents: npt.NDArray[np.float32],
     order: npt.NDArray[np.int32],
@@ -254,8 +300,143 @@ def join_rows(
     return np.ascontiguousarray(table[order])
 
 
-def _floor_to(length: float, unit: int) -> int:
-    return max(math.floor(length / unit) * unit, unit)
+# -- tiles of a page --------------------------------------------------------------------------------
+
+
+class TilePolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How DeepSeek-OCR cuts a page.
+
+    Attributes:
+        tile: side of a tile in pixels; 0: there are none.
+        view: side of the square that the whole page is laid into.
+        most: tiles (6; the original names 9 as the largest number).
+        pixels: side of the square that one token stands for.
+    """
+
+    tile: Annotated[int, Meta(ge=0, le=8192)] = 640
+    view: Annotated[int, Meta(ge=1, le=8192)] = 1024
+    most: Annotated[int, Meta(ge=2, le=9)] = 6
+    pixels: Annotated[int, Meta(ge=1, le=8192)] = 64
+
+
+_STRETCHED = 640
+"""Views of up to so many pixels are stretched where there are no tiles (modes tiny and small), larger ones padded."""
+
+
+def choose_tiles(width: int, height: int, policy: TilePolicy) -> tuple[int, int] | None:
+    """Return columns and rows of tiles for a page, none where it is within one tile, or there are none.
+
+    Of all grids of 2 to `policy.most` tiles the one is taken whose columns / rows is nearest to width / height, by
+    difference. Of equals, such as 1 x 1 and 2 x 2, the next larger is taken as long as the page has more than half of
+    the pixels that its tiles hold.
+    """
+    _require_image(width, height)
+    if not policy.tile or max(width, height) <= policy.tile:
+        return None
+    aspect, area = width / height, width * height
+    best, least = (0, 0), math.inf
+    for count in range(2, policy.most + 1):
+        for columns in _divisors(count):
+            error = abs(aspect - columns / (count // columns))
+            if error < least or (error == least and area > 0.5 * policy.tile**2 * count):
+                best, least = (columns, count // columns), error
+    return best
+
+
+def fit_tiles(
+    wanted: tuple[int, int] | None, held: Sequence[tuple[int, int] | None], policy: TilePolicy
+) -> tuple[int, int] | None:
+    """Return the smallest grid of a bundle that has as many columns and rows as are wanted.
+
+    Raises:
+        InvalidSpec: none does.
+    """
+    columns, rows = wanted or (0, 0)
+    fitting = [grid for grid in held if (grid or (0, 0))[0] >= columns and (grid or (0, 0))[1] >= rows]
+    if not fitting:
+        largest = max(held, key=lambda grid: math.prod(grid or (0, 0)))
+        names = "no tiles" if largest is None else f"{largest[0]} x {largest[1]} tiles"
+        raise InvalidSpec(
+            f"the page is cut into {columns} x {rows} tiles (columns x rows), and no bucket of the bundle holds them: "
+            f"the largest has {names}; export one that does, with --budget {_rows_of_grid((columns, rows), policy)}"
+        )
+    return min(fitting, key=lambda grid: math.prod(grid or (0, 0)))
+
+
+def grid_of_rows(rows: int, tiles: int, policy: TilePolicy) -> tuple[int, int] | None:
+    """Return columns and rows of the tiles of a bucket, by its rows and by how many tiles it takes."""
+    if not tiles:
+        return None
+    side = policy.tile // policy.pixels
+    lines = (rows - _rows_of_grid((0, 0), policy) - tiles * side * side) // side  # a newline behind each line of tokens
+    return tiles // lines, lines
+
+
+def _rows_of_grid(grid: tuple[int, int], policy: TilePolicy) -> int:
+    view, side = policy.view // policy.pixels, policy.tile // policy.pixels
+    columns, rows = grid
+    return rows * side * (columns * side + 1) + view * (view + 1) + 1
+
+
+def prepare_page(
+    image: Image.Image,
+    grid: tuple[int, int] | None,
+    policy: TilePolicy,
+    preprocess: Preprocess,
+    *,
+    dtype: Literal["float32", "uint8"] = "float32",
+) -> tuple[Array, Array | None]:
+    """Return the whole page, (1, 3, V, V) or as uint8 (1, V, V, 3), and its tiles, (1, T, 3, s, s), row by row.
+
+    The page keeps its aspect in the middle of the view, on the colour that becomes 0; it is stretched where there is
+    no grid in the bundle and the view is small. Tiles are those of the page stretched to the grid.
+
+    Args:
+        grid: columns and rows of tiles, or none.
+        preprocess: mean and standard deviation; its size and crop play no part.
+        dtype: of the view.
+    """
+    page = image.convert("RGB")
+    if not policy.tile and policy.view <= _STRETCHED:
+        view = page.resize((policy.view, policy.view), _CUBIC)
+    else:
+        fill = tuple(int(255 * value) for value in preprocess.mean)
+        view = Image.new("RGB", (policy.view, policy.view), fill)
+        scale = policy.view / max(page.size)
+        width, height = (max(1, round(length * scale)) for length in page.size)
+        place = (round((policy.view - width) / 2), round((policy.view - height) / 2))
+        view.paste(page.resize((width, height), _CUBIC), place)
+    exact = Preprocess(policy.view, 1.0, preprocess.interpolation, preprocess.mean, preprocess.std)
+    pixels = to_pixels(view, exact, dtype)
+    if grid is None:
+        return pixels, None
+    columns, rows = grid
+    side, exact = policy.tile, msgspec.structs.replace(exact, size=policy.tile)
+    whole = page.resize((side * columns, side * rows), _CUBIC)
+    places = [(column * side, row * side) for row in range(rows) for column in range(columns)]
+    tiles = [to_pixels(whole.crop((x, y, x + side, y + side)), exact, "float32") for x, y in places]
+    return pixels, np.concatenate(tiles)[None]
+
+
+def layout_of_page(grid: tuple[int, int] | None, policy: TilePolicy, *, ends: bool = True) -> Layout:
+    """Return where newlines and the separator stand among a page's rows, tiles first; the graph gives them all.
+
+    Args:
+        ends: whether there are any: a graph of `part=features` has tokens alone.
+    """
+    view, side = policy.view // policy.pixels, policy.tile // policy.pixels
+    columns, rows = grid or (0, 0)
+    lines = [columns * side] * (rows * side) + [view] * view
+    if not ends:
+        return Layout(grid, 1, np.arange(sum(lines), dtype=np.int32), np.empty(0, np.int32), np.empty(0, np.int32))
+    newlines = np.cumsum([tokens + 1 for tokens in lines]).astype(np.int32) - 1
+    last = int(newlines[-1]) + 1
+    return Layout(grid, columns * rows + 1, np.arange(last + 1, dtype=np.int32), newlines, np.array([last], np.int32))
+
+
+def _to_multiple(length: float, unit: int, policy: SlicePolicy) -> int:
+    units = math.floor(length / unit) if policy.sides == "down" else round(length / unit)
+    return max(units * unit, unit)
 
 
 def _divisors(count: int) -> list[int]:
@@ -266,7 +447,7 @@ def _shrink(image: Image.Image, side: int, patch: int) -> Image.Image:
     scale = side / max(image.size)
     if scale >= 1:
         return image
-    width, height = (min(side, _floor_to(length * scale, patch)) for length in image.size)
+    width, height = (min(side, max(math.floor(length * scale / patch), 1) * patch) for length in image.size)
     return image.resize((width, height), _CUBIC)
 
 

@@ -21,11 +21,12 @@ from edgecomp.resources import photograph_path
 from edgecomp.runners import Array
 from edgecomp.runners.chain import open_graph
 from edgecomp.serving import Model
+from edgecomp.serving.parts import kind_of, lay_out
 from edgecomp.specs import TensorSpec
 from edgecomp.specs.choice import ChoiceNode
 from edgecomp.specs.manifest import Bucket
 
-__all__ = ["draw", "picture_of", "require_drawable", "write_picture"]
+__all__ = ["draw", "picture_of", "require_drawable", "require_one_image", "write_picture"]
 
 _SUFFIXES = (".png", ".svg", ".html")
 _IMAGE_RANK = 4
@@ -81,12 +82,23 @@ def require_drawable(opened: Bundle, *, batch: int | None, drawing: str | Path =
         raise InvalidSpec(
             f"--draw: {opened.path} takes {first}, and there is no image to draw on; export it with a --backbone"
         )
+    if kind_of(opened) == "slices":
+        raise InvalidSpec(f"--draw shows one image as its encoder sees it, and {opened.path} takes slices; drop --draw")
     if len(first.shape) != _IMAGE_RANK:
         raise InvalidSpec(f"--draw shows one image, and {opened.path} takes several at once, {first}; drop --draw")
     smallest = min(bucket.batch for bucket in opened.manifest.buckets)
     if (batch or smallest) > 1:
         advice = "leave --batch out" if smallest == 1 else "export the bundle with --batch 1 as well"
         raise InvalidSpec(f"--draw shows one image, and batch {batch or smallest} takes more; {advice}")
+
+
+def require_one_image(bucket: Bucket) -> None:
+    """Refuse a bucket that reads more than one image: tiles beside the page, or strips of a text."""
+    first, *others = bucket.inputs
+    if first.kind == "image" and others and others[0].kind == "image":
+        raise InvalidSpec(f"--draw shows one image, and {bucket.model} takes tiles beside it, {others[0]}; drop --draw")
+    if [spec.name for spec in others] == ["patch_mask"]:
+        raise InvalidSpec("--draw shows what became of an image, and this one is rendered of a text; drop --draw")
 
 
 def picture_of(
@@ -207,6 +219,9 @@ def _inputs(opened: Bundle, bucket: Bucket, path: Path, features: Mapping[str, A
     """Return all inputs of one request."""
     if path.suffix.lower() in _TENSOR_FILES:
         inputs = {**read_tensors(path), **(features or {})}
+    elif (laid := lay_out(opened, path, budget=bucket.budget.tokens_out, batch=bucket.batch)) is not None:
+        require_one_image(laid.bucket)
+        inputs = laid.inputs
     else:
         spec, preprocess = _image_spec(bucket), opened.manifest.preprocess
         assert preprocess is not None, "a bundle that takes images says how they are prepared"

@@ -21,7 +21,12 @@ def command(
             help="An image, named inputs (.safetensors, .npz), or a .txt for strips; default: a photograph.",
         ),
     ] = "",
-    question: Annotated[str | None, typer.Option("--text", help="The question, for a router that reads words.")] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(
+            "--text", help="The question, for a router that reads words; or, without INPUT, a text for strips."
+        ),
+    ] = None,
     text_features: Annotated[
         str, typer.Option(help="The inputs beside the image, by name: .safetensors or .npz.")
     ] = "",
@@ -40,7 +45,7 @@ def command(
             help="Write a picture of the patches kept, merged and dropped, layer by layer: .png, .svg, .html."
         ),
     ] = "",
-    font: Annotated[str, typer.Option(help="A TrueType font for a .txt; default: Pillow's own.")] = "",
+    font: Annotated[str, typer.Option(help="A TrueType font for a text; default: Pillow's own.")] = "",
     threads: Annotated[int, typer.Option(help="CPU threads; 0: the runtime's choice.")] = 0,
     json: JSON = False,
 ) -> None:

@@ -52,6 +52,8 @@ class DeepSeekOCRParams(Params, frozen=True, forbid_unknown_fields=True, kw_only
         clip_table_side: as `table_side`.
         projector_dim: width of the language model.
         tile_size: side of a tile in pixels (mode gundam); 0: no tiles.
+        most: tiles of a page, for who cuts it (6; the original names 9 as the largest number); see `edgecomp.slices`.
+            No graph depends on it.
     """
 
     part: Part = "whole"
@@ -73,6 +75,7 @@ class DeepSeekOCRParams(Params, frozen=True, forbid_unknown_fields=True, kw_only
     clip_table_side: Positive = 16
     projector_dim: Positive = 1280
     tile_size: Natural = 0
+    most: Annotated[int, Meta(ge=2, le=9)] = 6
 
     @property
     def pixels_per_token(self) -> int:

@@ -32,8 +32,8 @@ class SliceWiseParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=T
         inner: any method that stands after an encoder, where wanted with one of its presets: `perceiver:idefics2`.
         inner_params: parameters of that method that replace the preset's, for example `{num_heads=16}`.
         images: images in one request, side by side; above 1 they become an axis behind the batch of slices.
-        resolution, patch, most, overview, fit: how images are cut, for who prepares them; see `edgecomp.slices`. No
-            graph depends on them.
+        resolution, patch, sides, most, overview, fit: how images are cut, for who prepares them; see `edgecomp.slices`.
+            No graph depends on them.
     """
 
     tokens: Positive = 1024
@@ -43,6 +43,7 @@ class SliceWiseParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=T
     images: Positive = 1
     resolution: Annotated[int, Meta(ge=1, le=8192)] = 448
     patch: Annotated[int, Meta(ge=1, le=1024)] = 14
+    sides: Literal["down", "nearest"] = "down"
     most: Annotated[int, Meta(ge=1, le=1024)] = 9
     overview: Literal["first", "last"] = "first"
     fit: Literal["stretch", "pad"] = "stretch"
@@ -151,6 +152,13 @@ def _inner(params: SliceWiseParams, site: Site | None = None) -> tuple[type[Comp
     cls, preset = _preset_of(params.inner)
     values = {**preset, **params.inner_params}
     values |= {"tokens": params.tokens, cls.width_param: params.context_dim}
+    if "images" in cls.Params.__struct_fields__:
+        if params.inner_params.get("images", 1) != 1:
+            raise InvalidSpec(
+                f"slice-wise: inner_params.images={params.inner_params['images']}: the images of a request are "
+                "counted once, by params.images; drop it there"
+            )
+        values["images"] = 1
     if site is not None:
         values |= cls.params_of_site(site)
     return cls, cls.parse_params(values, method=f"{params.inner} (inside slice-wise)")

@@ -7,8 +7,9 @@ import msgspec
 from edgecomp.patches import PatchLayers
 from edgecomp.report.text import table
 from edgecomp.runners import Array
+from edgecomp.slices import Layout
 
-__all__ = ["DrawnLayer", "OutputSummary", "RunReport", "describe_run", "drawn_layers"]
+__all__ = ["DrawnLayer", "LayoutSummary", "OutputSummary", "RunReport", "describe_run", "drawn_layers"]
 
 
 class OutputSummary(msgspec.Struct, frozen=True):
@@ -40,6 +41,29 @@ class DrawnLayer(msgspec.Struct, frozen=True):
     dropped: int
 
 
+class LayoutSummary(msgspec.Struct, frozen=True):
+    """How the rows of an image or text in parts follow each other for a language model.
+
+    Attributes:
+        grid: columns and rows of slices or tiles; none where there are none.
+        parts: slices or tiles and the overview; or images of text.
+        rows: that a language model reads, newlines and separators among them.
+        newlines, separators: their places among these rows.
+    """
+
+    grid: tuple[int, int] | None
+    parts: int
+    rows: int
+    newlines: tuple[int, ...]
+    separators: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layout: Layout) -> LayoutSummary:
+        """Return a layout in numbers that JSON holds."""
+        newlines, separators = (tuple(map(int, places)) for places in (layout.newlines, layout.separators))
+        return cls(layout.grid, layout.parts, len(layout.order), newlines, separators)
+
+
 class RunReport(msgspec.Struct, frozen=True):
     """What came out.
 
@@ -51,6 +75,7 @@ class RunReport(msgspec.Struct, frozen=True):
         drawn: the picture that was written, or "".
         layers: what it shows.
         notes: what it says beside that.
+        layout: of an image or text in parts; none of any other.
     """
 
     bundle: str
@@ -66,6 +91,7 @@ class RunReport(msgspec.Struct, frozen=True):
     drawn: str = ""
     layers: tuple[DrawnLayer, ...] = ()
     notes: tuple[str, ...] = ()
+    layout: LayoutSummary | None = None
 
 
 def drawn_layers(patches: PatchLayers) -> tuple[DrawnLayer, ...]:
@@ -99,6 +125,7 @@ def describe_run(report: RunReport) -> str:
         f"{report.bundle}: {report.model} in {report.runner}, {report.tokens_in} tokens in, {kept}",
         f"  chosen     {report.reason}",
         *([f"  signals    {', '.join(f'{k} {v:.3f}' for k, v in report.signals.items())}"] if report.signals else []),
+        *([_describe_layout(report.layout)] if report.layout is not None else []),
         "",
         table(["output", "type", "shape", "mean", "std", "min", "max", "NaN/Inf"], rows),
     ]
@@ -110,3 +137,10 @@ def describe_run(report: RunReport) -> str:
         lines += ["", table(header, cells)] if cells else [""]
         lines += [*(f"note: {note}" for note in report.notes), f"drawn to {report.drawn}"]
     return "\n".join(lines)
+
+
+def _describe_layout(layout: LayoutSummary) -> str:
+    kinds = (("newline", layout.newlines), ("separator", layout.separators))
+    marks = [f"{len(places)} {noun}{'' if len(places) == 1 else 's'}" for noun, places in kinds if places]
+    rows = f"{layout.rows} row{'' if layout.rows == 1 else 's'} in reading order"
+    return f"  layout     {rows}" + (f", {' and '.join(marks)} among them" if marks else "")

@@ -16,11 +16,13 @@ import numpy as np
 
 from edgecomp.bundle import Bundle, open_bundle
 from edgecomp.errors import InvalidSpec, RunError, UnknownName
-from edgecomp.images import read_image, to_pixels
+from edgecomp.images import to_pixels
 from edgecomp.inputs import require_inputs
 from edgecomp.runners import Array, Runner, open_runner, require_sharing, require_threads, runner_names
 from edgecomp.runners.chain import require_kernels
+from edgecomp.serving.parts import LaidOut, kind_of, lay_out, suffices, to_image
 from edgecomp.serving.stats import Recorder, Stats
+from edgecomp.slices import Layout
 from edgecomp.specs.budget import read_count
 from edgecomp.specs.manifest import Bucket, Graph, RouterRecord
 from edgecomp.words import read_words
@@ -33,19 +35,21 @@ __all__ = ["Answer", "Model", "RoutedRunner", "load"]
 _IMAGE_RANK = 4
 AnyGraph = TypeVar("AnyGraph", bound=Graph)
 
-#: An image's path or the image itself, one request's pixels as the graph takes them, or its inputs by name.
-Request = Union[str, Path, "Image.Image", Array, Mapping[str, Array]]
+#: An image's path or the image itself, or one request's pixels as the graph takes them; a list of these for a graph
+#: that takes several in a request; its inputs by name; a .txt file, or None beside a text, where the text is read.
+Request = Union[str, Path, "Image.Image", Array, Sequence[Any], Mapping[str, Array], None]
 
 
 class Answer(msgspec.Struct, frozen=True):
     """What one request got.
 
     Attributes:
-        outputs: by name, with a batch of one.
+        outputs: by name, with a batch of one; of slices with their overview, and of images of text, one row for each.
         budget: tokens kept by the bucket that served it.
         reason: why that bucket.
         need: what the router's need was, one number for each threshold; empty where no router was asked.
         signals: what the need was made of, by name.
+        layout: how the rows follow each other, of an image in slices or tiles and of a text in strips.
     """
 
     outputs: dict[str, Array]
@@ -53,6 +57,7 @@ class Answer(msgspec.Struct, frozen=True):
     reason: str
     need: tuple[float, ...] = ()
     signals: dict[str, float] = {}
+    layout: Layout | None = None
 
     def __getitem__(self, name: str) -> Array:
         """Return an output."""
@@ -78,6 +83,7 @@ def load(
     threads: int = 0,
     resident: int | None = None,
     share_weights: bool = False,
+    font: str | Path = "",
 ) -> Model:
     """Load a bundle as one object; needs neither torch nor the compressors.
 
@@ -95,6 +101,7 @@ def load(
         resident: graphs held in memory at most; the one used longest ago goes first. None: all that were asked for.
         share_weights: all graphs read one mapping of the weights, instead of each a copy packed for speed: the memory
             of several buckets is nearly that of one, and requests take longer (a tenth, for ViT-S). CPU alone.
+        font: a TrueType file to render texts with, for a bundle that reads strips; "": the font that Pillow brings.
 
     Raises:
         BundleError: the bundle is not whole. InvalidSpec: `resident` is below 1, or the runner cannot share.
@@ -102,7 +109,12 @@ def load(
     if not isinstance(bundle, (str, Path)):
         raise InvalidSpec(f"bundle {bundle!r} is of type {type(bundle).__name__}; give the folder's path")
     return Model(
-        open_bundle(Path(bundle)), runner=runner, threads=threads, resident=resident, share_weights=share_weights
+        open_bundle(Path(bundle)),
+        runner=runner,
+        threads=threads,
+        resident=resident,
+        share_weights=share_weights,
+        font=font,
     )
 
 
@@ -112,10 +124,20 @@ class Model:
     A graph is loaded when a request first needs it, and requests of other threads wait meanwhile. A budget is served by
     the smallest bucket that keeps at least so many tokens. Without a budget the bundle's router is asked, and where
     there is none the largest bucket serves. Stem and router stay in memory; `resident` bounds the buckets.
+
+    Slices of an image, and images of a text, are the batch: the smallest that holds them serves. A page in tiles goes
+    to the bucket that holds them. None of these is routed.
     """
 
     def __init__(
-        self, bundle: Bundle, *, runner: str, threads: int, resident: int | None, share_weights: bool = False
+        self,
+        bundle: Bundle,
+        *,
+        runner: str,
+        threads: int,
+        resident: int | None,
+        share_weights: bool = False,
+        font: str | Path = "",
     ) -> None:
         if not isinstance(share_weights, bool):
             raise InvalidSpec(f"share_weights={share_weights!r} is neither True nor False")
@@ -129,7 +151,9 @@ class Model:
         require_sharing(runner, share_weights=share_weights)
         require_kernels(bundle, runner)
         self._bundle, self._runner, self._threads, self._resident = bundle, runner, threads, resident
-        self._share_weights = share_weights
+        self._share_weights, self._font = share_weights, font
+        if str(font) and kind_of(bundle) != "text":
+            raise InvalidSpec(f"font {font}: {bundle.path} takes no text that is rendered; drop it")
         manifest = bundle.manifest
         self._graphs: dict[int, dict[int, Bucket]] = {}
         for bucket in manifest.buckets:
@@ -164,7 +188,7 @@ class Model:
 
     def __call__(
         self,
-        request: Request,
+        request: Request = None,
         text: str | None = None,
         budget: int | str | None = None,
         *,
@@ -174,13 +198,17 @@ class Model:
 
         Args:
             request: an image (path, Pillow image, or an array: uint8 (H, W, 3), or pixels as the graph takes them
-                without the batch), or the inputs by name, each with a batch of one.
-            text: the question, for a router that reads words.
+                without the batch), a list of them where a request is several, or the inputs by name, each with a batch
+                of one. A .txt file, or none, for a bundle that reads strips of text.
+            text: the question, for a router that reads words; or what strips are rendered of.
             budget: tokens wanted, a count or a percentage; None: the router decides.
             features: the other inputs of a model that takes more than an image, by name, each with a batch of one.
         """
         with self._request():
             started = time.perf_counter()
+            laid = self._lay_out(request, text, features, budget)
+            if laid is not None:
+                return self._serve_laid(laid, started)
             seen = [self._prepare(request, features)]
             (choice,) = self._choose(seen, [text], [budget])
             batch = min(self._graphs[choice.tokens])
@@ -198,6 +226,8 @@ class Model:
     ) -> list[Answer]:
         """Serve several requests, those of one bucket together in its largest batches; answers keep the order.
 
+        An image in slices or tiles, and a text in strips, is a batch by itself.
+
         Args:
             requests, texts, features: as in a call, one for each.
             budget: for all of them, or one for each.
@@ -213,7 +243,14 @@ class Model:
         if not count:
             return []
         with self._request():
-            return self._serve_all(requests, asked, given, budgets)
+            started = time.perf_counter()
+            laid = [self._lay_out(*one) for one in zip(requests, asked, given, budgets, strict=True)]
+            alone = [self._serve_laid(one, started) for one in laid if one is not None]
+            rest = [place for place, one in enumerate(laid) if one is None]
+            chosen = [[values[place] for place in rest] for values in (requests, asked, given, budgets)]
+            others = iter(self._serve_all(*chosen)) if rest else iter(())
+            apart = iter(alone)
+            return [next(others if one is None else apart) for one in laid]
 
     def _serve_all(
         self, requests: Sequence[Request], texts: list[Any], given: list[Any], budgets: list[Any]
@@ -278,6 +315,25 @@ class Model:
             self._loaded.clear()
             self._shared.clear()
 
+    def _lay_out(self, request: Request, text: Any, features: Any, budget: Any) -> LaidOut | None:
+        """Lay out a request that a graph does not take as it is."""
+        if text is not None and not isinstance(text, str):
+            raise InvalidSpec(f"text {text!r} is of type {type(text).__name__}; give the question as a str, or None")
+        laid = lay_out(self._bundle, request, text=text, budget=budget, font=self._font)
+        if laid is not None and features is not None:
+            raise InvalidSpec(f"features were given beside a request that {self._bundle.path} lays out; drop them")
+        return laid
+
+    def _serve_laid(self, laid: LaidOut, started: float) -> Answer:
+        graph, seen, tokens = laid.bucket, dict(laid.inputs), laid.bucket.budget.tokens_out
+        if graph.stem:
+            stem = self._session(self._stems[graph.stem])
+            seen.update(stem.infer({name: seen[name] for name in stem.input_names}))
+        session = self._session(graph)
+        outputs = laid.real(session.infer({name: seen[name] for name in session.input_names}))
+        self._recorder.count(tokens, 1, time.perf_counter() - started)
+        return Answer(outputs, tokens, laid.reason, layout=laid.layout)
+
     # -- the parts of a request -----------------------------------------------------------------------
 
     def _choose(
@@ -285,11 +341,6 @@ class Model:
     ) -> list[_Choice]:
         """Return the bucket that serves each request; what the router had to run is added to `seen`."""
         reads_words = self._router is not None and self._router.reads_words
-        for text in texts:
-            if text is not None and not isinstance(text, str):
-                raise InvalidSpec(
-                    f"text {text!r} is of type {type(text).__name__}; give the question as a str, or None"
-                )
         if not reads_words and any(text is not None for text in texts):
             raise InvalidSpec(
                 f"a text was given, and nothing in {self._bundle.path} reads words; drop it, or export with a router "
@@ -302,19 +353,10 @@ class Model:
 
     def _serving(self, budget: int | str) -> _Choice:
         """Return the bucket that serves a budget."""
-        if isinstance(budget, bool) or not isinstance(budget, (int, str, np.integer)):
-            raise InvalidSpec(
-                f"budget {budget!r} is of type {type(budget).__name__}; give a count such as {self.buckets[0]}, or a "
-                "percentage as text"
-            )
+        tokens = suffices(self._bundle, budget)
         tokens_in = self._bundle.manifest.buckets[0].budget.tokens_in
         wanted = read_count(budget, tokens_in=tokens_in) if isinstance(budget, str) else int(budget)
-        if wanted < 1 or wanted > self.buckets[-1]:
-            raise InvalidSpec(
-                f"budget {budget} is not between 1 and {self.buckets[-1]}, the largest bucket of {self._bundle.path}; "
-                f"it has {', '.join(map(str, self.buckets))}"
-            )
-        return _Choice(next(tokens for tokens in self.buckets if tokens >= wanted), f"the smallest that keeps {wanted}")
+        return _Choice(tokens, f"the smallest that keeps {wanted}")
 
     def _route(self, seen: list[dict[str, Array]], texts: Sequence[str]) -> list[_Choice]:
         """Return what the router says of each request."""
@@ -372,17 +414,27 @@ class Model:
             inputs = dict(request)
         else:
             first, *others = self._inputs
-            if first.kind != "image" or len(first.shape) != _IMAGE_RANK:
+            several = first.shape[1] if first.kind == "image" and len(first.shape) == _IMAGE_RANK + 1 else 0
+            if first.kind != "image" or len(first.shape) != _IMAGE_RANK + bool(several):
                 raise RunError(
                     f"{self._bundle.path} takes {', '.join(map(str, self._inputs))}: give a mapping with these names, "
                     "not an image"
+                )
+            if several and not (isinstance(request, (list, tuple)) and len(request) == several):
+                raise RunError(
+                    f"{self._bundle.path} takes {several} images in a request: give a list of so many, or a mapping "
+                    "with its inputs"
                 )
             if others and features is None:
                 raise RunError(
                     f"{self._bundle.path} takes {', '.join(map(str, others))} beside the image; give features, a "
                     "mapping with these names"
                 )
-            inputs = {first.name: self._pixels(request, first.shape[1:], first.dtype)}
+            if several:
+                pixels = [self._pixels(one, first.shape[2:], first.dtype) for one in request]  # type: ignore[union-attr]
+                inputs = {first.name: np.stack(pixels, axis=1)}
+            else:
+                inputs = {first.name: self._pixels(request, first.shape[1:], first.dtype)}
         if features is not None and not isinstance(features, Mapping):
             raise InvalidSpec(f"features are of type {type(features).__name__}; give a mapping from names to arrays")
         inputs.update(features or {})
@@ -392,28 +444,17 @@ class Model:
         require_inputs(inputs, self._inputs, "the request")
         return inputs
 
-    def _pixels(self, image: str | Path | Image.Image | Array, shape: tuple[int, ...], dtype: str) -> Array:
+    def _pixels(self, image: Any, shape: tuple[int, ...], dtype: str) -> Array:
         if isinstance(image, np.ndarray) and image.shape == shape and image.dtype == np.dtype(dtype):
             return image[None]
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise RunError(
-                    f"an image of shape {image.shape} and type {image.dtype} is neither uint8 (H, W, 3) nor "
-                    f"{dtype} {shape}, as the graph takes it"
-                )
-            from PIL import Image
-
-            image = Image.fromarray(image)
-        elif isinstance(image, (str, Path)):
-            image = read_image(image)
-        elif not hasattr(image, "convert"):
+        if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
             raise RunError(
-                f"an image of type {type(image).__name__} was given; give a path, a Pillow image, a numpy array, or a "
-                "mapping of named inputs"
+                f"an image of shape {image.shape} and type {image.dtype} is neither uint8 (H, W, 3) nor "
+                f"{dtype} {shape}, as the graph takes it"
             )
         preprocess = self._bundle.manifest.preprocess
         assert preprocess is not None, "a bundle that takes images says how they are prepared"
-        return to_pixels(image, preprocess, "uint8" if dtype == "uint8" else "float32")
+        return to_pixels(to_image(image), preprocess, "uint8" if dtype == "uint8" else "float32")
 
     def _session(self, graph: Graph) -> Runner:
         """Return the graph's session, loading it where it is not in memory."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 torch = pytest.importorskip("torch")
+from PIL import Image  # noqa: E402 - torch first, or skip
 
-from edgecomp import api  # noqa: E402 - torch first, or skip
+import edgecomp  # noqa: E402
+from edgecomp import api  # noqa: E402
 from edgecomp.compressors.learned_merger import LearnedMerger  # noqa: E402
 from edgecomp.errors import InvalidSpec  # noqa: E402
 from edgecomp.specs import load_recipe  # noqa: E402
@@ -62,5 +64,9 @@ def test_details_stand_behind_the_router(tmp_path):
     (router,) = report.manifest.routers
     assert router.outputs[0].name == "bucket"
     assert report.parity
+    page = Image.new("RGB", (300, 200))
+    with edgecomp.load(report.bundle, threads=1) as model:  # one image of any size: the graph makes both sizes of it
+        assert model(page, "what is it").budget == 4
+        assert model(page, "the small words in the corner").budget == 7
     with pytest.raises(InvalidSpec, match="there is one bucket, 9, and nothing to choose"):
         api.export("dual-path", preset="smoke-details", router="detail", out=tmp_path / "other")

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import edgecomp
 from edgecomp import api
 from edgecomp.errors import EdgecompError, InvalidSpec, RunError
+from edgecomp.inputs import read_tensors
+from edgecomp.report.run import describe_run
 from edgecomp.slices import (
     NEWLINE,
     SEPARATOR,
@@ -193,9 +196,59 @@ def test_run_slices_an_image(bundle: Path, tmp_path: Path) -> None:
         api.run(bundle, tmp_path / "image.png", batch=1)
 
 
+def test_load_slices_an_image_of_any_size(bundle: Path, tmp_path: Path) -> None:
+    """A path, a Pillow image and an array give what `run` gives, with the order that a language model reads."""
+    colours = np.random.default_rng(1).integers(0, 256, (45, 90, 3), dtype=np.uint8)
+    image = Image.fromarray(colours)
+    image.save(tmp_path / "image.png")
+    report = api.run(bundle, tmp_path / "image.png", out=tmp_path / "rows.safetensors")
+    with edgecomp.load(bundle, threads=1) as model:
+        for form in (tmp_path / "image.png", image, colours):
+            answer = model(form)
+            assert answer.reason == report.reason == "2 x 1 slices and an overview of a batch of 3"
+            np.testing.assert_allclose(answer["latents"], report.outputs["latents"], atol=1e-5)
+        layout = answer.layout
+        assert layout is not None
+        assert (layout.grid, layout.parts) == ((2, 1), 3)
+        assert layout.order.tolist() == order_of_rows((2, 1), 4, POLICY).tolist()
+        assert (layout.separators.tolist(), layout.newlines.tolist()) == ([8], [13])
+        assert report.layout is not None
+        assert (report.layout.rows, report.layout.newlines) == (14, (13,))
+        assert "14 rows in reading order, 1 newline and 1 separator among them" in describe_run(report)
+        np.testing.assert_array_equal(read_tensors(tmp_path / "rows.safetensors")["layout.order"], layout.order)
+        small, *others = model.infer_batch([image.resize((40, 50)), image, image.resize((50, 40))])
+        assert small.reason == others[1].reason == "one slice of a batch of 1"
+        np.testing.assert_array_equal(others[0]["latents"], answer["latents"])
+        with pytest.raises(InvalidSpec, match=r"features were given beside a request that .* lays out"):
+            model(image, features={})
+    with pytest.raises(InvalidSpec, match=r"--draw shows one image as its encoder sees it, and .* takes slices"):
+        api.run(bundle, tmp_path / "image.png", draw=tmp_path / "patches.png")
+
+
+def test_load_takes_a_list_of_images(tmp_path: Path) -> None:
+    """Where a request is several images, each is what it is by itself."""
+    pytest.importorskip("torch")
+    words = {"preset": "smoke-host", "budget": 8}
+    two, one = (
+        api.export("perceiver", params={"images": images}, out=tmp_path / str(images), **words).bundle
+        for images in (2, 1)
+    )
+    images = [
+        Image.fromarray(np.random.default_rng(at).integers(0, 256, (64, 80, 3), dtype=np.uint8)) for at in range(2)
+    ]
+    with edgecomp.load(two, threads=1) as several, edgecomp.load(one, threads=1) as single:
+        latents = several(images)["latents"]
+        assert latents.shape == (1, 2, 8, 64)
+        for at, image in enumerate(images):
+            np.testing.assert_allclose(latents[:, at], single(image)["latents"], atol=1e-5)
+        with pytest.raises(RunError, match="takes 2 images in a request: give a list of so many"):
+            several(images[0])
+
+
 @pytest.mark.parametrize(
     ("params", "words"),
     [
+        ({"inner": "resampler-2d", "inner_params": {"images": 2}}, "inner_params.images=2: the images of a request"),
         ({"inner": "slice-wise"}, "slices are not sliced again"),
         ({"inner": "perceiver:idefics9"}, "no preset of perceiver 'idefics9'"),
         ({"inner": "evit"}, "params.inner=evit stands inside"),

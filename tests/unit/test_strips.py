@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+import edgecomp
 from edgecomp import api
 from edgecomp.bundle import open_bundle
 from edgecomp.errors import InvalidSpec, RunError
@@ -97,6 +98,27 @@ def test_run_renders_a_text_file(strips_bundle, tmp_path):
     (tmp_path / "longer.txt").write_text("of a good many words more " * 9)
     with pytest.raises(InvalidSpec, match=r"images of 256\. The largest bucket has 2 \(512 pixels\)"):
         api.run(strips_bundle, tmp_path / "longer.txt")
+
+
+def test_load_renders_a_text(strips_bundle, tmp_path):
+    """A .txt file, or a text without any request; `run --text` alike."""
+    text = "of a good many words more " * 3
+    (tmp_path / "text.txt").write_text(text)
+    report = api.run(strips_bundle, text=text)
+    assert (report.model, report.layout.parts, report.layout.rows) == ("model.m4.b2.onnx", 2, 8)
+    with edgecomp.load(strips_bundle, threads=1) as model:
+        for answer in (model(tmp_path / "text.txt"), model(text=text), *model.infer_batch([None], texts=[text])):
+            assert answer.reason == report.reason
+            assert answer.layout.order.tolist() == list(range(8))
+            np.testing.assert_allclose(answer["latents"], report.outputs["latents"], atol=1e-5)
+        with pytest.raises(InvalidSpec, match=r"two texts were given"):
+            model(tmp_path / "text.txt", text)
+        with pytest.raises(InvalidSpec, match=r"The largest bucket has 2 \(512 pixels\), and about \d+ characters fit"):
+            model(text=text * 3)
+    with pytest.raises(InvalidSpec, match="--draw shows what became of an image, and this one is rendered of a text"):
+        api.run(strips_bundle, tmp_path / "text.txt", draw=tmp_path / "patches.png")
+    with pytest.raises(RunError, match=r"font .*none\.ttf cannot be read"):
+        edgecomp.load(strips_bundle, font=tmp_path / "none.ttf")(text="words")
 
 
 def test_a_text_for_a_model_that_takes_none(strips_bundle, tmp_path):
