@@ -38,7 +38,7 @@ _EXPECTED = (
     (re.compile(rf"{BUNDLE}/{_PLAIN}"), 1 << 50),
     (re.compile(rf"{BUNDLE}/engines/{_PLAIN}/{_PLAIN}\.(engine|timing|so)"), 1 << 40),
     (re.compile(rf"{BUNDLE}/engines/{_PLAIN}/{_PLAIN}\.json"), 16 << 20),
-    (re.compile(rf"{BUNDLE}/parity/{_PLAIN}\.forced\.(onnx|json)"), 256 << 20),
+    (re.compile(rf"{BUNDLE}/parity/{_PLAIN}\.(forced|first|second)\.(onnx|json)"), 256 << 20),
     (re.compile(rf"plugins/{_PLAIN}/{_PLAIN}"), 16 << 20),
     (re.compile(r"edgecomp-[0-9A-Za-z.+]+-py3-none-any\.whl"), 64 << 20),
 )

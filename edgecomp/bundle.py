@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 MANIFEST, WEIGHTS, GOLDEN = "manifest.json", "weights.data", "golden.safetensors"
-SCHEMA = 3
+SCHEMA = 4
 _KIND = "edgecomp bundle"
 _BELOW = ("engines", "parity", "profiles")  # folders that later verbs write
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

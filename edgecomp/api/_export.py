@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgecomp.api._emulate import runnable
-from edgecomp.api._forced import check_choices
+from edgecomp.api._forced import check_choices, half_of
 from edgecomp.api._manifest import make_manifest
 from edgecomp.api._progress import Progress, silent
 from edgecomp.api._request import (
@@ -133,7 +133,8 @@ def export(
         opset: 18 to 20; 22 with bf16.
         params: parameters of the method that replace the preset's.
         stem: with several budgets, write the part that all buckets share once, as `stem.onnx`; False: whole graphs.
-        router: what picks a bucket for a request, as `edgecomp list routers` shows them; "": nothing does.
+        router: what picks a bucket for a request, as `edgecomp list routers` shows them, or `none`; "": the recipe's
+            own, where there are several buckets.
         router_params: parameters of the router.
         router_weights: `random`, or the router's checkpoint, where it has weights.
         pad_to: rows that every bucket gives, prefix tokens among them, with `count` and `mask`; 0: as many as it keeps.
@@ -284,7 +285,7 @@ def _samples(
 
 def _require_fixed(assembly: Assembly, order: Order) -> None:
     """Refuse what the router `fixed` cannot be asked for, before anything is exported."""
-    if order.router != "fixed":
+    if assembly.router_name != "fixed":
         return
     kept = [model.compressor.budget.tokens_out for model in assembly.models]
     if len(kept) == 1:
@@ -313,7 +314,7 @@ def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> 
     with runnable(Bundle(work, manifest), "onnxruntime", progress=progress) as ready:
         for graph in graphs:
             progress(f"checking {label_of(graph)} in ONNX Runtime")
-            with opener(ready.bundle, graph) as runner:
+            with opener(ready.bundle, graph, model=half_of(ready, graph)) as runner:
                 found = check_bucket(runner, graph, goldens, tolerance)
                 version = runner.version
             rows.extend(found)
@@ -332,10 +333,23 @@ def _check(work: Path, folder: Path, manifest: Manifest, progress: Progress) -> 
         selection=chosen, emulated=ready.emulated,
     )  # fmt: skip
     if not report:
-        worst = report.worst
         raise ParityError(
-            f"ONNX Runtime does not give what the original gives: {worst.model}, case {worst.case}, output "
-            f"{worst.output}: {'; '.join(worst.failures)}. No bundle was written; report this with the command"
-            f"{_tie(manifest.recipe)}"
+            f"ONNX Runtime does not give what the original gives: {_first_miss(report)}. No bundle was written; report "
+            f"this with the command{_tie(manifest.recipe)}"
         )
     return report
+
+
+def _first_miss(report: ParityReport) -> str:
+    """Return what a report failed by: the output furthest off, or a choice that breaks its own rule."""
+    worst = report.worst
+    if worst.failures:
+        return f"{worst.model}, case {worst.case}, output {worst.output}: {'; '.join(worst.failures)}"
+    forced = next((row for part in report.selection for row in part.forced if not row), None)
+    if forced is not None:
+        return (
+            f"{forced.model}, case {forced.case}, output {forced.output}, with the original's choices forced: "
+            f"{'; '.join(forced.failures)}"
+        )
+    choice = next(one for part in report.selection for one in part.choices if not one)
+    return f"{choice.model}, case {choice.case}, choice {choice.number} in {choice.where}: {'; '.join(choice.failures)}"

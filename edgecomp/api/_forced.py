@@ -1,10 +1,10 @@
-"""The forced form of a bundle's graphs, in its folder `parity/`: made once, found again by its hashes."""
+"""Forms of a bundle's graphs in its folder `parity/`, choices forced or halves of two methods: made once."""
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
@@ -20,11 +20,11 @@ from edgecomp.parity import NO_LIMITS, Limits, SelectionParity, check_selection
 from edgecomp.parity.check import label_of
 from edgecomp.runners import Array, Runner
 from edgecomp.specs import Tolerance
-from edgecomp.specs.choice import ForcedGraph
+from edgecomp.specs.choice import ChoiceNode, ForcedGraph
 from edgecomp.specs.manifest import Bucket, Graph, PartGraph
 from edgecomp.specs.origin import file_sha256
 
-__all__ = ["check_choices", "check_forced", "forced_graph"]
+__all__ = ["check_choices", "check_forced", "forced_graph", "half_graph", "half_of"]
 
 _FOLDER = "parity"
 _LARGEST_SIDECAR = 4 << 20
@@ -76,10 +76,13 @@ def check_choices(
     limits: Limits = NO_LIMITS,
     progress: Progress = silent,
 ) -> tuple[SelectionParity, ...]:
-    """Run the forced forms of graphs; of two methods in a row each by itself: the whole has the choices of both."""
+    """Run the forced forms of graphs.
+
+    Of a stem and a rest with a method each, each by itself: the whole has the choices of both.
+    """
     found: dict[str, SelectionParity] = {}
     for graph in graphs:
-        parts = ready.source.manifest.parts_of(graph) if isinstance(graph, Bucket) else ()
+        parts = ready.source.manifest.parts_of(graph) if isinstance(graph, Bucket) and graph.stem else ()
         for one in parts or (graph,):
             if label_of(one) in found:
                 continue
@@ -115,24 +118,83 @@ def forced_graph(
     Raises:
         MissingDependency: it is not there, and onnx_ir is not installed. BundleError: the folder cannot be written.
     """
+    source, name = bundle.path / bucket.model, bucket.model.removesuffix(".onnx")
+    if isinstance(bucket, PartGraph) and bucket.half:
+        source, name = half_graph(bundle, bucket, spare=spare), f"{name}.{bucket.half}"
+    is_part = bool(bucket.stem) or (isinstance(bucket, PartGraph) and not bucket.half)
+
+    def make(target: Path) -> tuple[ChoiceNode, ...]:
+        try:
+            from edgecomp.export.forced import write_forced
+        except ImportError as error:
+            raise MissingDependency(error.name or str(error), needed_for=needed_for, extra="export") from error
+        return write_forced(source, target, prefix="model." if is_part else "")
+
+    return _kept(bundle, source, f"{name}.forced", make, spare=spare, remedy=f", or drop {drop}")
+
+
+def half_graph(bundle: Bundle, part: PartGraph, *, spare: Path | None = None) -> Path:
+    """Return the half of a graph of two methods, cutting it out where it is not there; `export` leaves it there.
+
+    Args:
+        spare: as for `forced_graph`.
+
+    Raises:
+        MissingDependency: it is not there, and onnx_ir is not installed. BundleError: the folder cannot be written.
+    """
+    source = bundle.path / part.model
+
+    def make(target: Path) -> tuple[ChoiceNode, ...]:
+        try:
+            from edgecomp.export.cut import write_half
+        except ImportError as error:
+            needed_for = f"the parity of {part.label}, whose graph is cut out of {part.model}"
+            raise MissingDependency(error.name or str(error), needed_for=needed_for, extra="export") from error
+        write_half(source, target, part)
+        return ()
+
+    return _kept(bundle, source, f"{part.model.removesuffix('.onnx')}.{part.half}", make, spare=spare)[0]
+
+
+def half_of(ready: Runnable, graph: Graph) -> Path | None:
+    """Return the form in which a graph is run that is no file of the bundle; none where it is one."""
+    is_half = isinstance(graph, PartGraph) and bool(graph.half)
+    return ready.form(half_graph(ready.source, graph)) if is_half else None  # type: ignore[arg-type]
+
+
+def _kept(
+    bundle: Bundle,
+    source: Path,
+    name: str,
+    make: Callable[[Path], tuple[ChoiceNode, ...]],
+    *,
+    spare: Path | None,
+    remedy: str = "",
+) -> tuple[Path, ForcedGraph]:
+    """Return a form of a graph from the folder `parity/`, with what is said of it, making it where it is not there."""
     folder = bundle.path / _FOLDER
     if folder.is_symlink():
         raise BundleError(f"bundle {bundle.path}: {_FOLDER} is a link, which may lead anywhere; remove it")
-    stem = bucket.model.removesuffix(".onnx")
-    graph, sidecar = folder / f"{stem}.forced.onnx", folder / f"{stem}.forced.json"
-    source = bundle.file(bucket.model).sha256
+    graph, sidecar = folder / f"{name}.onnx", folder / f"{name}.json"
     try:
+        digest = file_sha256(source)
         found = _read(sidecar)
-        if found is None or found.source_sha256 != source or file_sha256(graph) != found.sha256:
+        if found is None or found.source_sha256 != digest or file_sha256(graph) != found.sha256:
             folder = folder if spare is None else spare
             graph, sidecar = folder / graph.name, folder / sidecar.name
             folder.mkdir(exist_ok=True)
-            found = _make(bundle, bucket, graph, needed_for)
+            temporary = graph.with_name(f".{graph.name}.{secrets.token_hex(4)}")
+            try:
+                choices = make(temporary)
+                os.replace(temporary, graph)
+            finally:
+                temporary.unlink(missing_ok=True)
+            found = ForcedGraph(source.name, digest, file_sha256(graph), __version__, choices)
             _replace(sidecar, msgspec.json.encode(found))
     except OSError as error:
         raise BundleError(
-            f"bundle {bundle.path}: the forced graph cannot be written to {folder} ({error.strerror or error}); copy "
-            f"the bundle to a place that can be written, or drop {drop}"
+            f"bundle {bundle.path}: the graph {graph.name} cannot be written to {folder} "
+            f"({error.strerror or error}); copy the bundle to a place that can be written{remedy}"
         ) from None
     return graph, found
 
@@ -149,21 +211,6 @@ def _read(sidecar: Path) -> ForcedGraph | None:
     except msgspec.DecodeError:
         return None
     return found if found.edgecomp == __version__ else None
-
-
-def _make(bundle: Bundle, bucket: Bucket | PartGraph, target: Path, needed_for: str) -> ForcedGraph:
-    try:
-        from edgecomp.export.forced import write_forced
-    except ImportError as error:
-        raise MissingDependency(error.name or str(error), needed_for=needed_for, extra="export") from error
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        is_part = bool(bucket.stem) or isinstance(bucket, PartGraph)
-        choices = write_forced(bundle.path / bucket.model, temporary, prefix="model." if is_part else "")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return ForcedGraph(bucket.model, bundle.file(bucket.model).sha256, file_sha256(target), __version__, choices)
 
 
 def _replace(path: Path, content: bytes) -> None:

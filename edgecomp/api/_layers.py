@@ -32,6 +32,7 @@ def compare_layers(
     *,
     weights: str,
     backbone_weights: str,
+    then_weights: str,
 ) -> tuple[LayerParity, ...]:
     """Run a graph with what its modules read and give as outputs, and hold it to the model in torch.
 
@@ -52,7 +53,9 @@ def compare_layers(
         raise MissingDependency(
             error.name or str(error), needed_for="`edgecomp parity --per-layer` and `--bisect`", extra="export"
         ) from error
-    model = rebuild(opened.manifest, bucket, weights=weights, backbone_weights=backbone_weights)
+    model = rebuild(
+        opened.manifest, bucket, weights=weights, backbone_weights=backbone_weights, then_weights=then_weights
+    )
     path, forced = forced_graph(opened, bucket)
     prefix = "model." if bucket.stem else ""
     rows: list[LayerParity] = []

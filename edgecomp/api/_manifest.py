@@ -94,7 +94,7 @@ def _router_record(assembly: Assembly, order: Order, graphs: tuple[RouterGraph, 
     router = assembly.router
     if router is not None:
         return RouterRecord(
-            name=order.router,
+            name=assembly.router_name,
             params=msgspec.to_builtins(router.params),
             reads_words=router.reads_words,
             signals=router.signal_names,
@@ -102,7 +102,7 @@ def _router_record(assembly: Assembly, order: Order, graphs: tuple[RouterGraph, 
             weights=assembly.router_weights,
             graphs=graphs,
         )
-    if order.router != "fixed":
+    if assembly.router_name != "fixed":
         return None
     budget = order.router_params.get("budget", assembly.models[-1].compressor.budget.tokens_out)
     return RouterRecord("fixed", {"budget": budget}, False, (), (), None, (), fixed=budget)

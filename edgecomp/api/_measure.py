@@ -56,7 +56,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         per_layer: ask the runtime's profiler for each layer.
         ablate: time graphs that end after each block.
         original: time the PyTorch original, too.
-        weights, backbone_weights: what torch's models are made of again.
+        weights, backbone_weights, then_weights: what torch's models are made of again.
         stages: time preprocessing and copies by themselves.
     """
 
@@ -75,6 +75,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     ablate: bool = False
     weights: str = "random"
     backbone_weights: str = "random"
+    then_weights: str = "random"
 
     def require(self) -> None:
         """Refuse what cannot be measured, before anything is loaded."""

@@ -69,8 +69,8 @@ def pack(
         wheel = make_wheel()
         members[wheel.name] = wheel.content
         members[archive.README] = archive_readme(opened.manifest, tuple(sorted(names)), wheel=wheel.name).encode()
-        forced = sorted((folder / "parity").glob("[A-Za-z0-9]*.forced.*"))  # a board has nothing to make them with
-        members |= {f"{archive.BUNDLE}/parity/{file.name}": file for file in forced}
+        forms = (file for word in ("forced", "first", "second") for file in (folder / "parity").glob(f"[!.]*.{word}.*"))
+        members |= {f"{archive.BUNDLE}/parity/{file.name}": file for file in sorted(forms)}  # a board cannot make them
         notes = _add_engines(opened, members, with_engines=with_engines)
         progress(f"writing {place}")
         hashes = {name: entry.sha256 for name, entry in own.items()}

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from edgecomp.api._emulate import runnable
-from edgecomp.api._forced import check_choices
+from edgecomp.api._forced import check_choices, half_of
 from edgecomp.api._layers import compare_layers
 from edgecomp.api._progress import Progress, silent
 from edgecomp.api._torch import TORCH, open_torch
@@ -59,6 +59,7 @@ def parity(
     per_layer: bool = False,
     weights: str | Path = "random",
     backbone_weights: str | Path = "random",
+    then_weights: str | Path = "random",
     atol: Sequence[str | float] = (),
     rtol: Sequence[str | float] = (),
     progress: Progress = silent,
@@ -79,8 +80,8 @@ def parity(
         self_test: ask the runner whether it agrees with itself: rows that are alike, runs again, numbers of threads.
         per_layer: make the model again in torch, and compare each of its modules with the graph's; `report.culprits`
             says where an error begins.
-        weights, backbone_weights: for `per_layer` and `torch`, the files that the bundle was made with, where there
-            were any.
+        weights, backbone_weights, then_weights: for `per_layer` and `torch`, the files that the bundle was made with,
+            where there were any.
         atol, rtol: largest errors in place of the recipe's: `NAME:1e-3` for one output, `1e-3` for all others.
         progress: takes one line for each bucket.
 
@@ -94,7 +95,11 @@ def parity(
     """
     require_threads(threads)
     limits = read_limits(atol=atol, rtol=rtol)
-    files = {"weights": str(weights), "backbone_weights": str(backbone_weights)}
+    files = {
+        "weights": str(weights),
+        "backbone_weights": str(backbone_weights),
+        "then_weights": str(then_weights),
+    }
     one = _read_runner(runner, threads, files)
     other = None if against == _ORIGINAL else _read_runner(against, threads, files)
     if threads and not any(_takes_threads(name) for name in (one.name, against)):
@@ -106,9 +111,8 @@ def parity(
     buckets = list(opened.select(budget=budget, batch=batch))
     in_torch = TORCH in (one.name, against)
     precision = "fp32" if one.name == TORCH else manifest.precision
-    graphs: list[Judged] = list(buckets)
-    if not in_torch:
-        graphs += {part.label: part for bucket in buckets for part in manifest.parts_of(bucket)}.values()
+    parts = {part.label: part for bucket in buckets for part in manifest.parts_of(bucket)}
+    graphs: list[Judged] = [*buckets, *({} if in_torch else parts).values()]
     routers = [graph for graph in manifest.routers if batch in (None, graph.batch)] if budget is None else []
     if budget is None:
         graphs += [] if in_torch else routers
@@ -123,8 +127,9 @@ def parity(
         for graph in graphs:
             progress(f"{label_of(graph)} in {runner}")
             with ExitStack() as stack:
-                loaded = stack.enter_context(one.open(ready.bundle, graph))
-                expected = stack.enter_context(other.open(ready.bundle, graph)) if other is not None else None
+                form = half_of(ready, graph)
+                loaded = stack.enter_context(one.open(ready.bundle, graph, model=form))
+                expected = stack.enter_context(other.open(ready.bundle, graph, model=form)) if other else None
                 found = check_bucket(loaded, graph, goldens, tolerance, limits=limits, against=expected)
                 rows.extend(found)
                 if isinstance(graph, (Bucket, PartGraph)) and (selection or (precision != "fp32" and not all(found))):
@@ -145,8 +150,7 @@ def parity(
                     goldens,
                     tolerance,
                     partial(_open_derived, one, ready.bundle),
-                    weights=str(weights),
-                    backbone_weights=str(backbone_weights),
+                    **files,
                 )
             )
         chosen = check_choices(
@@ -181,7 +185,11 @@ class _RunnerChoice(NamedTuple):
         """Load a graph of a bundle, or another form of it."""
         if self.name == TORCH:
             return open_torch(
-                bundle, graph, weights=self.files["weights"], backbone_weights=self.files["backbone_weights"]
+                bundle,
+                graph,
+                weights=self.files["weights"],
+                backbone_weights=self.files["backbone_weights"],
+                then_weights=self.files["then_weights"],
             )
         return open_graph(self.name, bundle, graph, threads=self.threads, model=model)
 

@@ -64,6 +64,7 @@ def profile(
     original: bool = False,
     weights: str = "random",
     backbone_weights: str = "random",
+    then_weights: str = "random",
     budget: str | int | None = None,
     batch: int | None = None,
     out: str | Path = "",
@@ -88,7 +89,8 @@ def profile(
         per_layer: what each layer takes, by the runtime's own profiler, in runs of their own.
         ablate: what each encoder block takes, by graphs that end after it; no export is needed for it.
         original: time the PyTorch original of each bucket, too, in torch on the CPU.
-        weights, backbone_weights: of the runner `torch` and of `original`: files, where the bundle's came from files.
+        weights, backbone_weights, then_weights: of the runner `torch` and of `original`: files, where the bundle's
+            came from files.
         out: write the result here: a file that ends in `.json`, or a folder of results.
         progress: takes one line for each graph.
 
@@ -111,6 +113,7 @@ def profile(
         original=original,
         weights=weights,
         backbone_weights=backbone_weights,
+        then_weights=then_weights,
     )
     plan.require()
     if str(out):
@@ -269,6 +272,7 @@ def _open_torch(plan: Plan, opened: Bundle, graph: Graph, *, original: bool = Fa
         graph,
         weights=plan.weights,
         backbone_weights=plan.backbone_weights,
+        then_weights=plan.then_weights,
         threads=plan.threads,
         original=original,
     )

@@ -11,7 +11,7 @@ from edgecomp.remote import Attached, RemoteRun, run_there
 
 __all__ = ["remote"]
 
-_CHECKPOINTS = ("--weights", "--backbone-weights")
+_CHECKPOINTS = ("--weights", "--backbone-weights", "--then-weights")
 
 
 def remote(

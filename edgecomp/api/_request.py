@@ -59,6 +59,11 @@ def read_order(
     compressor = None if isinstance(method, str) else method
     named = str(recipe) or (method if isinstance(method, str) else _method_of(method))
     loaded = load_recipe(named)
+    if then is not None and loaded.then is not None:
+        raise InvalidSpec(
+            f"{loaded.method} then {loaded.then.method}, as its recipe says, then {then.method}: two methods stand in "
+            "a row, not three; drop --then, or the recipe's table [then]"
+        )
     then = then or loaded.then
     if then is not None:
         loaded = followed_by(loaded, then)
@@ -67,9 +72,9 @@ def read_order(
     weights, backbone_weights = _weights_of(loaded, compressor, backbone, weights, backbone_weights)
     if isinstance(backbone, str) and preset:
         loaded.preset(preset)
-    if router and router not in router_names():
-        raise UnknownName("router", router, router_names())
-    if not router and (router_params or str(router_weights) != "random"):
+    if router and router not in (*router_names(), "none"):
+        raise UnknownName("router", router, (*router_names(), "none"))
+    if (router or loaded.defaults.router or "none") == "none" and (router_params or str(router_weights) != "random"):
         raise InvalidSpec(
             "parameters or weights of a router were given, and no router; give --router NAME, or drop them"
         )

@@ -47,12 +47,19 @@ class _TorchRunner:
 
 
 def open_torch(
-    bundle: Bundle, graph: Graph, *, weights: str, backbone_weights: str, threads: int = 1, original: bool = False
+    bundle: Bundle,
+    graph: Graph,
+    *,
+    weights: str,
+    backbone_weights: str,
+    then_weights: str = "random",
+    threads: int = 1,
+    original: bool = False,
 ) -> Runner:
     """Make the model of a bucket, or the plain model, again.
 
     Args:
-        weights, backbone_weights: files, where the bundle's came from files; else `random`.
+        weights, backbone_weights, then_weights: files, where the bundle's came from files; else `random`.
         threads: of torch; 0: its own choice.
         original: the method as its authors wrote it, with the same weights, in place of its static form.
 
@@ -64,7 +71,9 @@ def open_torch(
     except ImportError as error:
         raise MissingDependency(error.name or str(error), needed_for="the runner 'torch'", extra="export") from error
     bucket = graph if isinstance(graph, Bucket) else bundle.manifest.buckets[0]
-    made = reassemble(bundle.manifest, bucket, weights=weights, backbone_weights=backbone_weights)
+    made = reassemble(
+        bundle.manifest, bucket, weights=weights, backbone_weights=backbone_weights, then_weights=then_weights
+    )
     model: Any = made.plain if isinstance(graph, PlainGraph) else made.models[-1]
     if model is None or not isinstance(graph, (Bucket, PlainGraph)):
         raise InvalidSpec(f"the runner 'torch' runs buckets and the plain model, and {graph.model} is neither")

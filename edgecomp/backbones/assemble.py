@@ -15,7 +15,7 @@ from edgecomp.backbones.choices import (
     read_weights,
     settle,
 )
-from edgecomp.backbones.parts import make_compressors, make_host, make_plain, make_router, place
+from edgecomp.backbones.parts import make_compressors, make_host, make_plain, make_router, place, settle_router
 from edgecomp.backbones.placed import PlacedModel, PlainModel
 from edgecomp.backbones.seam import find_seam
 from edgecomp.backbones.then import follow, without_the_second
@@ -49,6 +49,7 @@ class Assembly(msgspec.Struct, frozen=True, kw_only=True):
     plain_name: str
     seam: int | None
     router: Router | None
+    router_name: str
     router_weights: WeightsOrigin | None
     notes: tuple[str, ...]
     then: ThenRecord | None = None
@@ -86,6 +87,7 @@ def assemble(order: Order) -> Assembly:
         f"budget {model.compressor.budget.tokens_out}: {note}" for model in models for note in model.compressor.remarks
     ]
     seam = find_seam(models) if order.stem else None
+    order = settle_router(order, models, notes)
     router, router_origin = make_router(order, models, host, seam, notes)
     if host is not None and host.num_prefix_tokens and not site.num_prefix_tokens:
         kept = site.tokens_in > host.site.tokens_in
@@ -113,6 +115,7 @@ def assemble(order: Order) -> Assembly:
         plain_name=plain_name,
         seam=seam,
         router=router,
+        router_name=order.router,
         router_weights=router_origin,
         notes=tuple(notes),
         then=then,

@@ -169,9 +169,16 @@ def _choose_params(
         ) from error
     assumed = [name for name in cls.unstored_params if name not in {*found, *saved.params, *order.params}]
     if assumed:
-        taken = ", ".join(f"params.{name}={getattr(params, name)}" for name in assumed)
+        taken = ", ".join(f"params.{name}={getattr(params, name)}{_rule_of(cls, params, name)}" for name in assumed)
         notes.append(f"assumed, since no checkpoint stores it: {taken}; --set it if the model was trained otherwise")
     return decide(cls, params, found, order, "the weights")
+
+
+def _rule_of(cls: type[Compressor], params: Any, name: str) -> str:
+    """Return in brackets what a parameter of 0 stands for; "" where it is what it says."""
+    if getattr(params, name) != 0 or name not in cls.zero_means:
+        return ""
+    return f" ({cls.zero_means[name].format(params=params)})"
 
 
 def decide(cls: type[Compressor], params: Any, found: Mapping[str, Any], order: Order, who: str) -> Any:

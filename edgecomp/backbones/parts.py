@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from edgecomp.specs.backbone import read_backbones
 from edgecomp.specs.order import Order
 from edgecomp.specs.origin import WeightsOrigin, file_origin
 
-__all__ = ["make_compressors", "make_host", "make_plain", "make_router", "place"]
+__all__ = ["make_compressors", "make_host", "make_plain", "make_router", "place", "settle_router"]
 
 
 def make_host(
@@ -165,6 +166,17 @@ def place(compressor: Compressor, host: Host | None, preprocess: Preprocess | No
     return PlacedModel(compressor, host, preprocess=preprocess, input_dtype=order.input_dtype, pad_to=order.pad_to)
 
 
+def settle_router(order: Order, models: Sequence[PlacedModel], notes: list[str]) -> Order:
+    """Return the order with the router that there will be, "" for none: what was asked for, or the recipe's own."""
+    own = order.recipe.defaults.router
+    router = order.router or own
+    if not order.router and own and len(models) == 1:
+        notes.append(f"router {own} of the recipe is left out: there is one bucket, and nothing to choose")
+        router = ""
+    settled: Order = msgspec.structs.replace(order, router="" if router == "none" else router)
+    return settled
+
+
 def make_router(
     order: Order, models: Sequence[PlacedModel], host: Host | None, seam: int | None, notes: list[str]
 ) -> tuple[Router | None, WeightsOrigin | None]:
@@ -172,12 +184,13 @@ def make_router(
     if order.router in ("", "fixed"):
         return None, None
     largest = models[-1]
-    if isinstance(largest.compressor, Chain) and len(largest.stem_specs()) > 1:
+    in_a_row = isinstance(largest.compressor, Chain)
+    compressor, image = _routed(largest), largest.input_specs()[0]
+    if in_a_row and image.kind != "image":
         raise InvalidSpec(
-            f"router {order.router}: the first of these methods takes {', '.join(map(str, largest.stem_specs()))}, and "
-            "a router sees the first of it alone; drop --router"
+            f"router {order.router}: these two methods take {image}, and of two in a row an image is routed; name a "
+            "--backbone, or drop --router"
         )
-    compressor, image = largest.compressor, largest.input_specs()[0]
     cuts: tuple[int, ...] = ()
     if isinstance(compressor, InsideCompressor):
         cuts = tuple(block for block in range(compressor.site.depth) if compressor.acts_in(block))
@@ -189,6 +202,8 @@ def make_router(
         patch_size=host.patch_size if host is not None else 0,
         # With no block in front of the seam nothing has been summed up: there is no score to read.
         stem=tuple(spec for spec in largest.seam_specs() if seam or spec.name != "score") if seam is not None else (),
+        tokens="handed" if in_a_row else "tokens",
+        is_grid=not in_a_row,
         span=_span(compressor, models),
         score=_stem_score(models, seam),
         num_prefix_tokens=compressor.site.num_prefix_tokens,
@@ -213,21 +228,29 @@ def make_router(
 def _span(compressor: Compressor, models: Sequence[PlacedModel]) -> tuple[int, int]:
     """Return the tokens that a router's need of 0 and of 1 stand for: of a table its smallest and largest bucket."""
     counts = [model.compressor.budget.tokens_out for model in models]
-    if getattr(compressor.params, "latents", 0) and not isinstance(compressor, Chain):
+    if getattr(compressor.params, "latents", 0):
         return counts[0], counts[-1]
     return 0, compressor.budget.tokens_in
 
 
 def _stem_score(models: Sequence[PlacedModel], seam: int | None) -> StemScore | None:
     """Return the score by which tokens stay, where it is made of what the stem hands over."""
-    compressor = models[-1].compressor
+    compressor = _routed(models[-1])
     if seam is None or not isinstance(compressor, TokenPruner):
         return None
-    handed = {spec.name for spec in models[-1].seam_specs() if seam or spec.name != "score"}
-    if not compressor.scored_by or not set(compressor.scored_by) <= handed:
+    handed = {spec.name: spec.name for spec in models[-1].seam_specs() if seam or spec.name != "score"}
+    if isinstance(models[-1].compressor, Chain):
+        handed = {"tokens": "handed"}
+    if not compressor.scored_by or not set(compressor.scored_by) <= handed.keys():
         return None
-    pruners = [model.compressor for model in models if isinstance(model.compressor, TokenPruner)]
-    return StemScore(compressor.scored_by, compressor.score_of, tuple(pruner.kept_by_score for pruner in pruners))
+    pruners = [one for model in models if isinstance(one := _routed(model), TokenPruner)]
+    reads = tuple(handed[name] for name in compressor.scored_by)
+    return StemScore(reads, compressor.score_of, tuple(pruner.kept_by_score for pruner in pruners))
+
+
+def _routed(model: PlacedModel) -> Compressor:
+    """Return the method whose buckets a router chooses among: of two in a row the second."""
+    return model.compressor.second if isinstance(model.compressor, Chain) else model.compressor
 
 
 def make_plain(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ class PlacedModel(nn.Module):
 
     mean: Tensor
     std: Tensor
+    _shows_handed = False
 
     def __init__(
         self,
@@ -114,7 +116,20 @@ class PlacedModel(nn.Module):
 
     def forward(self, first: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Return the compressor's outputs."""
+        if self._shows_handed:
+            count = len(self.stem_specs()) - 1
+            handed = self.before(first, *rest[:count], seam=0)
+            return (*self.behind(*handed, *rest[count:], seam=0), *handed)
         return self.give(self.compressor(*self.embed(first), *rest))
+
+    @contextmanager
+    def showing_handed(self) -> Iterator[tuple[TensorSpec, ...]]:
+        """Return behind the outputs what the first of two methods in a row hands to the second; say what that is."""
+        self._shows_handed = isinstance(self.compressor, Chain)
+        try:
+            yield self.seam_specs() if self._shows_handed else ()
+        finally:
+            self._shows_handed = False
 
     def give(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return outputs with as many rows as were asked for."""

@@ -65,7 +65,7 @@ def command(
     router: Annotated[str, typer.Option(help="What picks a bucket; `edgecomp list routers` shows them.")] = "",
     router_weights: Annotated[str, typer.Option(help="The router's checkpoint, or `random`.")] = "random",
     pad_to: Annotated[int | None, typer.Option(help="Rows that every bucket gives, with count and mask.")] = None,
-    then: Annotated[str, typer.Option(help="A second method, on the first one's tokens.")] = "",
+    then: Annotated[list[str] | None, typer.Option(help="A second method, on the first one's tokens.")] = None,
     then_preset: Annotated[str, typer.Option(help="A named size of its recipe.")] = "",
     then_weights: Annotated[str, typer.Option(help="Its checkpoint, or `random`.")] = "random",
     between: Annotated[
@@ -112,7 +112,7 @@ def command(
             router_params=router_params,
             router_weights=router_weights,
             pad_to=pad_to or 0,
-            then=then,
+            then=_one_second(then or []),
             then_preset=then_preset,
             then_params=parse_sets(set_ or [], "then"),
             then_weights=then_weights,
@@ -131,6 +131,13 @@ def command(
 
     emit(report, as_json=json, text=text)
     finish(report)
+
+
+def _one_second(then: list[str]) -> str:
+    """Return the second method; a third is refused, where an option given twice would silently be its last."""
+    if len(then) > 1:
+        raise InvalidSpec(f"--then {' --then '.join(then)}: two methods stand in a row, not three; give it once")
+    return then[0] if then else ""
 
 
 def parse_sets(words: list[str], space: Literal["params", "router", "then"]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def command(
         str, typer.Option(help="For these two and `torch`: the checkpoint that the export was given.")
     ] = "random",
     backbone_weights: Annotated[str, typer.Option(help="For these two: the host's.")] = "random",
+    then_weights: Annotated[str, typer.Option(help="For these two: a second method's.")] = "random",
     atol: Annotated[list[str] | None, typer.Option(help="Largest absolute error: `1e-3`, or `NAME:1e-3`.")] = None,
     rtol: Annotated[list[str] | None, typer.Option(help="Largest relative error, likewise.")] = None,
     on: ON = "",
@@ -66,6 +67,7 @@ def command(
             per_layer=per_layer or bisect,
             weights=weights,
             backbone_weights=backbone_weights,
+            then_weights=then_weights,
             atol=atol or (),
             rtol=rtol or (),
             progress=say,

@@ -71,6 +71,8 @@ class Compressor(nn.Module):
     width_param: ClassVar[str] = "embed_dim"
     #: Parameters that no checkpoint stores; the export says which value it took.
     unstored_params: ClassVar[tuple[str, ...]] = ()
+    #: What 0 stands for in those where it stands for a rule; `{params.NAME}` is filled in.
+    zero_means: ClassVar[Mapping[str, str]] = {}
     #: Weights (shell patterns) that only decide which tokens are taken: no gradient passes them, and no NaN.
     ranking_params: ClassVar[tuple[str, ...]] = ()
 

@@ -58,6 +58,9 @@ class GridResampler(Compressor):
 
     width_param = "context_dim"
     unstored_params = ("num_heads",)
+    zero_means: ClassVar[Mapping[str, str]] = {
+        "num_heads": "{params.heads}: one for each 128 of {params.embed_dim} channels, and at least one"
+    }
     #: The name of this method's layout in a checkpoint with a position table and no outer projection.
     stored_layout: ClassVar[str] = "omnilmm"
     params: Any

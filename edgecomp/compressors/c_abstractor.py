@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +101,7 @@ class CAbstractor(Compressor):
 
     Params = CAbstractorParams
     unstored_params = ("grid_rows", "query_rows")
+    zero_means: ClassVar[Mapping[str, str]] = dict.fromkeys(unstored_params, "a square grid")
     pool_rows: Tensor
     pool_columns: Tensor
 

@@ -8,7 +8,7 @@ Qwen2-VL (arXiv:2409.12191) and Qwen2.5-VL (arXiv:2502.13923), as transformers h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,7 @@ class PixelShuffle(Compressor):
 
     Params = PixelShuffleParams
     unstored_params = ("factor", "order", "grid_rows")
+    zero_means: ClassVar[Mapping[str, str]] = {"grid_rows": "a square grid"}
 
     def __init__(self, params: PixelShuffleParams, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:
         super().__init__(params, site, budget, output)

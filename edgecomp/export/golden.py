@@ -70,7 +70,7 @@ def write_goldens(
                 tensors[golden_key("output", case, spec.name, part=part)] = np.ascontiguousarray(want)
             if assembly.then is None or assembly.seam is None:
                 tensors |= _choices(recorder, case, part)  # equal outputs: these are the original's choices
-        if assembly.then is not None and assembly.seam is not None:
+        if assembly.then is not None:
             tensors |= _goldens_of_parts(assembly, inputs, case, batch, compare)
     if assembly.router is not None:
         tensors |= _router_goldens(assembly, tensors, batch)
@@ -86,11 +86,11 @@ def _goldens_of_parts(
 ) -> dict[str, Array]:
     """Return what the original of the first of two methods hands over, and the choices of each by itself.
 
-    The second's choices are those on what the first's original gave; the golden file has them in place of the choices
-    of both in a row, for the graphs are cut between them.
+    The second's choices are those on what the first's original gave. Of graphs that are cut between them the golden
+    file has them in place of the choices of both in a row, and of one graph for both under a name of their own.
     """
-    seam, tensors = assembly.seam, dict[str, Array]()
-    assert seam is not None
+    seam, tensors = assembly.seam or 0, dict[str, Array]()
+    word = "" if assembly.seam is not None else "then-"
     stem = Stem(assembly.models[-1], seam)
     arrays = [inputs[spec.name] for spec in stem.input_specs(batch)]
     expected = run_module(_Handing(assembly.models[-1]).eval(), arrays)
@@ -106,7 +106,7 @@ def _goldens_of_parts(
         rest = Rest(model, seam)
         with ChoiceRecorder() as recorder:
             run_module(rest, [{**inputs, **handed}[spec.name] for spec in rest.input_specs(batch)])
-        tensors |= _choices(recorder, case, f"m{model.compressor.budget.tokens_out}")
+        tensors |= _choices(recorder, case, f"{word}m{model.compressor.budget.tokens_out}")
     return tensors
 
 
@@ -158,12 +158,19 @@ def _router_goldens(assembly: Assembly, inputs: Mapping[str, Array], batch: int)
         if not router.reads_words:
             del given["words"]
         seen = [first]
-        if stem is not None:
-            handed = dict(zip((s.name for s in stem.output_specs()), run_module(stem, [first]), strict=True))
-            seen = [handed[key] for key in router.stem_inputs]
+        beside: dict[str, Array] = {}
+        if stem is not None:  # what its method reads besides is the same on both sides of a threshold
+            for spec in stem.input_specs()[1:]:
+                keys = (golden_key("input", one, spec.name) for one in (case, "seeded"))
+                beside[spec.name] = next(inputs[key][:rows] for key in keys if key in inputs)
+            handed = run_module(stem, [first, *beside.values()])
+            named = dict(zip((spec.name for spec in stem.output_specs()), handed, strict=True))
+            seen = [named[key] for key in router.stem_inputs]
         outputs = run_module(router, [*seen, *given.values()])
         if case:
-            tensors.update({golden_key("input", case, key): value for key, value in {name: first, **given}.items()})
+            tensors.update(
+                {golden_key("input", case, key): value for key, value in {name: first, **beside, **given}.items()}
+            )
             for spec, output in zip(router.output_specs(), outputs, strict=True):
                 tensors[golden_key("output", case, spec.name, part="router")] = np.ascontiguousarray(output)
         need: Array = outputs[1][0]

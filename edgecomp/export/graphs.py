@@ -93,7 +93,7 @@ def write_graphs(
                 part = model if seam is None else Rest(model, seam)
                 one = writer.write(name, part, batch, f"m{budget.tokens_out}")
                 specs, flops = (model.input_specs(batch), model.output_specs(batch)), stem.flops + one.flops
-                bucket = Bucket(name, batch, *specs, flops, one.ops, stem.model, budget=budget)
+                bucket = Bucket(name, batch, *specs, flops, one.ops, stem.model, budget=budget, joint=one.joint)
                 buckets.append(_typed(bucket, one.types))
             if with_plain and assembly.plain is not None:
                 name = side_file("plain", batch, batches)

@@ -35,17 +35,23 @@ class Seen(NamedTuple):
     gave: Array
 
 
-def rebuild(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_weights: str) -> PlacedModel:
+def rebuild(
+    manifest: Manifest, bucket: Bucket, *, weights: str, backbone_weights: str, then_weights: str = "random"
+) -> PlacedModel:
     """Make the static model of a bucket again, with the weights that the bundle was made with; see `reassemble`."""
-    return reassemble(manifest, bucket, weights=weights, backbone_weights=backbone_weights).models[-1].eval()
+    made = reassemble(manifest, bucket, weights=weights, backbone_weights=backbone_weights, then_weights=then_weights)
+    return made.models[-1].eval()
 
 
-def reassemble(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_weights: str) -> Assembly:
+def reassemble(
+    manifest: Manifest, bucket: Bucket, *, weights: str, backbone_weights: str, then_weights: str = "random"
+) -> Assembly:
     """Make the model of a bucket, and the plain one, again, with the weights that the bundle was made with.
 
     Args:
         weights, backbone_weights: files, where the bundle's came from files; else `random`. Of a host in a folder, the
             folder, with or without weights.
+        then_weights: of the second of two methods, likewise.
 
     Raises:
         InvalidSpec: a file is needed, and another or none was given. BundleError: it was made of Python objects, or
@@ -54,14 +60,12 @@ def reassemble(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_wei
     files = {
         "--weights": (weights, manifest.weights),
         "--backbone-weights": (backbone_weights, manifest.backbone_weights),
+        "--then-weights": (then_weights, manifest.then.weights if manifest.then is not None else None),
     }
+    if manifest.then is None and then_weights != "random":
+        raise InvalidSpec(f"--then-weights {then_weights}: the bundle is of {manifest.method} alone; drop it")
     for option, (given, origin) in files.items():
         _require_same(option, given, origin)
-    if manifest.then is not None and manifest.then.weights.kind != "random":
-        raise BundleError(
-            f"the weights of {manifest.then.method} came from {manifest.then.weights}, and those of a second method "
-            "cannot be given again here; use --selection --explain, which need none"
-        )
     kept = sorted({one.budget.tokens_out for one in manifest.buckets})
     has_host = manifest.backbone != "none"
     order = Order(
@@ -75,11 +79,18 @@ def reassemble(manifest: Manifest, bucket: Bucket, *, weights: str, backbone_wei
         prefix=manifest.prefix,
         output=manifest.output,
         input_dtype=manifest.input_dtype,  # type: ignore[arg-type]
+        router="none",
+        then_weights=then_weights,
         seed=manifest.seed,
     )
     assembly = assemble(order)
+    made = {
+        "--weights": assembly.weights,
+        "--backbone-weights": assembly.backbone_weights,
+        "--then-weights": assembly.then.weights if assembly.then is not None else None,
+    }
     for option, (given, origin) in files.items():
-        seen = assembly.weights if option == "--weights" else assembly.backbone_weights
+        seen = made[option]
         if origin is not None and seen is not None and seen.sha256 != origin.sha256:
             raise _other(option, given, origin)
     other = {name: value for name, value in manifest.params.items() if assembly.params.get(name) != value}
@@ -97,6 +108,7 @@ def _require_alike(manifest: Manifest, made: Assembly) -> None:
         "prefix tokens": (manifest.num_prefix_tokens, made.num_prefix_tokens),
         "feature layer": (manifest.feature_layer, made.feature_layer),
         "params": (_as_written(manifest.params), _as_written(made.params)),
+        "params of the second": tuple(_as_written(one.params) if one else {} for one in (manifest.then, made.then)),
         "parameters": (manifest.parameters, sum(one.numel() for one in made.models[-1].parameters())),
     }
     other = [f"{name} {found}, not {wanted}" for name, (wanted, found) in asked.items() if wanted != found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from edgecomp.backbones.inside import InsideModel
 from edgecomp.backbones.placed import PlacedModel, PlainModel
 from edgecomp.backbones.seam import Rest, Stem
 from edgecomp.errors import InvalidSpec
+from edgecomp.export.cut import hide_outputs
 from edgecomp.export.flops import count_flops, count_ops
 from edgecomp.export.lower import lower
 from edgecomp.export.modules import module_of
@@ -37,6 +38,7 @@ from edgecomp.export.ranges import OutOfRange, Range, collect_largest, collect_r
 from edgecomp.export.samples import Sample, in_rows
 from edgecomp.routers import Router
 from edgecomp.specs import Recipe, TensorSpec, load_oplists
+from edgecomp.specs.manifest import Handed, Joint
 from edgecomp.specs.precision import PrecisionPlan, WrittenPrecision, pattern_of
 
 __all__ = ["GraphWriter", "Part", "Types", "Written"]
@@ -61,11 +63,16 @@ class Types(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What is known of a graph's file: FLOPs of one run, how often each op occurs, and what it computes in."""
+    """What is known of a graph's file: FLOPs of one run, how often each op occurs, and what it computes in.
+
+    Attributes:
+        joint: of two methods in it, where they meet.
+    """
 
     flops: int
     ops: dict[str, int]
     types: Types
+    joint: Joint | None = None
 
 
 class GraphWriter:
@@ -108,8 +115,10 @@ class GraphWriter:
         self.progress(f"exporting {name}")
         model = module.model if isinstance(module, (Stem, Rest)) else module
         inputs, outputs = module.input_specs(batch), module.output_specs(batch)
-        with model.as_exported() if isinstance(model, InsideModel) else nullcontext():
-            graph = lower(module, inputs=inputs, outputs=outputs, opset=self.opset)
+        with model.as_exported() if isinstance(model, InsideModel) else nullcontext(), _shown(module) as shown:
+            handed = tuple(spec.with_batch(batch) for spec in shown)
+            graph = lower(module, inputs=inputs, outputs=(*outputs, *handed), opset=self.opset)
+        values = hide_outputs(graph, len(handed))
         strip_metadata(graph, producer_version=__version__)
         require_static(graph)
         types = Types() if isinstance(module, Router) else self._set_types(graph, module, batch, outputs)
@@ -120,7 +129,7 @@ class GraphWriter:
         require_static(flat)
         require_allowed(flat, load_oplists(), extra=self.recipe.extra_ops)
         name_weights(graph)
-        written = Written(count_flops(flat), count_ops(graph), types)
+        written = Written(count_flops(flat), count_ops(graph), types, _joint(module, handed, values))
         share_weights(graph, self.weights, user=user or name)
         (self.folder / name).write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
         return written
@@ -181,6 +190,20 @@ class GraphWriter:
         wanted = tensors_to_calibrate(graph, keep=self._is_kept) if self.precision.quantized is not None else ()
         ranges = collect_ranges(runnable, samples, tensors=wanted) if wanted else {}
         return ranges, collect_largest(runnable, samples) if self.precision.rest == "fp16" else {}
+
+
+def _shown(module: Part) -> AbstractContextManager[tuple[TensorSpec, ...]]:
+    """Let a model of two methods in a row show what goes from one to the other, as further outputs; yield them."""
+    return module.showing_handed() if isinstance(module, PlacedModel) else nullcontext(())
+
+
+def _joint(module: Part, handed: Sequence[TensorSpec], values: Sequence[ir.Value]) -> Joint | None:
+    """Return where two methods meet in a graph; what nothing in it reads went with what made it."""
+    if not handed or not isinstance(module, PlacedModel):
+        return None
+    found = zip(handed, values, strict=True)
+    hands = tuple(Handed(spec, value.name or "") for spec, value in found if value.uses() or value.is_graph_output())
+    return Joint(tuple(spec.name for spec in module.stem_specs()), hands)
 
 
 def _products(graph: ir.Model) -> list[str]:

@@ -43,7 +43,7 @@ def recorded_choices(
     Raises:
         BundleError: the golden file has none, or those of another graph.
     """
-    prefix = choice_key(case, bucket.golden_part, 0, "").rsplit(".", 2)[0] + "."
+    prefix = choice_key(case, bucket.choice_part, 0, "").rsplit(".", 2)[0] + "."
     held = sorted({key.removeprefix(prefix).rpartition(".")[0] for key in goldens if key.startswith(prefix)})
     if nodes and not held:
         raise BundleError(

@@ -44,6 +44,8 @@ class RouterSite(msgspec.Struct, frozen=True, kw_only=True):
         span: tokens that a need of 0 and of 1 stand for, where a router speaks of tokens.
         score: the score by which tokens stay, where it can be made of what the stem hands over.
         stem: what the part in front of all buckets hands over, with a batch of one; empty where there is none.
+        tokens: which of it are the tokens.
+        is_grid: whether these lie on the image's grid: not where a first method has chosen or made them.
         num_prefix_tokens: in front of the patch tokens that the stem hands over.
         cuts: blocks in which an inside method takes tokens away, counted from 0, in the largest bucket.
         depth: blocks of the host.
@@ -57,6 +59,8 @@ class RouterSite(msgspec.Struct, frozen=True, kw_only=True):
     span: tuple[int, int] = (0, 0)
     score: StemScore | None = None
     stem: tuple[TensorSpec, ...] = ()
+    tokens: str = "tokens"
+    is_grid: bool = True
     num_prefix_tokens: int = 0
     cuts: tuple[int, ...] = ()
     depth: int = 0
@@ -127,7 +131,7 @@ class Router(nn.Module, ABC):
     @property
     def stem_inputs(self) -> tuple[str, ...]:
         """Names of the stem's outputs that it reads; of `reads = "stem"`."""
-        return ("tokens",)
+        return (self.site.tokens,)
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -181,7 +185,7 @@ class Router(nn.Module, ABC):
     def tokens_shape(self) -> tuple[int, int]:
         """Return N and D of the stem's patch tokens; a stem without tokens (B, P + N, D) is refused."""
         for spec in self.site.stem:
-            if spec.name == "tokens" and len(spec.shape) == 3:
+            if spec.name == self.site.tokens and len(spec.shape) == 3:
                 return spec.shape[1] - self.site.num_prefix_tokens, spec.shape[2]
         raise InvalidSpec(
             f"router {self.label} reads tokens (B, N, D), and the stem hands over "

@@ -69,6 +69,11 @@ class ComplexityRouter(Router):
     def __init__(self, params: Any, site: RouterSite) -> None:
         super().__init__(params, site)
         tokens, self.width = self.tokens_shape()
+        if not site.is_grid:
+            raise InvalidSpec(
+                f"router {self.label} compares neighbours on the image's grid, and the {tokens} tokens that the first "
+                "of two methods hands over lie on none; choose difficulty or detail, which read the image, or policy"
+            )
         self.side = math.isqrt(max(tokens, 0))
         if self.side**2 != tokens or self.side < _WINDOW:
             raise InvalidSpec(

@@ -19,6 +19,8 @@ __all__ = [
     "Bucket",
     "Calibration",
     "Graph",
+    "Handed",
+    "Joint",
     "Manifest",
     "PartGraph",
     "PlainGraph",
@@ -65,20 +67,51 @@ class Graph(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quantized: tuple[str, ...] = ()
 
 
+class Handed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the first of two methods hands to the second within one graph.
+
+    Attributes:
+        spec: as a stem would give it.
+        value: what the graph calls it.
+    """
+
+    spec: TensorSpec
+    value: str
+
+
+class Joint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where two methods in one graph meet.
+
+    Attributes:
+        reads: names of the inputs that the first takes.
+        hands: what goes from it to the second, and past the second.
+    """
+
+    reads: tuple[str, ...]
+    hands: tuple[Handed, ...]
+
+
 class Bucket(Graph, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The graph of a budget.
 
     Attributes:
         own_bytes: of weights and constants in the shared file that no other budget reads.
+        joint: of two methods in one graph; none elsewhere.
     """
 
     budget: TokenBudget
     own_bytes: int = 0
+    joint: Joint | None = None
 
     @property
     def golden_part(self) -> str:
         """Whose outputs the golden file holds under its name."""
         return f"m{self.budget.tokens_out}"
+
+    @property
+    def choice_part(self) -> str:
+        """Whose choices the golden file holds under its name."""
+        return self.golden_part
 
 
 class PlainGraph(Graph, frozen=True, forbid_unknown_fields=True):
@@ -91,15 +124,21 @@ class PlainGraph(Graph, frozen=True, forbid_unknown_fields=True):
 
 
 class PartGraph(Graph, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """One of two methods in a row, by itself; never written.
+    """One of two methods in a row, by itself; no manifest holds it.
 
     Attributes:
         part: whose outputs the golden file holds under its name.
         label: what reports call it.
+        choice_part: whose choices the golden file holds under its name.
+        half: of one graph for both, the half that is cut out; "" where the part is a file of the bundle.
+        joint: where such a graph is cut.
     """
 
     part: str
     label: str
+    choice_part: str
+    half: Literal["", "first", "second"] = ""
+    joint: Joint | None = None
 
     @property
     def golden_part(self) -> str:
@@ -243,15 +282,25 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"{self.method} then {self.then.method}" if self.then is not None else self.method
 
     def parts_of(self, bucket: Bucket) -> tuple[PartGraph, ...]:
-        """Return the two methods of a bucket, each by itself; none where it has one method, or one graph for both."""
+        """Return the two methods of a bucket, each by itself; none where it has one method."""
         stem = next((graph for graph in self.stem if graph.model == bucket.stem), None)
-        if self.then is None or stem is None:
+        if self.then is None:
             return ()
+        if stem is None:
+            return self._halves_of(bucket)
         own = tuple(spec for spec in bucket.inputs if spec.name not in {given.name for given in stem.inputs})
         first, second = f"{stem.model} ({self.method} alone)", f"{bucket.model} ({self.then.method} alone)"
         return (
             PartGraph(
-                stem.model, stem.batch, stem.inputs, stem.outputs, stem.flops, stem.ops, part="stem", label=first
+                stem.model,
+                stem.batch,
+                stem.inputs,
+                stem.outputs,
+                stem.flops,
+                stem.ops,
+                part="stem",
+                label=first,
+                choice_part="stem",
             ),
             PartGraph(
                 bucket.model,
@@ -262,7 +311,36 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 bucket.ops,
                 part=bucket.golden_part,
                 label=second,
+                choice_part=bucket.golden_part,
             ),
+        )
+
+    def _halves_of(self, bucket: Bucket) -> tuple[PartGraph, ...]:
+        """Return the halves of one graph for two methods, which are cut out of it to be judged; nothing counts them."""
+        if self.then is None or bucket.joint is None:
+            return ()
+        handed = tuple(one.spec for one in bucket.joint.hands)
+        first = tuple(spec for spec in bucket.inputs if spec.name in bucket.joint.reads)
+        own = tuple(spec for spec in bucket.inputs if spec not in first)
+        halves: tuple[tuple[Literal["first", "second"], str, str, str], ...] = (
+            ("first", self.method, "stem", "stem"),
+            ("second", self.then.method, bucket.golden_part, f"then-{bucket.golden_part}"),
+        )
+        return tuple(
+            PartGraph(
+                bucket.model,
+                bucket.batch,
+                first if half == "first" else (*handed, *own),
+                handed if half == "first" else bucket.outputs,
+                0,
+                {},
+                part=part,
+                label=f"{bucket.model} ({method} alone)",
+                choice_part=choices,
+                half=half,
+                joint=bucket.joint,
+            )
+            for half, method, part, choices in halves
         )
 
     @property

@@ -29,7 +29,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
         align: budgets are rounded up to a multiple of it; 1: they stay as they are.
         params: the method's parameters that the user set.
         stem: whether the part that several buckets share becomes a graph of its own.
-        router: a router's name, or none.
+        router: a router's name, or `none`; "": the recipe's, where there are several buckets.
         router_params, router_weights: its parameters that the user set, and its weights: `random`, or a path.
         pad_to: rows that every bucket gives, prefix tokens among them; 0: as many as it keeps.
         then_weights: of the recipe's second method: `random`, or a path.

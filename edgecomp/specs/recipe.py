@@ -15,6 +15,7 @@ from edgecomp.specs._toml import read_toml
 from edgecomp.specs.budget import BudgetRule
 from edgecomp.specs.layout import Layout
 from edgecomp.specs.precision import Rest, WrittenPrecision
+from edgecomp.specs.router import router_names
 from edgecomp.specs.site import Output, Placement
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
         input_dtype: `float32`, or `uint8`.
         weights, backbone_weights: `random`, `pretrained` (the backbone's alone), or a file.
         calibration, calibration_images: a folder of images for scales and ranges, and the most read of it.
+        router: what picks a bucket where there are several; empty: nothing.
     """
 
     preset: str
@@ -126,6 +128,7 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     backbone_weights: str = "random"
     calibration: str = ""
     calibration_images: Annotated[int, Meta(ge=0)] = 0
+    router: str = ""
 
 
 class Then(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -189,6 +192,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"defaults.preset names {self.defaults.preset!r}, which is not under presets")
         if not self.smoke_presets:
             raise ValueError("no preset whose name begins with 'smoke'; the contracts need a small one")
+        if self.defaults.router and self.defaults.router not in router_names():
+            raise ValueError(
+                f"defaults.router names {self.defaults.router!r}, which is none of {', '.join(router_names())}"
+            )
         if self.defaults.precision not in self.tolerances:
             raise ValueError(f"tolerances lack defaults.precision, {self.defaults.precision!r}")
 
@@ -209,8 +216,17 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def followed_by(recipe: Recipe, then: Then) -> Recipe:
-    """Return the recipe of two methods in a row: the wider tolerances, the ops and the parity level of both."""
+    """Return the recipe of two methods in a row: the wider tolerances, the ops and the parity level of both.
+
+    Raises:
+        InvalidSpec: the second names a method of its own to run then.
+    """
     other = load_recipe(then.method)
+    if other.then is not None:
+        raise InvalidSpec(
+            f"{recipe.method} then {other.method} then {other.then.method}, as the recipe of {other.method} says: two "
+            "methods stand in a row, not three; name another with --then"
+        )
     tolerances = {**other.tolerances, **recipe.tolerances}
     for precision in tolerances.keys() & other.tolerances.keys() & recipe.tolerances.keys():
         one, two = recipe.tolerances[precision], other.tolerances[precision]

@@ -251,7 +251,7 @@ def test_json_of_build_and_of_an_engine(cli: Cli, bundle: Path) -> None:
 
 def test_text_of_every_verb(cli: Cli, exported: Path) -> None:
     for words, texts in (
-        (["inspect", exported], ("schema 3", "whole", "random (seed 0), untrained", "weights.data")),
+        (["inspect", exported], ("schema 4", "whole", "random (seed 0), untrained", "weights.data")),
         (["inspect", exported / "model.m9.b1.onnx"], ("ai.onnx 20", "compressed float[1, 9, 32]", "weights.data")),
         (["parity", exported], ("model.m4.b1.onnx", "cosine min", "verdict: pass")),
         (["run", exported, photograph_path()], ("16 tokens in, 9 kept", "compressed", "[1, 9, 32]")),

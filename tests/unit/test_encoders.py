@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -9,9 +10,11 @@ from PIL import Image  # noqa: E402 - torch first, or skip
 
 import edgecomp  # noqa: E402
 from edgecomp import api  # noqa: E402
+from edgecomp.backbones.assemble import assemble  # noqa: E402
 from edgecomp.compressors.learned_merger import LearnedMerger  # noqa: E402
 from edgecomp.errors import InvalidSpec  # noqa: E402
 from edgecomp.specs import load_recipe  # noqa: E402
+from edgecomp.specs.order import Order  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -55,7 +58,8 @@ def test_one_merge_is_the_same_in_both_forms():
 
 def test_details_stand_behind_the_router(tmp_path):
     """The smaller bucket has no ViT in it, and its rows are the global ones alone."""
-    report = api.export("dual-path", preset="smoke", router="detail", backbone="none", out=tmp_path / "bundle")
+    report = api.export("dual-path", preset="smoke", backbone="none", out=tmp_path / "bundle")
+    assert report.manifest.router.name == "detail"  # the recipe's own
     few, many = report.manifest.buckets
     assert (few.budget.tokens_out, many.budget.tokens_out) == (4, 7)
     assert few.flops < 0.7 * many.flops
@@ -68,5 +72,23 @@ def test_details_stand_behind_the_router(tmp_path):
     with edgecomp.load(report.bundle, threads=1) as model:  # one image of any size: the graph makes both sizes of it
         assert model(page, "what is it").budget == 4
         assert model(page, "the small words in the corner").budget == 7
+    drawn = {"plain": np.full((192, 192, 3), 90, np.uint8)}
+    drawn["detailed"] = np.random.default_rng(0).integers(0, 256, (192, 192, 3), dtype=np.uint8)
+    for name, pixels in drawn.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    kept = {name: api.run(report.bundle, tmp_path / f"{name}.png", threads=1).tokens_out for name in drawn}
+    assert kept == {"plain": 4, "detailed": 7}
     with pytest.raises(InvalidSpec, match="there is one bucket, 9, and nothing to choose"):
         api.export("dual-path", preset="smoke-details", router="detail", out=tmp_path / "other")
+
+
+def test_the_recipes_router_can_be_left_out(tmp_path):
+    """By the word none; and where there is one bucket, which is said."""
+    recipe = load_recipe("dual-path")
+    assert recipe.defaults.router == "detail"
+    assert assemble(Order(recipe=recipe, preset="smoke", router="none")).router is None
+    one = assemble(Order(recipe=recipe, preset="smoke-details"))
+    assert one.router is None
+    assert any("router detail of the recipe is left out: there is one bucket" in note for note in one.notes)
+    with pytest.raises(InvalidSpec, match="parameters or weights of a router were given, and no router"):
+        api.export("dual-path", preset="smoke", router="none", router_params={"p": 1}, out=tmp_path / "bundle")

@@ -85,6 +85,16 @@ def test_the_position_table_tells_the_layout(keep: bool, layout: str) -> None:
     assert compressor_class("resampler-2d").layout_of(weights) == layout
 
 
+def test_heads_that_no_checkpoint_stores_are_said(tmp_path: Path) -> None:
+    """A width below 128 has one head by the family's rule, and inspect says the number and the rule."""
+    module = make("resampler-2d", 4, "smoke", embed_dim=96, num_heads=0)
+    file = module.save(tmp_path / "own.safetensors", layout="omnilmm")
+    (fit,) = api.inspect(weights=file).fits
+    assert not fit.problem
+    (note,) = (note for note in fit.notes if "params.num_heads" in note)
+    assert "params.num_heads=0 (1: one for each 128 of 96 channels, and at least one); --set it if" in note
+
+
 def test_siblings_are_refused_by_name() -> None:
     weights = as_qwen_vl(weights_of("minicpm_resampler", "q16_n64"))
     with pytest.raises(WeightsError, match="layout qwen-vl, whose queries read the whole image; use resampler-2d"):

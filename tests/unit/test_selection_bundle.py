@@ -349,3 +349,23 @@ def test_the_choices_of_an_int8_graph_can_be_forced(tmp_path):
     assert judged
     assert [part.model for part in judged.selection] == ["model.m3.b1.onnx"]
     assert all(row.difference.max_rel < 0.2 for part in judged.selection for row in part.forced)
+
+
+def test_an_export_says_which_choice_broke_its_rule(merger):
+    """Where all outputs are within the tolerance, the reason is the choice that failed, not an empty one."""
+    from edgecomp import api
+    from edgecomp.api._export import _first_miss
+
+    report = api.parity(merger, selection=True)
+    (part,) = report.selection
+    wrong = msgspec.structs.replace(part.choices[0], failures=("takes the later of two equal scores",))
+    part = msgspec.structs.replace(part, choices=(wrong, *part.choices[1:]))
+    report = msgspec.structs.replace(report, selection=(part,))
+    assert not report
+    assert _first_miss(report) == (
+        f"{part.model}, case {wrong.case}, choice 0 in {wrong.where}: takes the later of two equal scores"
+    )
+    forced = msgspec.structs.replace(part.forced[0], failures=("max rel error 1 above 2e-05",))
+    broken = msgspec.structs.replace(part, forced=(forced, *part.forced[1:]))
+    said = _first_miss(msgspec.structs.replace(report, selection=(broken,)))
+    assert f"output {forced.output}, with the original's choices forced: max rel error 1 above 2e-05" in said

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
+import edgecomp
 from edgecomp import api
 from edgecomp.backbones.assemble import assemble
 from edgecomp.bundle import golden_key, open_bundle
 from edgecomp.compressors._chain import Chain
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
-from edgecomp.parity import CASES, read_goldens
+from edgecomp.export.cut import write_half
+from edgecomp.parity import CASES, check_bucket, read_goldens
 from edgecomp.runners.chain import open_graph
 from edgecomp.specs import load_recipe
 from edgecomp.specs.order import Order
@@ -127,11 +130,55 @@ def test_a_bundle_holds_the_row(made, stem):
     assert report
     models = {row.model for row in report.outputs}
     whole = {"model.m4.b1.onnx", "model.m7.b1.onnx"}
-    parts = {"stem.onnx (spatial-frequency-protect alone)", *(f"{name} (tome alone)" for name in whole)}
-    assert models == (whole | parts if stem else whole)
+    fronts = ["stem.onnx"] if stem else whole
+    parts = {f"{name} ({FIRST} alone)" for name in fronts} | {f"{name} (tome alone)" for name in whole}
+    assert models == whole | parts
     assert {part.model for part in report.selection} == models
     wheres = {choice.where for part in report.selection if part.model in whole for choice in part.choices}
     assert wheres == {"compressor.first", "compressor.second"}
+
+
+def test_a_fault_in_either_half_of_one_graph_is_named(made, tmp_path):
+    """The halves are cut out of the graph itself: a node that is wrong there is wrong in its half alone."""
+    import shutil
+
+    import onnx_ir as ir
+
+    opened = made(**ROW, budget=[4, 7], stem=False)
+    first, second = opened.manifest.parts_of(opened.manifest.buckets[0])
+    assert [spec.name for spec in first.outputs] == [spec.name for spec in second.inputs]
+    assert first.outputs[0].shape == (1, 11, 64)
+    for half, wrong in ((first, "backbone"), (second, "compressor.second")):
+        folder = tmp_path / half.half
+        folder.mkdir()
+        shutil.copy(opened.path / "weights.data", folder)
+        model = ir.load(opened.path / half.model)
+        _spoil(model, wrong)
+        ir.save(model, folder / half.model)
+        missed = set()
+        for part in (first, second):
+            write_half(folder / half.model, folder / "half.onnx", part)
+            with open_graph("onnxruntime", opened, part, threads=1, model=folder / "half.onnx") as runner:
+                rows = check_bucket(runner, part, read_goldens(opened.path), opened.manifest.recipe.tolerances["fp32"])
+            missed |= {part.half for row in rows if not row}
+        assert missed == {half.half}
+
+
+def _spoil(model, module):
+    """Double what a module's last node of floating-point numbers gives."""
+    import onnx_ir as ir
+
+    nodes = [node for node in model.graph if node.metadata_props.get("edgecomp.module", "").startswith(module)]
+    value = next(node.outputs[0] for node in reversed(nodes) if node.outputs[0].dtype == ir.DataType.FLOAT)
+    name, shown = value.name, value.is_graph_output()
+    twice = ir.node("Add", [value, value])
+    twice.outputs[0].shape, twice.outputs[0].type = value.shape, value.type
+    value.replace_all_uses_with(twice.outputs[0], replace_graph_outputs=True)
+    twice.replace_input_with(0, value)
+    twice.replace_input_with(1, value)
+    model.graph.insert_after(value.producer(), twice)
+    if shown:
+        value.name, twice.outputs[0].name = f"inner.{name}", name
 
 
 def test_a_fault_in_either_part_is_named(made, tmp_path):
@@ -148,8 +195,6 @@ def test_a_fault_in_either_part_is_named(made, tmp_path):
     assert ir.load(opened.path / "stem.onnx").graph.outputs[0].name == "handed"
     wrong = {**goldens, key: goldens[key] + 1}
     assert len(save(wrong)) == len(save(goldens))
-    from edgecomp.parity import check_bucket
-
     tolerance = opened.manifest.recipe.tolerances["fp32"]
     with open_graph("onnxruntime", opened, part, threads=1) as runner:
         rows = check_bucket(runner, part, wrong, tolerance)
@@ -268,8 +313,91 @@ def test_names_and_files_that_are_not_there(tmp_path):
         api.export(FIRST, preset="smoke", then_weights="there.pt", out=tmp_path / "row")
 
 
+def test_three_in_a_row_are_refused(cli, tmp_path, monkeypatch):
+    """By the command line, by a recipe that names the second itself, and by a second whose recipe names a third."""
+    from edgecomp.specs import recipe as recipes
+    from edgecomp.specs._toml import to_toml
+
+    monkeypatch.chdir(tmp_path)
+    said = cli("export", "--method", FIRST, "--then", "tome", "--then", "perceiver")
+    assert said.code == 2
+    assert "--then tome --then perceiver: two methods stand in a row, not three" in said.err
+    own = followed_by(load_recipe(FIRST), Then("tome", between=11))
+    (tmp_path / "row.toml").write_text(to_toml(own))
+    with pytest.raises(InvalidSpec, match=f"{FIRST} then tome, as its recipe says, then perceiver: two methods"):
+        api.export(recipe=tmp_path / "row.toml", then="perceiver")
+    load = recipes.load_recipe
+    third = msgspec.structs.replace(load("tome"), then=Then("perceiver"))
+    monkeypatch.setattr(recipes, "load_recipe", lambda name: third if name == "tome" else load(name))
+    with pytest.raises(InvalidSpec, match=f"{FIRST} then tome then perceiver, as the recipe of tome says"):
+        followed_by(load(FIRST), Then("tome"))
+    assert [path.name for path in tmp_path.iterdir()] == ["row.toml"]
+
+
 def test_a_mask_goes_on(made):
     """Rows that the first method fills up are masked for the second."""
     opened = made("tome", preset="smoke-threshold", then="perceiver", then_preset="smoke-cross-only", budget=4)
     assert [spec.name for spec in opened.manifest.stem[0].outputs][:2] == ["handed", "handed_mask"]
     assert api.parity(opened.path)
+
+
+# -- weights of the second, and routers -------------------------------------------------------------------------
+
+
+def test_weights_of_the_second_are_given_again(made, tmp_path):
+    """A bundle whose second method has weights from a file is made again with that file, and with no other."""
+    second = edgecomp.compressor("perceiver", preset="smoke-cross-only", tokens=9, context_dim=16, seed=3)
+    file, other = second.save(tmp_path / "own.safetensors"), tmp_path / "other.safetensors"
+    edgecomp.compressor("perceiver", preset="smoke-cross-only", tokens=9, context_dim=16, seed=4).save(other)
+    options = {"preset": "smoke", "then": "perceiver", "then_preset": "smoke-cross-only", "between": 9, "budget": 4}
+    opened = open_bundle(api.export(FIRST, **options, then_weights=file, out=tmp_path / "row").bundle)
+    assert (opened.manifest.then.weights.kind, opened.manifest.then.weights.name) == ("file", file.name)
+    assert api.parity(opened.path, runner="torch", then_weights=file)
+    assert not api.parity(opened.path, per_layer=True, then_weights=file).culprits
+    assert api.profile(
+        opened.path, original=True, then_weights=str(file), runs=2, warmup_s=0, duration_s=0.01, stages=False
+    )
+    for given in ("random", other):
+        with pytest.raises(InvalidSpec, match=rf"--then-weights {given} is not that; give --then-weights FILE"):
+            api.parity(opened.path, runner="torch", then_weights=given)
+
+
+def test_weights_of_a_second_method_that_there_is_not(tmp_path):
+    opened = open_bundle(api.export("tome", preset="smoke-given", budget=5, out=tmp_path / "one").bundle)
+    with pytest.raises(InvalidSpec, match=r"--then-weights some\.pt: the bundle is of tome alone"):
+        api.parity(opened.path, runner="torch", then_weights="some.pt")
+
+
+def test_a_router_chooses_among_the_buckets_of_the_second(tmp_path):
+    """By the score of the second, on what the first hands over."""
+    opened = open_bundle(
+        api.export(FIRST, preset="smoke-host", then="attention-pruning", between=11, budget=[4, 7],
+                   then_params={"score": "norm"}, router="coverage", out=tmp_path / "row").bundle
+    )  # fmt: skip
+    (graph,) = opened.manifest.routers
+    assert graph.stem == "stem.onnx"
+    report = api.parity(opened.path)
+    assert report
+    assert any(row.model.startswith("routed to") for row in report.outputs)
+
+
+@pytest.mark.parametrize(("router", "reads"), [("detail", "image"), ("difficulty", "image"), ("policy", "handed")])
+def test_a_router_reads_the_image_or_what_is_handed_over(router, reads):
+    order = {"preset": "smoke-host", "between": 11, "budgets": ("4", "7"), "router": router}
+    made = _assemble(FIRST, "tome", **order, dtype=torch.float32).router
+    assert made.input_specs()[0].name == reads
+    assert made.site.tokens_in == 11
+
+
+@pytest.mark.parametrize(
+    ("router", "options", "words"),
+    [
+        ("complexity", {"preset": "smoke-host", "then": "tome", "between": 9}, "the 9 tokens .* lie on none"),
+        ("coverage", {"preset": "smoke-host", "then": "tome", "between": 9}, "of which this method makes none"),
+        ("policy", {"preset": "smoke", "then": "tome", "between": 9}, "of two in a row an image is routed"),
+    ],
+)
+def test_a_router_that_does_not_fit_a_row_is_refused(router, options, words, tmp_path):
+    with pytest.raises(InvalidSpec, match=words):
+        api.export(FIRST, budget=[4, 7], router=router, out=tmp_path / "row", **options)
+    assert list(tmp_path.iterdir()) == []
