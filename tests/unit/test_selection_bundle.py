@@ -363,7 +363,7 @@ def test_an_export_says_which_choice_broke_its_rule(merger):
     report = msgspec.structs.replace(report, selection=(part,))
     assert not report
     assert _first_miss(report) == (
-        f"{part.model}, case {wrong.case}, choice 0 in {wrong.where}: takes the later of two equal scores"
+        f"{part.model}, case {wrong.case}, choice {wrong.number} in {wrong.where}: takes the later of two equal scores"
     )
     forced = msgspec.structs.replace(part.forced[0], failures=("max rel error 1 above 2e-05",))
     broken = msgspec.structs.replace(part, forced=(forced, *part.forced[1:]))
