@@ -167,11 +167,12 @@ def _choose_params(
             f"weights file {order.weights} is in no layout of {method} ({type(error).__name__}: {error}); "
             f"first keys: {', '.join(list(state)[:5])}"
         ) from error
+    settled = decide(cls, params, found, order, "the weights")
     assumed = [name for name in cls.unstored_params if name not in {*found, *saved.params, *order.params}]
     if assumed:
-        taken = ", ".join(f"params.{name}={getattr(params, name)}{_rule_of(cls, params, name)}" for name in assumed)
+        taken = ", ".join(f"params.{name}={getattr(settled, name)}{_rule_of(cls, settled, name)}" for name in assumed)
         notes.append(f"assumed, since no checkpoint stores it: {taken}; --set it if the model was trained otherwise")
-    return decide(cls, params, found, order, "the weights")
+    return settled
 
 
 def _rule_of(cls: type[Compressor], params: Any, name: str) -> str:
