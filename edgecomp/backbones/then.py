@@ -41,7 +41,19 @@ def without_the_second(order: Order, placement: Placement, output: Output) -> Or
 def follow(
     order: Order, then: Then, compressors: Sequence[Compressor], notes: list[str]
 ) -> tuple[list[Compressor], ThenRecord]:
-    """Put the recipe's second method behind the first, once for each budget."""
+    """Put the recipe's second method behind the first, once for each budget; what it refuses names both."""
+    names = f"{order.recipe.method} then {then.method}"
+    try:
+        return _follow(order, then, compressors, notes)
+    except InvalidSpec as error:
+        if str(error).startswith(names):
+            raise
+        raise InvalidSpec(f"{names}: {error}") from error
+
+
+def _follow(
+    order: Order, then: Then, compressors: Sequence[Compressor], notes: list[str]
+) -> tuple[list[Compressor], ThenRecord]:
     first, method, recipe = compressors[0], order.recipe.method, load_recipe(then.method)
     names = f"{method} then {then.method}"
     if len(compressors) > 1:

@@ -284,7 +284,7 @@ def test_a_recipe_names_the_second_method(tmp_path):
         ("tome", {"preset": "smoke", "then": "tome"}, r"tome then tome: tome stands inside its host here"),
         ("tome", {"preset": "smoke-given", "then": "tome"},
          r"tome then tome: tome has the budgets 5, 12 where nothing is said, and hands .* example --between 5"),
-        (FIRST, {"preset": "smoke", "then": "tome", "between": 9, "budget": 10}, r"budget 10 .* 9"),
+        (FIRST, {"preset": "smoke", "then": "tome", "between": 9, "budget": 10}, r"protect then tome: budget 10 .* 9"),
         (FIRST, {"preset": "smoke", "then": "tome", "between": 5},
          "budget 5 is not possible for spatial-frequency-protect; it must be from 6 to 20"),
         ("tome", {"preset": "smoke-threshold", "then": "attention-pruning", "budget": 4,
