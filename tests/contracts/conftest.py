@@ -208,7 +208,7 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Smoke], Bun
         from edgecomp.bundle import open_bundle
 
         folder: Path = tmp_path_factory.mktemp("bundles") / f"{smoke.method}-{smoke.preset}"
-        options = {"budget": smoke.budgets, "batch": smoke.batches, "stem": False, "seed": SEED}
+        options = {"budget": smoke.budgets, "batch": smoke.batches, "stem": False, "router": "none", "seed": SEED}
         api.export(smoke.method, preset=smoke.preset, out=folder, **options)
         return open_bundle(folder)
 
