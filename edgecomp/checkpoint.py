@@ -7,29 +7,56 @@ it holds. Checkpoints come from anywhere, so nothing in them is believed: an ind
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from edgecomp.errors import WeightsError
+from edgecomp.files import JSON_ERRORS
 from edgecomp.specs.origin import file_sha256
 
-__all__ = ["PICKLES", "Entry", "Located", "Stored", "locate", "path_digest", "read_headers"]
+__all__ = [
+    "CONFIG",
+    "FLOATS",
+    "PICKLES",
+    "Entry",
+    "Located",
+    "Stored",
+    "count_tensors",
+    "locate",
+    "path_digest",
+    "read_headers",
+]
 
+#: Types that are read as weights.
+FLOATS = ("float64", "float32", "bfloat16", "float16")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS = ".safetensors"
+CONFIG = "config.json"  # of the model, where its folder has one
 _INDEX = ".index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{2,6})-of-(?P<count>\d{2,6})(?P<suffix>\.\w+)")
 _LARGEST_HEADER = 100_000_000  # bytes; what safetensors itself takes
 _LARGEST_INDEX = 256 << 20
+_BITS = re.compile(r"\d+")  # of a type's name: 16 of BF16
 _TYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
-    "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
+    "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool", "C64": "complex64",
+    "F4": "float4", "F6_E2M3": "float6_e2m3", "F6_E3M2": "float6_e3m2", "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
+
+
+class _Place(msgspec.Struct, frozen=True):
+    """Of a tensor, as the header of a safetensors file says it."""
+
+    dtype: str
+    shape: tuple[Annotated[int, Meta(ge=0, lt=1 << 48)], ...]
+    data_offsets: tuple[int, int]
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -69,6 +96,11 @@ class Located(msgspec.Struct, frozen=True):
         return self.files[0].suffix != SAFETENSORS
 
     @property
+    def config(self) -> Path:
+        """Where the model's configuration lies, if its folder has one."""
+        return self.files[0].with_name(CONFIG)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all files that are there."""
         return sum(file.stat().st_size for file in self.files)
@@ -103,6 +135,11 @@ class Stored(msgspec.Struct, frozen=True):
                 f"{len(lost)} of the tensors lie that are needed, first {', '.join(list(lost)[:3])}; bring these "
                 "shards too"
             )
+
+
+def count_tensors(count: int) -> str:
+    """Return `1 tensor`, `2 tensors`."""
+    return f"{count} tensor{'' if count == 1 else 's'}"
 
 
 def locate(path: Path) -> Located:
@@ -168,7 +205,7 @@ def _read_index(index: Path, *, named: Path) -> Located:
         )
     try:
         content: Any = msgspec.json.decode(index.read_bytes())
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except JSON_ERRORS as error:
         raise WeightsError(f"index {index} is no JSON ({error}); copy it again") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
@@ -266,25 +303,31 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raw: Any = msgspec.json.decode(file.read(length))
     except OSError as error:
         raise WeightsError(f"weights file {path} cannot be read: {error.strerror}; check the path") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except JSON_ERRORS as error:
         raise _damaged(path, size, f"the header is no JSON, {error}") from None
     if not isinstance(raw, dict):
         raise _damaged(path, size, "the header is no table of tensors")
-    metadata = raw.pop("__metadata__", None) or {}
+    metadata = raw.pop("__metadata__", None)
     entries, end = {}, 0
-    for name, told in raw.items():
+    for name, where in raw.items():
         try:
-            (begin, stop), shape = map(int, told["data_offsets"]), tuple(map(int, told["shape"]))
-            dtype = _TYPES.get(told["dtype"], str(told["dtype"]).lower())
-        except (KeyError, TypeError, ValueError):
+            place = msgspec.convert(where, _Place)
+        except msgspec.ValidationError:
             raise _damaged(path, size, f"the header says nothing of where {name!r} lies") from None
-        if not 0 <= begin <= stop or min(shape, default=0) < 0:
+        (begin, stop), dtype = place.data_offsets, _TYPES.get(place.dtype, place.dtype.lower())
+        if not 0 <= begin <= stop <= size:
             raise _damaged(path, size, f"the header gives {name!r} a place that cannot be")
-        entries[name] = Entry(path, shape, dtype, stop - begin)
+        bits = _BITS.search(place.dtype)
+        told_bits = math.prod(place.shape) * (8 if bits is None else int(bits[0]))
+        if told_bits != 8 * (stop - begin) and (bits is not None or dtype == "bool"):
+            shape = " x ".join(map(str, place.shape)) or "1"
+            raise _damaged(path, size, f"the header gives {name!r} {stop - begin} bytes for {shape} of {dtype}")
+        entries[name] = Entry(path, place.shape, dtype, stop - begin)
         end = max(end, stop)
     if 8 + length + end != size:
         raise _damaged(path, size, f"the header tells of {8 + length + end} bytes")
-    return entries, {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+    told = metadata.items() if isinstance(metadata, dict) else ()
+    return entries, {key: value for key, value in told if isinstance(value, str)}
 
 
 def _damaged(path: Path, size: int, problem: str) -> WeightsError:
@@ -294,11 +337,15 @@ def _damaged(path: Path, size: int, problem: str) -> WeightsError:
 def path_digest(path: Path) -> str:
     """Return a digest that tells one checkpoint from another before it is read.
 
-    Of a single file the sha256; of shards the index, and names, sizes and times of the files, which is no proof of
-    what they hold, but spares reading gigabytes to learn that a request is the one of before.
+    Of a single file the sha256, with that of a config.json beside it; of shards the index, and names, sizes and times
+    of the files, which is no proof of what they hold, but spares reading gigabytes to learn that a request is the one
+    of before.
     """
     located = locate(path)
+    config = located.config
     if not located.is_sharded:
-        return file_sha256(located.files[0])
+        digest = file_sha256(located.files[0])
+        return hashlib.sha256(f"{digest} {file_sha256(config)}".encode()).hexdigest() if config.is_file() else digest
     told = [f"{file.name} {(seen := file.stat()).st_size} {seen.st_mtime_ns}" for file in located.files]
+    told += [file_sha256(config)] if config.is_file() else []
     return hashlib.sha256("\n".join([msgspec.json.encode(located.index).decode(), *told]).encode()).hexdigest()

@@ -12,10 +12,12 @@ from torch import Tensor
 from edgecomp.backbones.host import Host, host_part
 from edgecomp.compressors._base import Compressor
 from edgecomp.compressors._checkpoint import Checkpoint, Saved
-from edgecomp.compressors._recognise import recognise, tell
+from edgecomp.compressors._declared import read_declared
+from edgecomp.compressors._recognise import OWN, recognise, tell
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
 from edgecomp.specs import BudgetRule, Output, Placement, Preprocess, Recipe, Site, TokenBudget, parse_budget
 from edgecomp.specs.budget import read_count
+from edgecomp.specs.layout import Match, best_match
 from edgecomp.specs.order import Order
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "find_preprocess",
     "find_site",
     "learned_rows",
+    "read_saved",
     "read_weights",
     "require_declared",
     "settle",
@@ -42,13 +45,13 @@ def read_weights(
     if order.weights == "random":
         return None, None, Saved()
     checkpoint = Checkpoint(Path(order.weights))
-    if not any(key.startswith(("compressor.", "backbone.")) for key in checkpoint.stored.names):
+    if not _is_of_both(checkpoint, order.recipe):
         match = recognise(order.recipe, cls, checkpoint.stored)
         if match is not None:
             notes.append(tell(match, order.recipe.method))
         state = checkpoint.read(match.names if match is not None else None, say=notes.append)
         own, host = cls.split_checkpoint(state)
-        return (own or state), (host or None), checkpoint.saved
+        return (own or state), (host or None), read_saved(checkpoint, match, order.recipe.method, notes)
     state = checkpoint.read(say=notes.append)
     own = {key.removeprefix("compressor."): value for key, value in state.items() if key.startswith("compressor.")}
     host = host_part(state)
@@ -59,6 +62,28 @@ def read_weights(
             f"{', '.join(stray[:5])}; remove them"
         )
     return (own or state), (host or None), Saved()
+
+
+def _is_of_both(checkpoint: Checkpoint, recipe: Recipe) -> bool:
+    """Say whether a file holds compressor and host under edgecomp's prefixes, which an original may use otherwise."""
+    names = checkpoint.stored.names
+    if all(key.startswith(("compressor.", "backbone.")) for key in names):
+        return True
+    match = best_match(names, recipe.layouts)
+    return any(key.startswith("compressor.") for key in names) and not (match is not None and match.fits)
+
+
+def read_saved(checkpoint: Checkpoint, match: Match | None, method: str, notes: list[str]) -> Saved:
+    """Return what is said of the module beside its weights: in the file itself, or in the original's config.json."""
+    saved = checkpoint.saved
+    if saved.params or match is None or match.layout.name == OWN:
+        return saved
+    declared = read_declared(checkpoint.stored.located.config, match, method=method)
+    if declared:
+        told = ", ".join(f"params.{name}={value} ({place})" for name, (value, place) in declared.items())
+        notes.append(f"config.json beside the weights says {told}")
+    values = {name: value for name, (value, _) in declared.items()} if declared is not None else None
+    return msgspec.structs.replace(saved, declared=values)
 
 
 def settle(
@@ -79,6 +104,13 @@ def settle(
             raise InvalidSpec(
                 f"params.{name}={order.params[name]} was set, and the weights were saved with {saved.params[name]}; "
                 "drop the --set, or match them"
+            )
+    declared = saved.declared or {}
+    for name in declared.keys() & order.params.keys():
+        if name not in ("tokens", "latents") and declared[name] != order.params[name]:
+            raise InvalidSpec(
+                f"params.{name}={order.params[name]} was set, and config.json beside the weights says "
+                f"{declared[name]}; drop the --set, or match them"
             )
     return preset, _choose_params(order, cls, order.recipe.preset(preset).params, state, saved, notes)
 
@@ -156,7 +188,7 @@ def _choose_params(
         values = {**msgspec.to_builtins(order.compressor.params), **order.params}
     else:
         cls.parse_params(preset, method=f"a preset of the recipe of {method}")
-        values = {**preset, **saved.params, **order.params}
+        values = {**preset, **saved.params, **(saved.declared or {}), **order.params}
     params = cls.parse_params(values, method=method)
     if state is None:
         return params
@@ -167,11 +199,22 @@ def _choose_params(
             f"weights file {order.weights} is in no layout of {method} ({type(error).__name__}: {error}); "
             f"first keys: {', '.join(list(state)[:5])}"
         ) from error
+    declared = saved.declared or {}
+    for name in declared.keys() & found.keys():
+        if declared[name] != found[name]:
+            raise WeightsError(
+                f"config.json beside {order.weights} says params.{name}={declared[name]}, and the weights "
+                f"{found[name]}; the two are not of one model"
+            )
     settled = decide(cls, params, found, order, "the weights")
-    assumed = [name for name in cls.unstored_params if name not in {*found, *saved.params, *order.params}]
+    told = {*found, *saved.params, *declared, *order.params}
+    assumed = [name for name in cls.unstored_params if name not in told]
     if assumed:
         taken = ", ".join(f"params.{name}={getattr(settled, name)}{_rule_of(cls, settled, name)}" for name in assumed)
-        notes.append(f"assumed, since no checkpoint stores it: {taken}; --set it if the model was trained otherwise")
+        beside = ", and nothing was read of it in config.json" if saved.declared is not None else ""
+        notes.append(
+            f"assumed, since no checkpoint stores it: {taken}{beside}; --set it if the model was trained otherwise"
+        )
     return settled
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from edgecomp.backbones.choices import learned_rows, require_declared, settle, usual_counts
+from edgecomp.backbones.choices import learned_rows, read_saved, require_declared, settle, usual_counts
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._checkpoint import Checkpoint
-from edgecomp.compressors._recognise import OWN, fitting, fitting_own
+from edgecomp.compressors._recognise import OWN, fitting, fitting_own, require_whole
 from edgecomp.errors import EdgecompError
 from edgecomp.specs import BudgetRule, Placement, load_recipe
 from edgecomp.specs.layout import Match
@@ -55,7 +55,10 @@ def candidates(path: Path, given: Mapping[str, Any]) -> tuple[Checkpoint, tuple[
 
 def _candidate(checkpoint: Checkpoint, method: str, match: Match, given: Mapping[str, Any]) -> Candidate:
     try:
+        if match.layout.name != OWN:
+            require_whole(match, load_recipe(method), checkpoint.stored)
         checkpoint.stored.require_there(match.names.values())
+        checkpoint.require_floats(match.names.values(), needed=match.needed)
         return _settled(checkpoint, method, match, given)
     except EdgecompError as error:
         return Candidate(method, match, problem=str(error))
@@ -68,9 +71,10 @@ def _settled(checkpoint: Checkpoint, method: str, match: Match, asked: Mapping[s
     inside = "inside" in recipe.placements and recipe.preset(recipe.defaults.preset).placement == "inside"
     backbone = "" if inside or match.layout.name == OWN else "none" if "after" in recipe.placements else ""
     order = Order(recipe=recipe, weights=str(checkpoint.path), backbone=backbone, params=asked)
-    preset, params = settle(order, cls, state, checkpoint.saved, notes)
+    saved = read_saved(checkpoint, match, method, notes)
+    preset, params = settle(order, cls, state, saved, notes)
     placement = recipe.preset(preset).placement
-    decided = (*checkpoint.saved.params, *cls.infer_params(state, params))
+    decided = (*saved.params, *(saved.declared or ()), *cls.infer_params(state, params))
     made = Candidate(
         method, match, preset, placement, msgspec.to_builtins(params), tuple(dict.fromkeys(decided)),
         width=int(getattr(params, cls.width_param, 0)), rule=recipe.rule(preset), notes=tuple(notes),

@@ -18,8 +18,9 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from edgecomp.checkpoint import Entry, locate, read_headers, stored_of
+from edgecomp.checkpoint import FLOATS, Entry, count_tensors, locate, read_headers, stored_of
 from edgecomp.errors import WeightsError
+from edgecomp.files import JSON_ERRORS
 from edgecomp.specs.origin import WeightsOrigin, file_origin
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "rename_key",
     "rename_keys",
     "renamed_part",
+    "spell_missing",
     "state_digest",
     "weights_origin",
     "write_checkpoint",
@@ -45,14 +47,20 @@ METHOD, PARAMS, PRESET = (
     "edgecomp.params",
     "edgecomp.preset",
 )  # in the metadata of what `Compressor.save` writes
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a word of a key
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
 class Saved(msgspec.Struct, frozen=True):
-    """What `Compressor.save` wrote of its module beside the weights; nothing in other files."""
+    """What is said of the module beside the weights: what `Compressor.save` wrote; of originals, their config.json.
+
+    Attributes:
+        declared: parameters as a config.json beside the weights gives them; None where there is no such file.
+    """
 
     params: dict[str, Any] = {}
     preset: str = ""
+    declared: dict[str, Any] | None = None
 
 
 class Checkpoint:
@@ -89,7 +97,7 @@ class Checkpoint:
         metadata = self.stored.metadata
         try:
             params = msgspec.json.decode(metadata.get(PARAMS, "{}"), type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except JSON_ERRORS as error:
             raise WeightsError(f"weights file {self.path}: {PARAMS} in its metadata is damaged ({error})") from None
         return Saved(params, metadata.get(PRESET, ""))
 
@@ -117,6 +125,22 @@ class Checkpoint:
         self._say_types(chosen.values(), say)
         return {name: read[name] for name in chosen}
 
+    def require_floats(self, names: Iterable[str], *, needed: Iterable[str]) -> None:
+        """Refuse by the headers alone what `read`, or loading what it read, would refuse: values that are no weights.
+
+        Args:
+            needed: those that are weights in any case; others may be counters or places.
+        """
+        weights, entries = set(needed), self.stored.entries
+        for key in names:
+            dtype = entries[key].dtype if key in entries else "float32"
+            if dtype in FLOATS or (key not in weights and "float" not in dtype):
+                continue
+            raise WeightsError(
+                f"weights file {entries[key].file}: {key!r} is stored as {dtype}, which is no plain floating type; "
+                "give the checkpoint in bfloat16, float16 or float32"
+            )
+
     def outline(self, names: Mapping[str, str]) -> dict[str, Tensor]:
         """Return tensors of the right shapes that hold nothing; those of absent shards are left out."""
         held = {name: self.stored.entries[key] for name, key in names.items() if key in self.stored.entries}
@@ -140,7 +164,7 @@ class Checkpoint:
         counts = Counter(self.stored.entries[key].dtype for key in keys)
         floats = {dtype: count for dtype, count in counts.most_common() if "float" in dtype}
         if set(floats) - {"float32"}:
-            mix = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in floats.items())
+            mix = ", ".join(f"{dtype} ({count_tensors(count)})" for dtype, count in floats.items())
             told = mix if len(floats) > 1 else next(iter(floats))
             say(f"{self.path.name} stores {told}; it was read as float32")
 
@@ -313,6 +337,30 @@ def count_numbered(names: Iterable[str], part: str) -> int:
     return 1 + max(map(int, numbers), default=-1)
 
 
+def spell_missing(key: str, spelt: Mapping[str, str]) -> str:
+    """Return what a file would call a key that it lacks, by the nearest one that it has; else edgecomp's own name."""
+    if not spelt:
+        return key
+    for other, told in spelt.items():  # the same tensor of another layer
+        if _NUMBER.sub("*", other) != _NUMBER.sub("*", key) or other == told:
+            continue
+        pairs = iter(zip(_NUMBER.findall(other), _NUMBER.findall(key), strict=True))
+        have, want = next(pairs, ("", ""))
+        words = told.split(".")
+        for place, word in enumerate(words):
+            if word == have:
+                words[place] = want
+                have, want = next(pairs, ("", ""))
+        if not have:
+            return ".".join(words)
+    module, _, leaf = key.rpartition(".")
+    for other, told in spelt.items():  # the weight of a bias
+        part, _, last = other.rpartition(".")
+        if module and part == module and told.endswith(f".{last}"):
+            return told.removesuffix(last) + leaf
+    return f"{key} (by edgecomp's name)"
+
+
 def load_exactly(
     module: nn.Module,
     state: Mapping[str, Tensor],
@@ -337,7 +385,7 @@ def load_exactly(
     skipped = tuple(key for key in state if any(fnmatch.fnmatchcase(key, pattern) for pattern in unread))
     given = {key: tensor for key, tensor in state.items() if key not in skipped}
     problems = []
-    missing = [key for key in own if key not in given]
+    missing = [spell_missing(key, spelt) for key in own if key not in given]
     unknown = [spelt.get(key, key) for key in given if key not in own]
     shapes = [
         f"{spelt.get(key, key)} {tuple(given[key].shape)} instead of {tuple(own[key].shape)}"
@@ -350,7 +398,7 @@ def load_exactly(
         if key in given and own[key].is_floating_point() and not given[key].is_floating_point()
     ]
     for what, keys in (
-        ("missing (by edgecomp's names)" if spelt else "missing", missing),
+        ("missing", missing),
         ("not known", unknown),
         ("of another shape", shapes),
         ("not of a floating type", types),

@@ -8,15 +8,24 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from edgecomp.checkpoint import Stored
+from edgecomp.checkpoint import Stored, count_tensors
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor
 from edgecomp.compressors._checkpoint import METHOD
 from edgecomp.errors import EdgecompError, WeightsError
 from edgecomp.specs import Recipe, load_recipe, method_names
-from edgecomp.specs.layout import Layout, Match, best_match, name_groups, number_keys
+from edgecomp.specs.layout import (
+    Layout,
+    Match,
+    best_match,
+    closest_by_words,
+    larger_form,
+    match_layout,
+    name_groups,
+    number_keys,
+)
 
-__all__ = ["OWN", "fitting", "fitting_own", "own_layout", "recognise", "tell"]
+__all__ = ["OWN", "fitting", "fitting_own", "own_layout", "recognise", "require_whole", "tell"]
 
 OWN = "edgecomp"
 
@@ -39,24 +48,44 @@ def recognise(recipe: Recipe, cls: type[Compressor], stored: Stored) -> Match | 
     names = stored.names
     match = best_match(names, recipe.layouts)
     if match is not None and match.fits:
-        _require_one(match, recipe, stored)
-        _require_known(match, recipe, stored)
+        require_whole(match, recipe, stored)
         return match
-    own = own_layout(recipe, cls)
-    if saved or own is None or not recipe.layouts or set(number_keys(names)) & {*own.keys, *own.optional}:
+    own = own_layout(recipe, cls) if not saved else None
+    if saved or (own is not None and set(number_keys(names)) & {*own.keys, *own.optional}):
         return None
-    raise WeightsError(_none_fits(recipe, stored, match))
+    others = [name for name, _ in fitting(stored) if name != recipe.method]
+    if others or (own is not None and recipe.layouts):
+        raise WeightsError(_none_fits(recipe, stored, match, others))
+    return None
+
+
+def require_whole(match: Match, recipe: Recipe, stored: Stored) -> None:
+    """Refuse a file that holds a layout twice, a larger form of it in part, or what it does not know."""
+    _require_one(match, recipe, stored)
+    larger = larger_form(stored.names, match, recipe.layouts)
+    if larger is not None:
+        lacking = [larger.prefix + key for key in larger.missing]
+        told = f"{', '.join(lacking[:5])}{', ...' if len(lacking) > 5 else ''}"
+        raise WeightsError(
+            f"weights file {stored.located.path} holds the layout {match.layout.name} of {recipe.method} in part: "
+            f"{len(lacking)} missing: {told}. Give the whole checkpoint, or save what is below {match.prefix!r} in a "
+            "file of its own"
+        )
+    _require_known(match, recipe, stored)
 
 
 def _require_one(match: Match, recipe: Recipe, stored: Stored) -> None:
     """Refuse a model that holds the layout twice."""
     same = [layout for layout in recipe.layouts if layout.name == match.layout.name]
     twice = [other for other in _matches(stored.names, same) if other.fits and other.prefix != match.prefix]
-    twice = [other for other in twice if not _nested(other, match)]
-    if twice:
+    apart: list[Match] = []  # the larger first, and no other form of what is in one of these
+    for other in sorted(twice, key=lambda one: -len(one.names)):
+        if not any(_nested(other, one) for one in (match, *apart)):
+            apart.append(other)
+    if apart:
         raise WeightsError(
-            f"weights file {stored.located.path} holds the layout {match.layout.name} {1 + len(twice)} times, below "
-            f"{match.prefix!r} and {twice[0].prefix!r}; save the one that is meant in a file of its own"
+            f"weights file {stored.located.path} holds the layout {match.layout.name} {1 + len(apart)} times, below "
+            f"{match.prefix!r} and {apart[0].prefix!r}; save the one that is meant in a file of its own"
         )
 
 
@@ -80,19 +109,19 @@ def _nested(one: Match, other: Match) -> bool:
 
 
 def _matches(names: Sequence[str], layouts: Sequence[Layout]) -> Iterator[Match]:
-    from edgecomp.specs.layout import match_layout
-
     for layout in layouts:
         yield from match_layout(names, layout)
 
 
-def _none_fits(recipe: Recipe, stored: Stored, nearest: Match | None) -> str:
+def _none_fits(recipe: Recipe, stored: Stored, nearest: Match | None, others: Sequence[str]) -> str:
     known = ", ".join(dict.fromkeys([*(layout.name for layout in recipe.layouts), OWN]))
     text = f"weights file {stored.located.path} is in none of the layouts of {recipe.method} ({known})"
-    if nearest is not None:
+    if nearest is not None and 2 * len(nearest.missing) <= nearest.required:
         below = f" below {nearest.prefix!r}" if nearest.prefix else ""
         text += f"; the nearest is {nearest.layout.name}{below}, with {nearest.differences()}"
-    others = [name for name, _ in fitting(stored) if name != recipe.method]
+    elif recipe.layouts:
+        layout = closest_by_words(stored.names, recipe.layouts)
+        text += f"; the nearest is {layout.name}, which needs {', '.join(layout.keys[:3])}"
     if others:
         text += f". It is a checkpoint of {' or '.join(others)}: give --method {others[0]}"
     else:
@@ -147,7 +176,7 @@ def fitting_own(stored: Stored) -> list[tuple[str, Match]]:
 def tell(match: Match, method: str) -> str:
     """Return the sentence that says what was recognised, and what was left out."""
     below = f", below {match.prefix!r}" if match.prefix else ""
-    text = f"weights in the layout {match.layout.name} of {method}{below}: {len(match.names)} tensors"
+    text = f"weights in the layout {match.layout.name} of {method}{below}: {count_tensors(len(match.names))}"
     if match.foreign:
         text += (
             f" of {len(match.names) + len(match.foreign)}; left out as of another model: {name_groups(match.foreign)}"

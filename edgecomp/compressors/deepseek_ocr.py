@@ -19,7 +19,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._base import Compressor, Natural, Params, Positive, constant
-from edgecomp.compressors._checkpoint import count_numbered, load_exactly, rename_key
+from edgecomp.compressors._checkpoint import count_numbered, load_exactly, rename_key, spell_missing
 from edgecomp.compressors._eager import norm_channels
 from edgecomp.compressors._grid import antialiased_line, bilinear_line, require_multiple, resample_grid
 from edgecomp.compressors._norms import ChannelLayerNorm
@@ -307,13 +307,21 @@ class DeepSeekOCR(Compressor):
             )
         found: dict[str, Any] = {"neck_dim": own["compress.0.weight"][1], "middle_dim": own["compress.0.weight"][0]}
         found["clip_dim"] = own["compress.1.weight"][0]
-        if "positions" not in own or "clip_positions" not in own:
+        if not {key.partition(".")[0] for key in own} & _VITS:
             return {**found, "part": "compressor"}
         if params.part == "compressor":
             return found
-        if "projector.weight" not in own:
+        end = [key for key in _END if key in own]
+        wanted = [*_VIT_TABLES, *(_END if end and params.part == "whole" else ())]
+        if missing := [key for key in wanted if key not in own]:
+            lost = ", ".join(spell_missing(key, {rename_key(name, _RULES): name for name in state}) for key in missing)
+            raise WeightsError(
+                f"weights of deepseek-ocr lack {lost}, and hold what belongs to it; give the whole checkpoint, or "
+                "--set params.part to what is in it"
+            )
+        if not end:
             found["part"] = "features"
-        else:
+        elif "projector.weight" in own:
             found["projector_dim"] = own["projector.weight"][0]
         found["table_side"], _, width = own["positions"]
         found["embed_dim"], found["depth"] = width, count_numbered(own, "blocks")
@@ -445,12 +453,16 @@ _RULES = (
     (r"^image_newline$", "newline"),
     (r"^view_sep[ea]rator$", "separator"),
 )
+#: Of the two ViTs, and what stands behind them in a whole encoder: all of each or none.
+_VIT_TABLES = ("positions", "clip_positions")
+_END = ("projector.weight", "projector.bias", "newline", "separator")
 _TOPS = frozenset(
     (
         "patch_embed", "positions", "blocks", "neck", "compress", "class_token", "clip_positions", "clip_norm",
         "clip_blocks", "projector", "newline", "separator",
     )
 )  # fmt: skip
+_VITS = _TOPS - {"compress", *(key.partition(".")[0] for key in _END)}
 
 
 def _to_own_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

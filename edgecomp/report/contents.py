@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from edgecomp.checkpoint import FLOATS, count_tensors
 from edgecomp.engines import EngineRecord
 from edgecomp.report.export import precision_line, router_line, then_lines
 from edgecomp.report.text import flops, size, table
@@ -206,12 +207,14 @@ def _describe_weights(contents: WeightsContents) -> str:
     where = "" if len(files) == 1 else f" in {len(files)} shards"
     total = size(sum(file.size_bytes for file in files))
     types = ", ".join(f"{name} ({count})" for name, count in contents.types.items())
+    others = [name for name in contents.types if name not in FLOATS]
+    read = f"all but {', '.join(others)}, which no weight may be in," if others else "all"
     lines = [
-        f"{contents.path}: checkpoint, {total}{where}, {contents.tensors} tensors",
+        f"{contents.path}: checkpoint, {total}{where}, {count_tensors(contents.tensors)}",
         *([f"  note       {contents.note}"] if contents.note else []),
         *(f"  absent     {name}: named by the index, and not there" for name in contents.absent),
         *([f"  saved by   edgecomp, method {contents.saved_by}"] if contents.saved_by else []),
-        f"  types      {types}; all are read as float32",
+        f"  types      {types}; {read} are read as float32",
         f"  keys       {contents.groups}",
     ]
     for fit in contents.fits:
@@ -231,8 +234,8 @@ def _describe_fit(fit: WeightsFit) -> list[str]:
     )
     kept = f", {', '.join(map(str, fit.kept))} kept by default" if fit.kept else ""
     return [
-        f"  fits       {fit.method}, layout {fit.layout}{below}: {fit.tensors} tensors, {size(fit.size_bytes)}",
-        *([f"  left out   {fit.foreign} tensors of other models: {fit.foreign_groups}"] if fit.foreign else []),
+        f"  fits       {fit.method}, layout {fit.layout}{below}: {count_tensors(fit.tensors)}, {size(fit.size_bytes)}",
+        *([f"  left out   {count_tensors(fit.foreign)} of other models: {fit.foreign_groups}"] if fit.foreign else []),
         *([f"  not known  {len(fit.unknown)}: {', '.join(fit.unknown[:5])}"] if fit.unknown else []),
         *([f"  PROBLEM    {fit.problem}"] if fit.problem else []),
         *([f"  sizes      {decided}"] if decided else []),

@@ -16,7 +16,16 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-__all__ = ["Layout", "Match", "best_match", "match_layout", "name_groups", "number_keys"]
+__all__ = [
+    "Layout",
+    "Match",
+    "best_match",
+    "closest_by_words",
+    "larger_form",
+    "match_layout",
+    "name_groups",
+    "number_keys",
+]
 
 Patterns = tuple[Annotated[str, Meta(pattern=r"^\S+$")], ...]
 
@@ -32,12 +41,17 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         keys: what each checkpoint in it holds, at least once.
         optional: what some hold.
         foreign: what stands under the same prefix in a whole model and belongs to another part of it.
+        config: parameters that no tensor stores -> where the original's config.json has them: a dotted key,
+            `1/key` for its inverse, or `(key/key)^2` for the tokens of a square.
+        fixed: keys of that file -> the only value that the method computes with.
     """
 
     name: Annotated[str, Meta(min_length=2)]
     keys: Annotated[Patterns, Meta(min_length=1)]
     optional: Patterns = ()
     foreign: Patterns = ()
+    config: dict[str, Annotated[str, Meta(pattern=r"^([^/()\s]+|1/[^/()\s]+|\([^/()\s]+/[^/()\s]+\)\^2)$")]] = {}
+    fixed: dict[str, str | float] = {}
 
 
 class Match(msgspec.Struct, frozen=True):
@@ -71,6 +85,12 @@ class Match(msgspec.Struct, frozen=True):
         held = self.required - len(self.missing)
         return held / self.required * (1 - len(self.unknown) / max(1, len(self.names)) / 2)
 
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The file's keys that answer to what every checkpoint in the layout holds."""
+        known = _Known(_expand_all(self.layout.keys))
+        return tuple(key for name, key in self.names.items() if known.has(tuple(name.split("."))))
+
     def differences(self, count: int = 3) -> str:
         """Return what the file lacks and has too much, the first of each."""
         parts = []
@@ -90,6 +110,30 @@ def best_match(keys: Sequence[str], layouts: Iterable[Layout]) -> Match | None:
 def _rank(match: Match) -> tuple[bool, int, float]:
     """Of those that fit, the one with the fewest strange keys, then with the most keys; of others the most complete."""
     return match.fits, (-len(match.unknown) if match.fits else 0), (len(match.names) if match.fits else match.share)
+
+
+def larger_form(keys: Sequence[str], match: Match, layouts: Iterable[Layout]) -> Match | None:
+    """Return the form of the same layout that a file holds in part: it needs keys that are foreign to `match`."""
+    left_out, taken = set(match.foreign), set(match.names.values())
+    for layout in layouts:
+        if layout.name != match.layout.name or layout == match.layout:
+            continue
+        for other in match_layout(keys, layout):
+            held = set(other.needed)
+            if not other.fits and held & left_out and held & taken:
+                return other
+    return None
+
+
+def closest_by_words(keys: Sequence[str], layouts: Sequence[Layout]) -> Layout:
+    """Return the layout of whose patterns the most end as a key does, where hardly one answers as a whole."""
+    last = {key.rpartition(".")[2] for key in keys}
+
+    def share(layout: Layout) -> float:
+        patterns = _expand_all(layout.keys)
+        return sum(pattern[-1] in last for pattern in patterns) / len(patterns)
+
+    return max(layouts, key=share)
 
 
 def match_layout(keys: Sequence[str], layout: Layout) -> list[Match]:

@@ -203,5 +203,5 @@ def test_load_exactly_spells_keys_as_the_file_does() -> None:
     state = {"weight": torch.zeros(3, 4), "spare": torch.zeros(1)}
     with pytest.raises(WeightsError) as caught:
         load_exactly(module, state, layout="tiny", file_keys={"weight": "layers.0.w", "spare": "layers.0.x"})
-    for words in ("1 missing (by edgecomp's names): bias", "1 not known: layers.0.x", "layers.0.w (3, 4) instead of"):
+    for words in ("1 missing: bias (by edgecomp's name)", "1 not known: layers.0.x", "layers.0.w (3, 4) instead of"):
         assert words in str(caught.value)

@@ -93,7 +93,7 @@ def test_pickled_shards(tmp_path: Path) -> None:
     said: list[str] = []
     read = read_checkpoint(tmp_path, say=said.append)
     assert {name: value.dtype for name, value in read.items()} == {"a": torch.float32, "b": torch.float32}
-    assert said == [f"{tmp_path.name} stores float32 (1 tensors), bfloat16 (1 tensors); it was read as float32"]
+    assert said == [f"{tmp_path.name} stores float32 (1 tensor), bfloat16 (1 tensor); it was read as float32"]
 
 
 def test_only_what_is_needed_is_read(tmp_path: Path) -> None:

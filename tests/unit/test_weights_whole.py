@@ -1,0 +1,280 @@
+"""What is refused, or read, beside the tensors of a whole model: half of it, its config.json, what headers say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from safetensors.torch import load_file, save_file  # noqa: E402 - torch first, or skip
+
+import edgecomp  # noqa: E402
+from edgecomp import api  # noqa: E402
+from edgecomp.checkpoint import path_digest  # noqa: E402
+from edgecomp.compressors import compressor_class  # noqa: E402
+from edgecomp.compressors._checkpoint import Checkpoint, spell_missing  # noqa: E402
+from edgecomp.compressors._recognise import recognise  # noqa: E402
+from edgecomp.errors import InvalidSpec, WeightsError  # noqa: E402
+from edgecomp.report.contents import describe_contents  # noqa: E402
+from edgecomp.specs import load_recipe  # noqa: E402
+from edgecomp.specs.layout import Layout, _expand_all  # noqa: E402
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    tensors = load_file(GOLDEN / name)
+    return {key.removeprefix("weight."): value for key, value in tensors.items() if key.startswith("weight.")}
+
+
+def idefics1() -> dict[str, torch.Tensor]:
+    state = golden("perceiver_idefics1/n50.safetensors")
+    return state | {"latents": torch.cat([state["latents"], state["latents"].flip(0)])}
+
+
+def keys_of(layout: Layout, *, optional: bool = False) -> list[str]:
+    """Return one key for each pattern, of module 0 of each list."""
+    patterns = (*layout.keys, *layout.optional) if optional else layout.keys
+    return [".".join("0" if word == "*" else word for word in words) for words in _expand_all(patterns)]
+
+
+def write(path: Path, keys: Iterable[str]) -> Path:
+    save_file({key: torch.zeros(1) for key in keys}, path)
+    return path
+
+
+def refusal(method: str, path: Path) -> str:
+    with pytest.raises(WeightsError) as caught:
+        recognise(load_recipe(method), compressor_class(method), Checkpoint(path).stored)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# -- half of a whole model ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "form", "lost"),
+    [
+        ("perceiver", 4, "modality_projection.up_proj.weight"),
+        ("deepseek-ocr", 1, "multi_modal_projector.weight"),
+        ("fastvlm", 0, "mm_projector.0.weight"),
+        ("fastvlm", 2, "multi_modal_projector.linear_1.weight"),
+    ],
+)
+def test_a_whole_model_that_lacks_a_key_is_no_smaller_form(method: str, form: int, lost: str, tmp_path: Path) -> None:
+    layout = load_recipe(method).layouts[form]
+    keys = [f"model.{key}" for key in keys_of(layout)]
+    assert f"model.{lost}" in keys
+    path = write(tmp_path / "x.safetensors", [key for key in keys if key != f"model.{lost}"] + ["lm_head.weight"])
+    text = refusal(method, path)
+    assert f"holds the layout {layout.name} of {method} in part: 1 missing: model.{lost}" in text
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [("projector.layers.weight", "projector.layers.weight"), ("image_newline", r"newline \(by edgecomp's name\)")],
+)
+def test_what_stands_behind_deepseeks_encoder_is_there_whole_or_not_at_all(lost: str, told: str) -> None:
+    cls = compressor_class("deepseek-ocr")
+    keys = keys_of(load_recipe("deepseek-ocr").layouts[0], optional=True)
+    state = {key: torch.zeros(1, 1, 1, 1) for key in keys if key != lost}
+    with pytest.raises(WeightsError, match=f"lack {told}, and hold what belongs to it"):
+        cls.infer_params(state, cls.Params())
+
+
+def test_forms_of_one_copy_are_not_counted_as_copies(tmp_path: Path) -> None:
+    keys = keys_of(load_recipe("perceiver").layouts[4])
+    copies = [f"{who}.model.connector.{key}" for who in ("student", "teacher") for key in keys]
+    assert "holds the layout idefics2 2 times" in refusal("perceiver", write(tmp_path / "x.safetensors", copies))
+
+
+# -- whose keys -----------------------------------------------------------------------------------------------
+
+
+def test_a_part_of_a_model_may_be_called_compressor(tmp_path: Path) -> None:
+    own = {f"compressor.resampler.{key}": value for key, value in idefics1().items()}
+    broken = {"backbone.layers.0.weight": torch.full((2,), torch.nan), "language_model.norm": torch.zeros(2)}
+    save_file(own | broken, tmp_path / "x.safetensors")
+    module = edgecomp.compressor("perceiver", weights=tmp_path / "x.safetensors", tokens=50, head_dim=16)
+    assert torch.equal(module.latents, idefics1()["latents"])
+
+
+def test_a_part_of_edgecomps_own_with_strangers_says_which(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", ["compressor.latents", "backbone.cls_token", "spare.weight"])
+    with pytest.raises(WeightsError, match=r"1 of neither: spare\.weight"):
+        edgecomp.compressor("perceiver", weights=path)
+
+
+def test_what_blip2_keeps_for_retrieval_is_another_models(tmp_path: Path) -> None:
+    recipe = load_recipe("q-former")
+    more = ["embeddings.word_embeddings.weight", "itm_head.bias", "text_projection.weight", "vision_projection.bias",
+            "qformer.encoder.layer.0.intermediate.dense.weight"]  # fmt: skip
+    path = write(tmp_path / "x.safetensors", [*keys_of(recipe.layouts[0]), *more])
+    match = recognise(recipe, compressor_class("q-former"), Checkpoint(path).stored)
+    assert match is not None
+    assert sorted(match.foreign) == sorted(more)
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "texts"),
+    [
+        ("resampler-2d", ["multi_modal_projector.linear_1.weight", "multi_modal_projector.linear_1.bias"],
+         ("in none of the layouts of resampler-2d", "nearest is minicpm-v, which needs {query,proj}, ", "Convert")),
+        ("pixel-shuffle", ["visual.merger.proj.x"], ("the nearest is internvl, which needs {layer_norm,",)),
+    ],
+)  # fmt: skip
+def test_where_no_key_answers_the_closest_layout_is_named(
+    method: str, keys: Sequence[str], texts: Sequence[str], tmp_path: Path
+) -> None:
+    text = refusal(method, write(tmp_path / "x.safetensors", keys))
+    for words in texts:
+        assert words in text, text
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "dtem", "vist"])
+def test_methods_without_layouts_name_the_method_of_a_file_too(method: str, tmp_path: Path) -> None:
+    save_file(idefics1(), tmp_path / "x.safetensors")
+    assert "It is a checkpoint of perceiver: give --method perceiver" in refusal(method, tmp_path / "x.safetensors")
+
+
+def test_a_missing_key_is_spelt_as_the_file_would() -> None:
+    spelt = {
+        "layers.0.ff.fc1.weight": "blocks.0.1.fc.weight",
+        "norm.weight": "layer_norm.weight",
+        "layers.1.ff.norm.bias": "blocks.1.1.ln.bias",
+    }
+    for own, told in (
+        ("layers.1.ff.fc1.weight", "blocks.1.1.fc.weight"),
+        ("layers.0.ff.norm.bias", "blocks.0.1.ln.bias"),
+        ("norm.bias", "layer_norm.bias"),
+        ("latents", "latents (by edgecomp's name)"),
+    ):
+        assert spell_missing(own, spelt) == told
+
+
+# -- config.json beside the weights -----------------------------------------------------------------------------
+
+
+def write_with_config(folder: Path, state: dict[str, torch.Tensor], config: Any) -> Path:
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_config_beside_the_weights_tells_what_no_tensor_stores(tmp_path: Path) -> None:
+    config = {"perceiver_config": {"resampler_head_dim": 8}}
+    folder = write_with_config(tmp_path, {f"model.p.{key}": value for key, value in idefics1().items()}, config)
+    module = edgecomp.compressor("perceiver", weights=folder, tokens=50)
+    assert (module.params.head_dim, module.params.num_heads) == (8, 4)
+    (fit,) = api.inspect(weights=folder).fits
+    assert fit.params["head_dim"] == 8
+    assert "config.json beside the weights says params.head_dim=8 (perceiver_config.resampler_head_dim)" in fit.notes
+    with pytest.raises(InvalidSpec, match=r"head_dim=16 was set, and config\.json beside the weights says 8"):
+        edgecomp.compressor("perceiver", weights=folder, tokens=50, head_dim=16)
+
+    before = path_digest(folder)
+    (folder / "config.json").write_text(json.dumps({"perceiver_config": {"resampler_head_dim": 16}}))
+    assert path_digest(folder) != before  # so that no earlier bundle is taken for this one
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ("[" * 150_000, "is no JSON"),
+        ({"scale_factor": "2"}, "says scale_factor='2', where a number above 0 belongs"),
+        ({"scale_factor": True}, "says scale_factor=True, where a number above 0 belongs"),
+        ({"scale_factor": -1}, "says scale_factor=-1, where"),
+    ],
+)
+def test_a_config_that_cannot_be(config: Any, text: str, tmp_path: Path) -> None:
+    folder = write_with_config(tmp_path, {"c.modality_projection.proj.weight": torch.zeros(4, 16)}, {})
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    with pytest.raises(WeightsError) as caught:
+        edgecomp.compressor("pixel-shuffle", weights=folder)
+    assert text in str(caught.value)
+    assert str(folder / "config.json") in str(caught.value)
+
+
+def test_a_config_of_another_activation_is_refused(tmp_path: Path) -> None:
+    state = {f"{name}.{leaf}": torch.zeros(16, 16)[0 if leaf == "bias" or name == "layer_norm" else slice(None)].clone()
+             for name in ("layer_norm", "linear_1", "linear_2") for leaf in ("weight", "bias")}  # fmt: skip
+    folder = write_with_config(tmp_path, state, {"projector_hidden_act": "relu", "downsample_ratio": 0.5})
+    with pytest.raises(WeightsError, match="says projector_hidden_act='relu', and pixel-shuffle computes with 'gelu'"):
+        edgecomp.compressor("pixel-shuffle", weights=folder)
+    config = {"projector_hidden_act": "gelu", "downsample_ratio": 0.25,
+              "vision_config": {"image_size": [64, 64], "patch_size": [8, 8]}}  # fmt: skip
+    write_with_config(tmp_path, state, config)
+    module = edgecomp.compressor("pixel-shuffle", weights=folder)
+    assert (module.params.factor, module.params.embed_dim, module.params.tokens) == (4, 1, 64)
+    write_with_config(tmp_path, state, {})
+    notes = next(fit.notes for fit in api.inspect(weights=folder).fits if fit.method == "pixel-shuffle")
+    assert any("params.factor=2" in note and ", and nothing was read of it in config.json" in note for note in notes)
+
+
+# -- inspect offers nothing that export refuses -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.float8_e4m3fn, "float8_e4m3fn"), (torch.int64, "int64"), (torch.complex64, "complex64")]
+)
+def test_inspect_says_what_types_are_refused(dtype: Any, name: str, tmp_path: Path) -> None:
+    state = idefics1()
+    save_file(state | {"latents": state["latents"].to(dtype)}, tmp_path / "x.safetensors")
+    contents: Any = api.inspect(weights=tmp_path / "x.safetensors", params={"head_dim": 16})
+    (fit,) = contents.fits
+    assert f"'latents' is stored as {name}, which is no plain floating type" in fit.problem
+    assert fit.command == ""
+    assert f"all but {name}, which no weight may be in, are read as float32" in describe_contents(contents)
+
+
+def test_inspect_says_that_a_layout_is_there_twice(tmp_path: Path) -> None:
+    state = {f"{who}.{key}": value.clone() for key, value in idefics1().items() for who in ("see", "hear")}
+    save_file(state, tmp_path / "x.safetensors")
+    (fit,) = api.inspect(weights=tmp_path / "x.safetensors", params={"head_dim": 16}).fits
+    assert "holds the layout idefics1 2 times" in fit.problem
+
+
+# -- headers --------------------------------------------------------------------------------------------------
+
+
+def write_header(path: Path, header: str, num_bytes: int) -> Path:
+    text = header.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(num_bytes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "text"),
+    [
+        ("[" * 150_000, "the header is no JSON"),
+        ('{"__metadata__":' + "[" * 150_000, "the header is no JSON"),
+        ('{"a":{"dtype":"F32","shape":[1e308,4],"data_offsets":[0,8]}}', "says nothing of where 'a' lies"),
+        ('{"a":{"dtype":"F32","shape":[1180591620717411303424,4],"data_offsets":[0,8]}}', "nothing of where 'a' lies"),
+        ('{"a":{"dtype":"F32","shape":"48","data_offsets":[0,8]}}', "says nothing of where 'a' lies"),
+        (
+            '{"a":{"dtype":"F32","shape":[4096,4608],"data_offsets":[0,8]}}',
+            "gives 'a' 8 bytes for 4096 x 4608 of float",
+        ),
+        ('{"a":{"dtype":"BOOL","shape":[4],"data_offsets":[0,8]}}', "gives 'a' 8 bytes for 4 of bool"),
+        ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,80]}}', "gives 'a' a place that cannot be"),
+    ],
+)
+def test_headers_that_cannot_be(header: str, text: str, tmp_path: Path) -> None:
+    path = write_header(tmp_path / "x.safetensors", header, 8)
+    with pytest.raises(WeightsError) as caught:
+        Checkpoint(path)
+    assert text in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_an_index_that_nests_beyond_reason(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map":' + "[" * 150_000)
+    with pytest.raises(WeightsError, match=r"index .* is no JSON"):
+        Checkpoint(tmp_path)
