@@ -18,11 +18,12 @@ from edgecomp import api  # noqa: E402
 from edgecomp.checkpoint import path_digest  # noqa: E402
 from edgecomp.compressors import compressor_class  # noqa: E402
 from edgecomp.compressors._checkpoint import Checkpoint, spell_missing  # noqa: E402
+from edgecomp.compressors._declared import read_declared  # noqa: E402
 from edgecomp.compressors._recognise import recognise  # noqa: E402
 from edgecomp.errors import InvalidSpec, WeightsError  # noqa: E402
 from edgecomp.report.contents import describe_contents  # noqa: E402
 from edgecomp.specs import load_recipe  # noqa: E402
-from edgecomp.specs.layout import Layout, _expand_all  # noqa: E402
+from edgecomp.specs.layout import Layout, _expand_all, best_match  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -181,6 +182,17 @@ def test_a_config_beside_the_weights_tells_what_no_tensor_stores(tmp_path: Path)
     before = path_digest(folder)
     (folder / "config.json").write_text(json.dumps({"perceiver_config": {"resampler_head_dim": 16}}))
     assert path_digest(folder) != before  # so that no earlier bundle is taken for this one
+
+
+def test_deepseeks_config_tells_the_heads_of_its_second_vit(tmp_path: Path) -> None:
+    recipe = load_recipe("deepseek-ocr")
+    match = best_match([f"model.{key}" for key in keys_of(recipe.layouts[0])], recipe.layouts)
+    assert match is not None
+    path = tmp_path / "config.json"
+    assert read_declared(path, match, method=recipe.method) is None
+    path.write_text(json.dumps({"vision_config": {"width": {"clip-l-14-224": {"heads": 8}}}}))
+    told = {"clip_heads": (8, "vision_config.width.clip-l-14-224.heads")}
+    assert read_declared(path, match, method=recipe.method) == told
 
 
 @pytest.mark.parametrize(
