@@ -46,9 +46,8 @@ def follow(
     try:
         return _follow(order, then, compressors, notes)
     except InvalidSpec as error:
-        if str(error).startswith(names):
-            raise
-        raise InvalidSpec(f"{names}: {error}") from error
+        text = str(error).replace("--set params.", "--set then.")
+        raise InvalidSpec(text if text.startswith(names) else f"{names}: {text}") from error
 
 
 def _follow(

@@ -294,6 +294,8 @@ def test_a_recipe_names_the_second_method(tmp_path):
          r"params.embed_dim=8 was set, and the tokens of spatial-frequency-protect say 16"),
         (FIRST, {"preset": "smoke", "then": "slow-fast", "between": 9,
                  "then_params": {"words": 7}, "then_preset": "smoke"}, "9 tokens are no 4 equal rows"),
+        ("deepseek-ocr", {"preset": "smoke", "then": "c-abstractor"},
+         r"deepseek-ocr then c-abstractor: .* 7 tokens in are no square grid.*--set then\.grid_rows=ROWS"),
         (FIRST, {"preset": "smoke", "between": 9}, "--between: there is one method; name the second with --then"),
         (FIRST, {"preset": "smoke", "then": "tome", "between": -1}, "--between -1 is below 0"),
     ],
