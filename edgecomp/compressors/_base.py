@@ -69,6 +69,8 @@ class Compressor(nn.Module):
     preset: str = ""
     #: The parameter that a host's width decides.
     width_param: ClassVar[str] = "embed_dim"
+    #: Whether `load_original` takes layouts of other methods, which stand inside this one.
+    takes_inner_layouts: ClassVar[bool] = False
     #: Parameters that no checkpoint stores; the export says which value it took.
     unstored_params: ClassVar[tuple[str, ...]] = ()
     #: What 0 stands for in those where it stands for a rule; `{params.NAME}` is filled in.

@@ -50,8 +50,10 @@ def recognise(recipe: Recipe, cls: type[Compressor], stored: Stored) -> Match | 
     if match is not None and match.fits:
         require_whole(match, recipe, stored)
         return match
-    own = own_layout(recipe, cls) if not saved else None
-    if saved or (own is not None and set(number_keys(names)) & {*own.keys, *own.optional}):
+    if saved or cls.takes_inner_layouts:
+        return None
+    own = own_layout(recipe, cls)
+    if own is not None and set(number_keys(names)) & {*own.keys, *own.optional}:
         return None
     others = [name for name, _ in fitting(stored) if name != recipe.method]
     if others or (own is not None and recipe.layouts):

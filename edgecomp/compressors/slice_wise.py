@@ -65,6 +65,7 @@ class SliceWise(Compressor):
     """
 
     Params = SliceWiseParams
+    takes_inner_layouts = True
     width_param = "context_dim"
     params: SliceWiseParams
 

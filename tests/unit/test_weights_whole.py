@@ -144,6 +144,20 @@ def test_methods_without_layouts_name_the_method_of_a_file_too(method: str, tmp_
     assert "It is a checkpoint of perceiver: give --method perceiver" in refusal(method, tmp_path / "x.safetensors")
 
 
+def test_what_a_class_alone_knows_is_not_another_methods(tmp_path: Path) -> None:
+    """slice-wise takes its inner method's layouts, query-decoder torch's own decoder; neither recipe declares one."""
+    layer = torch.nn.TransformerDecoderLayer(16, 2, 32)
+    decoder = {f"decoder.{key}": value for key, value in torch.nn.TransformerDecoder(layer, 1).state_dict().items()}
+    for method, state in (
+        ("slice-wise", idefics1()),
+        ("query-decoder", decoder | {"queries": torch.zeros(4, 16)}),
+        ("evit", golden("evit/keep70_fuse.safetensors")),
+    ):
+        path = tmp_path / f"{method}.safetensors"
+        save_file(state, path)
+        assert recognise(load_recipe(method), compressor_class(method), Checkpoint(path).stored) is None
+
+
 def test_a_missing_key_is_spelt_as_the_file_would() -> None:
     spelt = {
         "layers.0.ff.fc1.weight": "blocks.0.1.fc.weight",
@@ -184,15 +198,28 @@ def test_a_config_beside_the_weights_tells_what_no_tensor_stores(tmp_path: Path)
     assert path_digest(folder) != before  # so that no earlier bundle is taken for this one
 
 
-def test_deepseeks_config_tells_the_heads_of_its_second_vit(tmp_path: Path) -> None:
-    recipe = load_recipe("deepseek-ocr")
-    match = best_match([f"model.{key}" for key in keys_of(recipe.layouts[0])], recipe.layouts)
+@pytest.mark.parametrize(
+    ("method", "form", "prefix", "config", "told"),
+    [
+        ("deepseek-ocr", 0, "model.", {"vision_config": {"width": {"clip-l-14-224": {"heads": 8}}}}, {"clip_heads": 8}),
+        ("q-former", 2, "", {"model_type": "blip_2_qformer", "num_attention_heads": 3}, {"num_heads": 3}),
+        ("q-former", 2, "", {"model_type": "llama", "num_attention_heads": 3}, {}),
+        ("q-former", 2, "llm.", {"model_type": "blip_2_qformer", "num_attention_heads": 3}, {}),
+        ("q-former", 0, "", ["no", "table"], {}),
+    ],
+)
+def test_where_a_config_says_it(
+    method: str, form: int, prefix: str, config: Any, told: dict[str, int], tmp_path: Path
+) -> None:
+    recipe = load_recipe(method)
+    match = best_match([f"{prefix}{key}" for key in keys_of(recipe.layouts[form])], recipe.layouts)
     assert match is not None
     path = tmp_path / "config.json"
-    assert read_declared(path, match, method=recipe.method) is None
-    path.write_text(json.dumps({"vision_config": {"width": {"clip-l-14-224": {"heads": 8}}}}))
-    told = {"clip_heads": (8, "vision_config.width.clip-l-14-224.heads")}
-    assert read_declared(path, match, method=recipe.method) == told
+    assert read_declared(path, match, method=method) is None
+    path.write_text(json.dumps(config))
+    found = read_declared(path, match, method=method)
+    assert found is not None
+    assert {name: value for name, (value, _) in found.items()} == told
 
 
 @pytest.mark.parametrize(
