@@ -56,7 +56,7 @@ def compressor(
         raise InvalidSpec(f"{method}: grid={grid}, queries={queries}: neither can be below 0")
     if grid:
         params |= {"grid": grid} if "grid" in known else {"tokens": _tokens_of(method, grid, params)}
-    if isinstance(queries, int) and queries and "queries" in known:
+    if str(weights) == "random" and isinstance(queries, int) and queries and "queries" in known:
         params["queries"] = queries
     order = read_order(
         method, "", preset, "none", weights, "random", (str(queries),) if queries else (), 1, image_size, 0, output,

@@ -261,9 +261,13 @@ def _folder_digest(folder: str | Path) -> str:
 def _module_digest(module: Any) -> str:
     if module is None:
         return ""
+    from edgecomp.compressors._base import Compressor
     from edgecomp.compressors._checkpoint import state_digest
 
-    return f"{type(module).__qualname__} {module!r} {state_digest(module.state_dict())}"
+    form = ""  # of a compressor: what neither its weights nor its parts tell
+    if isinstance(module, Compressor):
+        form = f"{module.preset} {module.params} {module.site} {module.budget} {module.output}"
+    return f"{type(module).__qualname__} {module!r} {form} {state_digest(module.state_dict())}"
 
 
 def tools(*others: str) -> dict[str, str]:

@@ -66,12 +66,14 @@ def assemble(order: Order) -> Assembly:
     preset_name, params = settle(order, cls, state, saved, notes)
     preset = recipe.preset(preset_name)
     output = choose_output(order)
-    image_size = order.image_size or preset.image_size
+    image_size = order.image_size or saved.image_size or preset.image_size
+    if saved.image_size and image_size != saved.image_size:
+        notes.append(f"the weights were saved at an image size of {saved.image_size}, and {image_size} was asked for")
     keep_head = preset.placement == "inside" and output == "logits"
     host, host_origin = make_host(order, preset, image_size, keep_head, host_state, cls.levels_of(params), notes)
     site, params = find_site(order, cls, preset.placement, params, host, image_size or recipe.defaults.image_size)
     alone = without_the_second(order, preset.placement, output)
-    budgets = choose_budgets(alone, cls, preset_name, params, site, notes)
+    budgets = choose_budgets(alone, cls, preset_name, params, site, saved, notes)
     params = cls.for_budgets(params, [budget.tokens_out for budget in budgets])
     preprocess = find_preprocess(recipe, host, site)
 

@@ -119,7 +119,13 @@ def _choose_preset(
     order: Order, cls: type[Compressor], state: Mapping[str, Tensor] | None, saved: Saved, notes: list[str]
 ) -> str:
     """Return the preset: the one named, the one of the checkpoint's layout, or the placement's own."""
-    recipe = order.recipe
+    recipe, module = order.recipe, order.compressor
+    own_preset = module.preset if module is not None and module.preset in recipe.presets else ""
+    if order.preset and own_preset and order.preset != own_preset:
+        raise InvalidSpec(
+            f"preset {order.preset} of {recipe.method} was asked for, and the module given was made from {own_preset}; "
+            "drop the preset"
+        )
     if order.preset:
         if recipe.preset(order.preset).placement == "encoder" and order.backbone not in ("", "none"):
             raise InvalidSpec(
@@ -133,15 +139,17 @@ def _choose_preset(
                 f"{layout}; drop --preset"
             )
         return order.preset
-    if order.compressor is not None:
-        placement: Placement = order.compressor.site.placement
+    if module is not None:
+        placement: Placement = module.site.placement
+        if own_preset and recipe.preset(own_preset).placement == placement:
+            return own_preset
+    elif saved.preset in recipe.presets and _stands_with(order.backbone, recipe.preset(saved.preset).placement):
+        notes.append(f"the weights were saved from the preset {saved.preset}")
+        return saved.preset
     elif order.backbone:
         placement = _placement_with(recipe, order.backbone)
     else:
         placement = recipe.preset(recipe.defaults.preset).placement
-    if saved.preset in recipe.presets and recipe.preset(saved.preset).placement == placement:
-        notes.append(f"the weights were saved from the preset {saved.preset}")
-        return saved.preset
     layout = cls.layout_of(state) if state is not None else ""
     for name, preset in recipe.presets.items():
         if layout and preset.layout == layout and preset.placement == placement:
@@ -151,6 +159,13 @@ def _choose_preset(
     if own.placement == placement:
         return recipe.defaults.preset
     return recipe.placements[placement]
+
+
+def _stands_with(backbone: object, placement: Placement) -> bool:
+    """Say whether a place is possible with the host that was asked for, if one was."""
+    if isinstance(backbone, str) and backbone in ("", "none"):
+        return not backbone or placement != "inside"
+    return placement in ("inside", "after")
 
 
 def _placement_with(recipe: Recipe, backbone: object) -> Placement:
@@ -291,9 +306,9 @@ def find_preprocess(recipe: Recipe, host: Host | None, site: Site) -> Preprocess
 
 
 def choose_budgets(
-    order: Order, cls: type[Compressor], preset: str, params: Any, site: Site, notes: list[str]
+    order: Order, cls: type[Compressor], preset: str, params: Any, site: Site, saved: Saved, notes: list[str]
 ) -> tuple[TokenBudget, ...]:
-    """Return the budgets in ascending order: those asked for, or what method and recipe keep where nothing is said."""
+    """Return the budgets in ascending order: those asked for, or what weights, method and recipe keep by themselves."""
     rule = order.recipe.rule(preset).narrowed(cls.possible_counts(params, site))
     tokens_in = cls.count_tokens(params, site)
     asked = order.budgets
@@ -305,8 +320,14 @@ def choose_budgets(
             )
         return (order.compressor.budget,)
     if not asked:
-        require_declared(order, preset, learned_rows(params))
-        decided = usual_counts(cls, params, site, rule)
+        decided = usual_counts(cls, params, site, rule, saved)
+        if decided != (saved.tokens_out,):
+            require_declared(order, preset, learned_rows(params))
+        if saved.tokens_out and decided != (saved.tokens_out,):
+            notes.append(
+                f"the weights were saved with {saved.tokens_out} tokens kept of {saved.tokens_in}, and keep "
+                f"{', '.join(map(str, decided))} of the {tokens_in} here"
+            )
         if max(decided) > tokens_in:
             raise InvalidSpec(
                 f"{order.recipe.method} keeps {max(decided)} tokens where nothing is said, and {tokens_in} go in; say "
@@ -333,10 +354,14 @@ def learned_rows(params: Any) -> int:
     return int(getattr(params, "latents", 0) or getattr(params, "table_entries", 0))
 
 
-def usual_counts(cls: type[Compressor], params: Any, site: Site, rule: BudgetRule) -> tuple[int, ...]:
-    """Return the tokens kept where nothing is said: what the method decides, a table's rows, or the recipe's own."""
+def usual_counts(cls: type[Compressor], params: Any, site: Site, rule: BudgetRule, saved: Saved) -> tuple[int, ...]:
+    """Return the tokens kept where nothing is said: as saved, what the method decides, a table's rows, the recipe's."""
+    decided, tokens_in = cls.default_counts(params, site), cls.count_tokens(params, site)
+    possible = rule.narrowed(cls.possible_counts(params, site)).allows(saved.tokens_out)
+    if possible and 0 < saved.tokens_out <= tokens_in and (not decided or tokens_in == saved.tokens_in):
+        return (saved.tokens_out,)
     rows = learned_rows(params)
-    return cls.default_counts(params, site) or ((rows,) if rows and rule.allows(rows) else rule.default)
+    return decided or ((rows,) if rows and rule.allows(rows) else rule.default)
 
 
 def require_declared(order: Order, preset: str, rows: int) -> None:

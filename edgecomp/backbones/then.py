@@ -92,7 +92,7 @@ def _follow(
         num_heads=getattr(params, "attention_heads", 0),
     )
     params = decide(cls, params, cls.params_of_site(site), asked, f"the tokens of {method}")
-    budgets = choose_budgets(asked, cls, preset, params, site, notes)
+    budgets = choose_budgets(asked, cls, preset, params, site, saved, notes)
     params = cls.for_budgets(params, [budget.tokens_out for budget in budgets])
     seconds, origin = make_compressors(asked, cls, params, site, budgets, "tokens", state)
     notes.append(f"{method} hands {kept} tokens to {then.method}")

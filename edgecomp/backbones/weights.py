@@ -81,9 +81,11 @@ def _settled(checkpoint: Checkpoint, method: str, match: Match, asked: Mapping[s
     )  # fmt: skip
     if placement == "inside":
         return made
-    site = cls.site_without_host(params, placement, recipe.preset(preset).image_size or recipe.defaults.image_size)
+    saved = checkpoint.saved
+    size = saved.image_size or recipe.preset(preset).image_size or recipe.defaults.image_size
+    site = cls.site_without_host(params, placement, size)
     rule = recipe.rule(preset)
-    if not cls.default_counts(params, site):
+    default = usual_counts(cls, params, site, rule, saved)
+    if default != (saved.tokens_out,) and not cls.default_counts(params, site):
         require_declared(order, preset, learned_rows(params))
-    default = usual_counts(cls, params, site, rule)
     return msgspec.structs.replace(made, tokens_in=cls.count_tokens(params, site), default=tuple(default))

@@ -213,13 +213,23 @@ class Compressor(nn.Module):
             path: a file that ends in .safetensors; it is replaced at once or not at all.
             layout: of an original that the method can be saved in; "": edgecomp's own names.
         """
-        from edgecomp.compressors._checkpoint import METHOD, PARAMS, PRESET, write_checkpoint
+        from edgecomp.compressors._checkpoint import (
+            IMAGE_SIZE,
+            METHOD,
+            PARAMS,
+            PRESET,
+            TOKENS_IN,
+            TOKENS_OUT,
+            write_checkpoint,
+        )
 
         if layout:
             return write_checkpoint(Path(path), self.original_state(layout), metadata={})
         method = type(self).__module__.rpartition(".")[2].replace("_", "-")
         params = msgspec.json.encode(self.params, order="sorted").decode()
         told = {METHOD: method, PARAMS: params} | ({PRESET: self.preset} if self.preset else {})
+        told |= {TOKENS_IN: str(self.budget.tokens_in), TOKENS_OUT: str(self.budget.tokens_out)}
+        told |= {IMAGE_SIZE: str(self.site.image_size)} if self.site.placement == "encoder" else {}
         return write_checkpoint(Path(path), self.state_dict(), metadata=told)
 
     @classmethod
@@ -243,7 +253,14 @@ class Compressor(nn.Module):
 
     @classmethod
     def from_recipe(
-        cls, recipe: Recipe, budget: int | str, *, preset: str = "", output: Output = "tokens", **params: Any
+        cls,
+        recipe: Recipe,
+        budget: int | str,
+        *,
+        preset: str = "",
+        output: Output = "tokens",
+        image_size: int = 0,
+        **params: Any,
     ) -> Compressor:
         """Build the compressor of a recipe for one budget, with no host.
 
@@ -252,18 +269,22 @@ class Compressor(nn.Module):
             budget: tokens kept, or a percentage such as `"25%"`.
             preset: one of `recipe.presets`; the recipe's default where empty.
             output: `tokens` or `logits`.
+            image_size: of an encoder, in pixels; 0: the preset's.
             params: parameters of the method that replace the preset's.
         """
         chosen = recipe.preset(preset or recipe.defaults.preset)
         values = cls.parse_params({**chosen.params, **params}, method=recipe.method)
-        site = cls.site_without_host(values, chosen.placement, chosen.image_size or recipe.defaults.image_size)
+        size = image_size or chosen.image_size or recipe.defaults.image_size
+        site = cls.site_without_host(values, chosen.placement, size)
         kept = parse_budget(
             str(budget),
             tokens_in=cls.count_tokens(values, site),
             rule=(chosen.budgets or recipe.budgets).narrowed(cls.possible_counts(values, site)),
             method=recipe.method,
         )
-        return cls(cls.for_budgets(values, [kept.tokens_out]), site, kept, output)
+        made = cls(cls.for_budgets(values, [kept.tokens_out]), site, kept, output)
+        made.preset = preset or recipe.defaults.preset
+        return made
 
 
 def count_heads(rows: int, head_dim: int, *, name: str) -> int:

@@ -18,15 +18,18 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from edgecomp.checkpoint import FLOATS, Entry, count_tensors, locate, read_headers, stored_of
+from edgecomp.checkpoint import FLOATS, Entry, Stored, count_tensors, locate, read_headers, stored_of
 from edgecomp.errors import WeightsError
 from edgecomp.files import JSON_ERRORS
 from edgecomp.specs.origin import WeightsOrigin, file_origin
 
 __all__ = [
+    "IMAGE_SIZE",
     "METHOD",
     "PARAMS",
     "PRESET",
+    "TOKENS_IN",
+    "TOKENS_OUT",
     "Checkpoint",
     "Saved",
     "count_numbered",
@@ -36,17 +39,16 @@ __all__ = [
     "rename_key",
     "rename_keys",
     "renamed_part",
+    "saved_of",
     "spell_missing",
     "state_digest",
     "weights_origin",
     "write_checkpoint",
 ]
 
-METHOD, PARAMS, PRESET = (
-    "edgecomp.method",
-    "edgecomp.params",
-    "edgecomp.preset",
-)  # in the metadata of what `Compressor.save` writes
+# In the metadata of what `Compressor.save` writes.
+METHOD, PARAMS, PRESET = "edgecomp.method", "edgecomp.params", "edgecomp.preset"
+TOKENS_IN, TOKENS_OUT, IMAGE_SIZE = "edgecomp.tokens_in", "edgecomp.tokens_out", "edgecomp.image_size"
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a word of a key
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
@@ -56,11 +58,16 @@ class Saved(msgspec.Struct, frozen=True):
 
     Attributes:
         declared: parameters as a config.json beside the weights gives them; None where there is no such file.
+        tokens_in, tokens_out: tokens that went in, and that it kept; 0 where the file does not say.
+        image_size: of an encoder, in pixels; 0 of others.
     """
 
     params: dict[str, Any] = {}
     preset: str = ""
     declared: dict[str, Any] | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
+    image_size: int = 0
 
 
 class Checkpoint:
@@ -94,12 +101,7 @@ class Checkpoint:
     @property
     def saved(self) -> Saved:
         """What the file says of the module that it was saved from."""
-        metadata = self.stored.metadata
-        try:
-            params = msgspec.json.decode(metadata.get(PARAMS, "{}"), type=dict[str, Any])
-        except JSON_ERRORS as error:
-            raise WeightsError(f"weights file {self.path}: {PARAMS} in its metadata is damaged ({error})") from None
-        return Saved(params, metadata.get(PRESET, ""))
+        return saved_of(self.stored)
 
     def read(
         self, names: Mapping[str, str] | None = None, *, say: Callable[[str], None] = lambda note: None
@@ -167,6 +169,21 @@ class Checkpoint:
             mix = ", ".join(f"{dtype} ({count_tensors(count)})" for dtype, count in floats.items())
             told = mix if len(floats) > 1 else next(iter(floats))
             say(f"{self.path.name} stores {told}; it was read as float32")
+
+
+def saved_of(stored: Stored) -> Saved:
+    """Return what a checkpoint says of the module that it was saved from."""
+    metadata, path = stored.metadata, stored.located.path
+    try:
+        params = msgspec.json.decode(metadata.get(PARAMS, "{}"), type=dict[str, Any])
+    except JSON_ERRORS as error:
+        raise WeightsError(f"weights file {path}: {PARAMS} in its metadata is damaged ({error})") from None
+    counts = {key: metadata.get(key, "0") for key in (TOKENS_IN, TOKENS_OUT, IMAGE_SIZE)}
+    for key, text in counts.items():
+        if not re.fullmatch("[0-9]{1,7}", text):
+            raise WeightsError(f"weights file {path}: {key}={text!r} in its metadata is no count")
+    tokens_in, tokens_out, image_size = map(int, counts.values())
+    return Saved(params, metadata.get(PRESET, ""), tokens_in=tokens_in, tokens_out=tokens_out, image_size=image_size)
 
 
 def read_checkpoint(path: Path, *, say: Callable[[str], None] = lambda note: None) -> dict[str, Tensor]:

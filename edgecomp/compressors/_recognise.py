@@ -11,7 +11,7 @@ import torch
 from edgecomp.checkpoint import Stored, count_tensors
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor
-from edgecomp.compressors._checkpoint import METHOD
+from edgecomp.compressors._checkpoint import METHOD, Saved, saved_of
 from edgecomp.errors import EdgecompError, WeightsError
 from edgecomp.specs import Recipe, load_recipe, method_names
 from edgecomp.specs.layout import (
@@ -162,6 +162,22 @@ def own_layout(recipe: Recipe, cls: type[Compressor]) -> Layout | None:
     return Layout(OWN, tuple(keys), tuple(sorted(set.union(*seen) - always)))
 
 
+def _layout_as_saved(recipe: Recipe, cls: type[Compressor], saved: Saved) -> Layout | None:
+    """Return the keys of the very module that a file says it was saved from; None where it cannot be made again."""
+    try:
+        preset = recipe.preset(saved.preset or recipe.defaults.preset)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kept = saved.tokens_out or recipe.rule(saved.preset or recipe.defaults.preset).default[0]
+            made = cls.from_recipe(
+                recipe, kept, preset=saved.preset, image_size=saved.image_size, **{**preset.params, **saved.params}
+            )
+    except (EdgecompError, TypeError):  # parameters of another release, or of nobody
+        return None
+    keys = tuple(number_keys(made.state_dict()))
+    return Layout(OWN, keys) if keys else None
+
+
 def fitting_own(stored: Stored) -> list[tuple[str, Match]]:
     """Return the methods whose own keys, as edgecomp names them, a checkpoint fits: by what it says, or by its keys."""
     saved = stored.metadata.get(METHOD, "")
@@ -170,6 +186,9 @@ def fitting_own(stored: Stored) -> list[tuple[str, Match]]:
         recipe = load_recipe(name)
         own = own_layout(recipe, compressor_class(name))
         match = best_match(stored.names, [own]) if own is not None else None
+        if saved and (match is None or not match.fits):
+            own = _layout_as_saved(recipe, compressor_class(name), saved_of(stored))
+            match = best_match(stored.names, [own]) if own is not None else match
         if match is not None and match.prefix in ("", "compressor.") and match.fits and (saved or not match.unknown):
             found.append((name, match))
     return found
