@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 import numpy as np
@@ -80,6 +80,10 @@ class SlicePolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     most: Annotated[int, Meta(ge=1, le=1024)] = 9
     overview: Literal["first", "last"] = "first"
     fit: Literal["stretch", "pad"] = "stretch"
+
+    def __post_init__(self) -> None:
+        """Refuse what a file would be refused for."""
+        _require_valid(self)
 
 
 class Sliced(msgspec.Struct, frozen=True):
@@ -198,8 +202,10 @@ def rows_of_bucket(count: int, batches: Sequence[int]) -> int:
         batches: that a bundle has.
 
     Raises:
-        InvalidSpec: none does.
+        InvalidSpec: none does, or there is none.
     """
+    if not batches:
+        raise InvalidSpec(f"{count} rows (slices and overview) and batches=(): name the batches that a bundle has")
     fitting = [batch for batch in sorted(batches) if batch >= count]
     if not fitting:
         raise InvalidSpec(
@@ -317,6 +323,10 @@ class TilePolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     view: Annotated[int, Meta(ge=1, le=8192)] = 1024
     most: Annotated[int, Meta(ge=2, le=9)] = 6
     pixels: Annotated[int, Meta(ge=1, le=8192)] = 64
+
+    def __post_init__(self) -> None:
+        """Refuse what a file would be refused for."""
+        _require_valid(self)
 
 
 _STRETCHED = 640
@@ -449,6 +459,17 @@ def _shrink(image: Image.Image, side: int, patch: int) -> Image.Image:
         return image
     width, height = (min(side, max(math.floor(length * scale / patch), 1) * patch) for length in image.size)
     return image.resize((width, height), _CUBIC)
+
+
+def _require_valid(policy: SlicePolicy | TilePolicy) -> None:
+    """Hold a policy that was made in code to its own types, as msgspec holds one that was read."""
+    for name, kind in get_type_hints(type(policy), include_extras=True).items():
+        value = getattr(policy, name)
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            choices = f" (one of {', '.join(get_args(kind))})" if isinstance(value, str) else ""
+            raise InvalidSpec(f"{type(policy).__name__}: {name}={value!r}: {error}{choices}; correct it") from None
 
 
 def _require_image(width: int, height: int) -> None:

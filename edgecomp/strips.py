@@ -16,6 +16,7 @@ from edgecomp.errors import InvalidSpec, RunError
 __all__ = ["Strips", "render_strips"]
 
 _WHITE = 255
+_NO_CHARACTER = "\uffff"  # no font has it, so that it is drawn as the box for what is lacking
 _MOST_CHARACTERS = 1 << 20  # of one request; 28 images hold some twenty thousand
 
 
@@ -57,9 +58,15 @@ def render_strips(
         font_size: in pixels.
 
     Raises:
-        InvalidSpec: there is no text, it is longer than the largest bucket holds, or the font is higher than a patch.
+        InvalidSpec: there is no text, it is longer than the largest bucket holds, the font lacks some of its
+            characters or is higher than a patch, or a size is none.
         RunError: the font cannot be read.
     """
+    if min(images, default=0) < 1 or font_size < 1 or patch < 1 or size < 1 or size % patch:
+        raise InvalidSpec(
+            f"images={tuple(images)}, size={size}, patch={patch}, font_size={font_size}: give at least one bucket of 1 "
+            "image or more, a font of at least 1 pixel, and a size that is a multiple of the patch"
+        )
     line = " ".join(text.split())
     if not line:
         raise InvalidSpec(f"a text of {len(text)} characters has nothing to render; give one with words")
@@ -83,6 +90,7 @@ def render_strips(
         raise InvalidSpec(
             f"the font is {ascent + descent} pixels high at size {font_size}, and a strip {patch}; choose a smaller one"
         )
+    _require_glyphs(line, face, font)
     bucket = min(count for count in images if count >= needed)
     canvas = Image.new("L", (bucket * held, patch), _WHITE)
     ImageDraw.Draw(canvas).text((0, (patch - ascent - descent) // 2), line, fill=0, font=face)
@@ -90,6 +98,30 @@ def render_strips(
     pages = np.ascontiguousarray(strips.transpose(1, 2, 0, 3)).reshape(bucket, size, size)
     ink = (pages < _WHITE).reshape(bucket, rows, patch, rows, patch).any((2, 4)).reshape(bucket, -1)
     return Strips(np.repeat(pages[..., None], 3, axis=-1), ink, needed, length)
+
+
+def _require_glyphs(line: str, face: ImageFont.FreeTypeFont | ImageFont.ImageFont, font: str | Path) -> None:
+    """Refuse characters that would all become the font's one box for what it lacks."""
+    if not isinstance(face, ImageFont.FreeTypeFont):
+        return
+
+    def ink(character: str) -> tuple[tuple[int, int], bytes]:
+        mask = face.getmask(character)
+        return mask.size, bytes(mask)
+
+    box = ink(_NO_CHARACTER)
+    lacking = [character for character in sorted(set(line) - {" "}) if ink(character) == box]
+    if lacking:
+        named = ", ".join(
+            f"{character if character.isprintable() else ''} U+{ord(character):04X}".strip()
+            for character in lacking[:8]
+        )
+        more = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
+        face_name = str(font) or "the font that Pillow brings"
+        raise InvalidSpec(
+            f"the text has {len(lacking)} characters that {face_name} lacks: {named}{more}; "
+            "name a font that has them with --font FILE, or leave them out"
+        )
 
 
 def _read_font(font: str | Path, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

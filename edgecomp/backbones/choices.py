@@ -10,6 +10,7 @@ import msgspec
 from torch import Tensor
 
 from edgecomp.backbones.host import Host, host_part
+from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor
 from edgecomp.compressors._checkpoint import Checkpoint, Saved
 from edgecomp.compressors._declared import read_declared
@@ -75,7 +76,7 @@ def _is_of_both(checkpoint: Checkpoint, recipe: Recipe) -> bool:
 
 def read_saved(checkpoint: Checkpoint, match: Match | None, method: str, notes: list[str]) -> Saved:
     """Return what is said of the module beside its weights: in the file itself, or in the original's config.json."""
-    saved = checkpoint.saved
+    saved = checkpoint.saved.renamed(compressor_class(method).renamed_params)
     if saved.params or match is None or match.layout.name == OWN:
         return saved
     declared = read_declared(checkpoint.stored.located.config, match, method=method)

@@ -75,6 +75,8 @@ class Compressor(nn.Module):
     unstored_params: ClassVar[tuple[str, ...]] = ()
     #: What 0 stands for in those where it stands for a rule; `{params.NAME}` is filled in.
     zero_means: ClassVar[Mapping[str, str]] = {}
+    #: Names that parameters had in weights saved before, and those of today.
+    renamed_params: ClassVar[Mapping[str, str]] = {}
     #: Weights (shell patterns) that only decide which tokens are taken: no gradient passes them, and no NaN.
     ranking_params: ClassVar[tuple[str, ...]] = ()
 

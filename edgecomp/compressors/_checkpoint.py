@@ -69,6 +69,11 @@ class Saved(msgspec.Struct, frozen=True):
     tokens_out: int = 0
     image_size: int = 0
 
+    def renamed(self, names: Mapping[str, str]) -> Saved:
+        """Return the same with parameters by their names of today, which `names` gives for those of before."""
+        params = {names.get(name, name): value for name, value in self.params.items()}
+        return msgspec.structs.replace(self, params=params)
+
 
 class Checkpoint:
     """An open checkpoint: names and shapes are known, and a tensor is read when it is asked for.

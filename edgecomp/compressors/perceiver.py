@@ -8,7 +8,7 @@ appendix A.1.1. One module carries the weight families of flamingo-pytorch, Open
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 import torch
@@ -178,6 +178,7 @@ class Perceiver(Compressor):
     Params = PerceiverParams
     width_param = "context_dim"
     unstored_params = ("head_dim",)
+    renamed_params: ClassVar[Mapping[str, str]] = {"media": "images"}
 
     def __init__(self, params: PerceiverParams, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:
         super().__init__(params, site, budget, output)

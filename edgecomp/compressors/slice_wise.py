@@ -7,6 +7,7 @@ to cut, and how the slices' tokens follow each other, is decided outside the gra
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -33,7 +34,8 @@ class SliceWiseParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=T
         inner_params: parameters of that method that replace the preset's, for example `{num_heads=16}`.
         images: images in one request, side by side; above 1 they become an axis behind the batch of slices.
         resolution, patch, sides, most, overview, fit: how images are cut, for who prepares them; see `edgecomp.slices`.
-            No graph depends on them.
+            No graph depends on them. A host decides the patch; resolution 0: the side of the square that its tokens
+            are of.
     """
 
     tokens: Positive = 1024
@@ -41,7 +43,7 @@ class SliceWiseParams(Params, frozen=True, forbid_unknown_fields=True, kw_only=T
     inner: str = "resampler-2d"
     inner_params: dict[str, Any] = msgspec.field(default_factory=dict)
     images: Positive = 1
-    resolution: Annotated[int, Meta(ge=1, le=8192)] = 448
+    resolution: Annotated[int, Meta(ge=0, le=8192)] = 0
     patch: Annotated[int, Meta(ge=1, le=1024)] = 14
     sides: Literal["down", "nearest"] = "down"
     most: Annotated[int, Meta(ge=1, le=1024)] = 9
@@ -117,11 +119,19 @@ class SliceWise(Compressor):
     # -- what the inner method decides -----------------------------------------------------------------
 
     @classmethod
+    def params_of_site(cls, site: Site) -> dict[str, Any]:
+        """Return what the host decides; its patch too, of which the positions of a slice are counted."""
+        across = math.isqrt(site.tokens_in)
+        is_square = across * across == site.tokens_in and site.image_size % across == 0
+        return {**super().params_of_site(site), **({"patch": site.image_size // across} if is_square else {})}
+
+    @classmethod
     def for_budgets(cls, params: SliceWiseParams, counts: Sequence[int]) -> SliceWiseParams:
-        """Let the inner method complete its own parameters."""
+        """Let the inner method complete its own parameters, and the tokens the resolution."""
         inner, own = _inner(params)
         completed = msgspec.to_builtins(inner.for_budgets(own, counts))
-        return msgspec.structs.replace(params, inner_params={**params.inner_params, **completed})
+        side = params.resolution or math.isqrt(params.tokens) * params.patch
+        return msgspec.structs.replace(params, inner_params={**params.inner_params, **completed}, resolution=side)
 
     @classmethod
     def default_counts(cls, params: SliceWiseParams, site: Site) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from edgecomp.runners import Array
 from edgecomp.slices import (
     Layout,
     Prepared,
+    SlicePolicy,
     TilePolicy,
     choose_tiles,
     fit_tiles,
@@ -179,6 +180,7 @@ def _lay_slices(bundle: Bundle, image: Image.Image, budget: str | int | None, ba
     policy = policy_of(manifest.params)
     assert manifest.preprocess is not None
     batches = [bucket.batch for bucket in candidates]
+    _require_patches(bundle, candidates[0], policy, manifest.preprocess.size)
     made = prepare_slices(image, policy, manifest.preprocess, batches=batches, dtype=_pixel_type(candidates[0]))
     bucket = next(bucket for bucket in candidates if bucket.batch == len(made.image))
     parts = " x ".join(map(str, made.grid)) + " slices and an overview" if made.grid else "one slice"
@@ -189,6 +191,17 @@ def _lay_slices(bundle: Bundle, image: Image.Image, budget: str | int | None, ba
         layout_of_slices(made.grid, bucket.outputs[0].shape[1], policy),
         f"{parts} of a batch of {bucket.batch}",
     )
+
+
+def _require_patches(bundle: Bundle, bucket: Bucket, policy: SlicePolicy, side: int) -> None:
+    """Refuse positions on another grid than the encoder's, where a graph takes some."""
+    across, tokens_in = side // policy.patch, bucket.budget.tokens_in
+    if across**2 != tokens_in and any(spec.kind in ("mask", "sizes") for spec in bucket.inputs):
+        raise InvalidSpec(
+            f"{bundle.path}: {side} pixels in patches of {policy.patch} are {across} x {across} positions, and the "
+            f"encoder hands over {tokens_in} tokens; export again with the encoder's own params.patch and without its "
+            "prefix tokens, or give a file of all inputs"
+        )
 
 
 def _named(bucket: Bucket, made: Prepared) -> dict[str, Array]:

@@ -506,6 +506,21 @@ bool countBytes(std::vector<int64_t> const& shape, size_t itemSize, int64_t& byt
 
 // -- safetensors ----------------------------------------------------------------------------------------------------
 
+// Says which picture begins with these 8 bytes, nullptr for none.
+char const* pictureKind(uint8_t const* head) {
+    struct Row {
+        char const* kind;
+        char const* begin;
+        size_t size;
+    };
+    constexpr std::array<Row, 4> kPICTURES{{
+        {"PNG", "\x89PNG\r\n\x1a\n", 8}, {"JPEG", "\xff\xd8\xff", 3}, {"WebP", "RIFF", 4}, {"BMP", "BM", 2}}};
+    for (Row const& row : kPICTURES) {
+        if (std::memcmp(head, row.begin, row.size) == 0) return row.kind;
+    }
+    return nullptr;
+}
+
 struct Stored {
     TensorInfo info;
     int64_t begin = 0;
@@ -1174,6 +1189,10 @@ Result<std::vector<Tensor>> readSafetensors(std::string const& path) noexcept {
     uint64_t headerSize = 0;
     for (size_t i = 0; i < prefix.size(); ++i) headerSize |= uint64_t{prefix[i]} << (8 * i);
     if (headerSize > static_cast<uint64_t>(kLARGEST_HEADER)) {
+        if (char const* const kind = pictureKind(prefix.data())) {
+            return Error{Code::kFORMAT, cat("is a ", kind, " picture, not safetensors"), shownPath(path),
+                         "give tensors by name: pictures are decoded and cut before, as `edgecomp run` does"};
+        }
         return wrong(cat("says that its header has ", headerSize, " bytes; at most ", kLARGEST_HEADER, " are read"));
     }
     int64_t const dataSize = file->size() - prefixSize - static_cast<int64_t>(headerSize);

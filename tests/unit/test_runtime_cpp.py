@@ -590,6 +590,8 @@ def entry(begin: int, end: int, *, dtype: str = "F32", shape: object = (1,)) -> 
 
 BROKEN = {
     "empty": (b"", "has 0 bytes, too few"),
+    "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(20), "is a PNG picture, not safetensors"),
+    "JPEG": (b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(20), "is a JPEG picture, not safetensors"),
     "no header": (raw(b"", size=9), "says that its header has 9 bytes, and the file has 8"),
     "huge header": (raw({}, size=1 << 62), r"says that its header has 4611686018427387904 bytes; at most 16777216"),
     "largest header": (raw({}, size=(1 << 64) - 1), "its header has 18446744073709551615 bytes"),

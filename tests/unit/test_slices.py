@@ -13,13 +13,16 @@ from PIL import Image
 
 import edgecomp
 from edgecomp import api
+from edgecomp.bundle import Bundle, open_bundle
 from edgecomp.errors import EdgecompError, InvalidSpec, RunError
 from edgecomp.inputs import read_tensors
 from edgecomp.report.run import describe_run
+from edgecomp.serving.parts import lay_out
 from edgecomp.slices import (
     NEWLINE,
     SEPARATOR,
     SlicePolicy,
+    TilePolicy,
     best_size,
     choose_grid,
     cut,
@@ -28,7 +31,7 @@ from edgecomp.slices import (
     prepare_slices,
     rows_of_bucket,
 )
-from edgecomp.specs import load_recipe
+from edgecomp.specs import TensorSpec, load_recipe
 from edgecomp.specs.preprocess import Preprocess
 
 POLICY = SlicePolicy()
@@ -171,11 +174,37 @@ def test_refusals() -> None:
         )  # fmt: skip
 
 
+def test_a_policy_made_in_code_is_held_to_its_types() -> None:
+    for words, told in (({"fit": "x"}, "fit='x': .*one of stretch, pad"), ({"most": 0}, "most=0: Expected `int` >= 1")):
+        with pytest.raises(InvalidSpec, match=told):
+            SlicePolicy(**words)  # type: ignore[arg-type]
+    with pytest.raises(InvalidSpec, match="TilePolicy: most=10"):
+        TilePolicy(most=10)
+    with pytest.raises(InvalidSpec, match=r"2 rows .* batches=\(\)"):
+        rows_of_bucket(2, ())
+
+
+def test_the_host_decides_the_patch_and_where_nothing_is_said_the_resolution() -> None:
+    pytest.importorskip("torch")
+    from edgecomp.compressors import compressor_class
+    from edgecomp.specs import Site
+
+    cls, recipe = compressor_class("slice-wise"), load_recipe("slice-wise")
+    host = Site("after", image_size=224, tokens_in=196, embed_dim=768)  # patches of 16
+    decided = cls.parse_params({**cls.params_of_site(host), "inner_params": {"num_heads": 2}}, method="slice-wise")
+    completed = cls.for_budgets(decided, [4])
+    assert (completed.patch, completed.resolution) == (16, 224)
+    assert "patch" not in cls.params_of_site(msgspec.structs.replace(host, tokens_in=197))  # with a class token
+    for preset, side in (("resampler", 448), ("uhd", 336)):
+        given = cls.parse_params(recipe.preset(preset).params, method="slice-wise")
+        assert cls.for_budgets(given, [144]).resolution == side
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of a tiny ViT with a resampler behind it, for one slice, and for two with their overview."""
     pytest.importorskip("torch")
-    params = {"images": 1, "resolution": 56, "patch": 16, "most": 2}
+    params = {"images": 1, "resolution": 56, "most": 2}
     folder = tmp_path_factory.mktemp("slices") / "bundle"
     words = {"preset": "smoke", "batch": (1, 3), "params": params, "out": folder}
     return api.export("slice-wise", **words).bundle
@@ -194,6 +223,21 @@ def test_run_slices_an_image(bundle: Path, tmp_path: Path) -> None:
     Image.new("RGB", (90, 45)).save(tmp_path / "image.png")
     with pytest.raises(InvalidSpec, match=r"3 rows .* above the largest batch of the bundle, 1"):
         api.run(bundle, tmp_path / "image.png", batch=1)
+
+
+def test_positions_on_another_grid_than_the_encoders_are_refused(bundle: Path, tmp_path: Path) -> None:
+    """A manifest from before the host decided, or a host with prefix tokens that were kept."""
+    opened = open_bundle(bundle)
+    assert opened.manifest.params["patch"] == 16
+    params = {**opened.manifest.params, "patch": 32}
+    buckets = tuple(
+        msgspec.structs.replace(b, inputs=(*b.inputs, TensorSpec("target_sizes", (b.batch, 2), "int32", "sizes")))
+        for b in opened.manifest.buckets
+    )
+    manifest = msgspec.structs.replace(opened.manifest, params=params, buckets=buckets)
+    other = Bundle(opened.path, manifest)
+    with pytest.raises(InvalidSpec, match=r"patches of 32 are 2 x 2 positions, .* hands over 16 tokens"):
+        lay_out(other, Image.new("RGB", (40, 50)))
 
 
 def test_load_slices_an_image_of_any_size(bundle: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
@@ -74,6 +76,14 @@ def test_what_cannot_be_rendered_is_refused(tmp_path):
     (tmp_path / "font.ttf").write_bytes(b"no font")
     with pytest.raises(RunError, match=r"font .*font\.ttf cannot be read"):
         render_strips("a", images=(7,), font=tmp_path / "font.ttf")
+    with pytest.raises(
+        InvalidSpec, match="2 characters that the font that Pillow brings lacks: 你 U\\+4F60, 界 U\\+754C;"
+    ):
+        render_strips("hello 你界", images=(7,))
+    for words in ({"size": 100}, {"patch": 225}, {"font_size": 0}, {"images": ()}):
+        (name, value), *_ = words.items()
+        with pytest.raises(InvalidSpec, match=f"{name}={re.escape(str(value))}"):
+            render_strips("a", **{"images": (7,), **words})
 
 
 @pytest.fixture(scope="module")

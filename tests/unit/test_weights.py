@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -403,6 +404,24 @@ def test_prefix_foreign_and_unknown() -> None:
 
 
 # -- edgecomp.compressor and save -----------------------------------------------------------------------------
+
+
+def test_a_parameter_that_was_renamed_since_is_read_by_its_old_name(tmp_path: Path) -> None:
+    from edgecomp.compressors._checkpoint import METHOD, PARAMS, PRESET, write_checkpoint
+
+    module = edgecomp.compressor("perceiver", grid=4, queries=4, preset="smoke-idefics1", images=3)
+    told = {
+        ("media" if name == "images" else name): value for name, value in msgspec.structs.asdict(module.params).items()
+    }
+    assert told["media"] == 3
+    written = {METHOD: "perceiver", PARAMS: json.dumps(told), PRESET: "smoke-idefics1"}
+    path = write_checkpoint(tmp_path / "old.safetensors", module.state_dict(), metadata=written)
+    again = edgecomp.compressor("perceiver", weights=path, queries=4)
+    assert again.params.images == 3
+    (fit,) = api.inspect(weights=path).fits
+    assert "images" in fit.decided
+    with pytest.raises(InvalidSpec, match=r"params\.images=2 was set, and the weights were saved with 3"):
+        edgecomp.compressor("perceiver", weights=path, queries=4, images=2)
 
 
 def test_a_trained_module_is_saved_loaded_and_exported(tmp_path: Path) -> None:
