@@ -90,7 +90,7 @@ def require_inputs(tensors: Mapping[str, Array], specs: Sequence[TensorSpec], wh
         where: what they came from, for example the file's path; begins the message.
 
     Raises:
-        RunError: the first of: names, type, shape, NaN or infinity.
+        RunError: the first of: names, type, shape, NaN or infinity, sizes and ids out of range.
     """
     wanted, given = [spec.name for spec in specs], list(tensors)
     missing = [name for name in wanted if name not in tensors]
@@ -100,8 +100,13 @@ def require_inputs(tensors: Mapping[str, Array], specs: Sequence[TensorSpec], wh
             f"{where}: inputs missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}. "
             f"Give exactly: {', '.join(map(str, specs))}"
         )
+    tokens = next((spec.shape[-2] for spec in specs if spec.kind == "tokens" and len(spec.shape) > 1), 0)
     for spec in specs:
         _require_input(tensors[spec.name], spec, where)
+        if spec.kind == "sizes":
+            _require_sizes(tensors[spec.name], spec, tokens, where)
+        elif spec.kind == "ids":
+            _require_ids(tensors[spec.name], spec, where)
 
 
 def _require_input(tensor: Array, spec: TensorSpec, where: str) -> None:
@@ -122,6 +127,30 @@ def _require_input(tensor: Array, spec: TensorSpec, where: str) -> None:
         raise RunError(
             f"{where}: input {spec.name!r} holds {nan} NaN and {infinite} infinite of {tensor.size} values; "
             "replace them, for every output would depend on them"
+        )
+
+
+def _require_sizes(tensor: Array, spec: TensorSpec, tokens: int, where: str) -> None:
+    """Refuse sizes that no grid has: a graph would clamp the places and give finite numbers all the same."""
+    most = spec.limit or tokens or np.iinfo(tensor.dtype).max
+    for sizes in tensor.reshape(-1, 2).tolist():
+        rows, columns = sizes
+        is_grid = 1 <= rows <= most and 1 <= columns <= most and (not tokens or rows * columns <= tokens)
+        if not is_grid and sizes != [0, 0]:
+            of = f", {tokens} tokens at most" if tokens else ""
+            raise RunError(
+                f"{where}: input {spec.name!r} holds {rows} x {columns}, which is no grid of 1 to {most} rows and "
+                f"columns{of}; give rows and columns of the real tokens, or 0 and 0 for a row that only fills the batch"
+            )
+
+
+def _require_ids(tensor: Array, spec: TensorSpec, where: str) -> None:
+    entries = spec.limit or np.iinfo(tensor.dtype).max
+    wrong = tensor[(tensor < 0) | (tensor >= entries)]
+    if wrong.size:
+        raise RunError(
+            f"{where}: input {spec.name!r} holds {wrong[0]}, and the table has the entries 0 to {entries - 1}; "
+            "tokenize the text for this model"
         )
 
 

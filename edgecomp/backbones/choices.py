@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ __all__ = [
     "settle",
     "usual_counts",
 ]
+
+_SIZE_STEP, _LARGEST_SIZE = 32, 2048  # pixels: image sizes that a refusal looks through
 
 
 def read_weights(
@@ -262,7 +264,14 @@ def find_site(
     if order.compressor is not None and host is None:
         return order.compressor.site, params
     if host is None:
-        return cls.site_without_host(params, placement, image_size), params
+        site = cls.site_without_host(params, placement, image_size)
+        if "tokens" in order.params and site.tokens_in != params.tokens:
+            takes = f"{site.tokens_in} tokens" if site.tokens_in else f"an image of {site.image_size} pixels"
+            raise InvalidSpec(
+                f"params.tokens={params.tokens} was set, and {order.recipe.method} takes {takes} here, as its other "
+                "parameters and the preset say; drop it, or set those that decide it"
+            )
+        return site, params
     site = host.site
     if placement == "inside" and order.prefix:
         raise InvalidSpec(
@@ -310,7 +319,10 @@ def choose_budgets(
     order: Order, cls: type[Compressor], preset: str, params: Any, site: Site, saved: Saved, notes: list[str]
 ) -> tuple[TokenBudget, ...]:
     """Return the budgets in ascending order: those asked for, or what weights, method and recipe keep by themselves."""
-    rule = order.recipe.rule(preset).narrowed(cls.possible_counts(params, site))
+    recipe, possible = order.recipe, cls.possible_counts(params, site)
+    if site.placement != recipe.preset(preset).placement:  # a part that stands elsewhere than the preset's whole
+        preset = recipe.placements.get(site.placement, preset)
+    rule = recipe.rule(preset).narrowed(possible)
     tokens_in = cls.count_tokens(params, site)
     asked = order.budgets
     if not asked and order.compressor is not None:
@@ -334,9 +346,17 @@ def choose_budgets(
                 f"{order.recipe.method} keeps {max(decided)} tokens where nothing is said, and {tokens_in} go in; say "
                 f"how many to keep, for example --budget {max(1, tokens_in // 2)}"
             )
+        _require_made(order, cls, preset, params, site, decided, rule)
+        usual = recipe.rule(preset).default
+        if decided == rule.default and len(rule.choices) > 1 and not set(decided) & set(usual):
+            notes.append(
+                f"{decided[0]} of {tokens_in} tokens are kept, since the preset's {', '.join(map(str, usual))} is not "
+                f"possible here; a budget is {rule}"
+            )
         asked = tuple(map(str, decided))
     given, asked = asked, tuple(_aligned(text, order, tokens_in, notes) for text in asked)
-    parsed = [parse_budget(text, tokens_in=tokens_in, rule=rule, method=order.recipe.method) for text in asked]
+    words: dict[str, Any] = {"tokens_in": tokens_in, "rule": rule, "method": recipe.method, "hint": cls.budget_hint}
+    parsed = [parse_budget(text, **words) for text in asked]
     prefix = site.num_prefix_tokens if cls.hands_on_prefix else 0
     parsed = [msgspec.structs.replace(budget, num_prefix_tokens=prefix) for budget in parsed]
     counts = [budget.tokens_out for budget in parsed]
@@ -348,6 +368,34 @@ def choose_budgets(
             f"budgets {', '.join(given)}{aligned} name {sorted(counts)}, one of them twice; give each once"
         )
     return tuple(sorted(parsed, key=lambda budget: budget.tokens_out))
+
+
+def _require_made(
+    order: Order,
+    cls: type[Compressor],
+    preset: str,
+    params: Any,
+    site: Site,
+    decided: Sequence[int],
+    rule: BudgetRule,
+) -> None:
+    """Refuse an image size whose tokens the preset does not declare, and name those that it does."""
+    wrong = [count for count in decided if not rule.allows(count)]
+    if not wrong or site.placement != "encoder":
+        return
+    fitting = []
+    for size in range(_SIZE_STEP, _LARGEST_SIZE + 1, _SIZE_STEP):
+        sized = msgspec.structs.replace(site, image_size=size)
+        try:
+            cls.count_tokens(params, sized)
+        except InvalidSpec:
+            continue
+        if all(rule.allows(count) for count in cls.default_counts(params, sized)):
+            fitting.append(str(size))
+    raise InvalidSpec(
+        f"{order.recipe.method} makes {wrong[0]} rows of an image of {site.image_size} pixels, and preset {preset} "
+        f"declares {rule}" + (f": image sizes {', '.join(fitting)}" if fitting else "; choose another --preset")
+    )
 
 
 def learned_rows(params: Any) -> int:

@@ -87,6 +87,8 @@ class Compressor(nn.Module):
         self.budget = budget
         self.output: Output = output
 
+    #: Ends the refusal of a budget that a grid does not allow, for example by the parameter that would.
+    budget_hint: ClassVar[str] = ""
     #: `after` a host: whether its prefix tokens stand in front of the patch tokens that are handed over.
     keeps_prefix: ClassVar[bool] = False
     #: Whether prefix tokens that go in come out in front.
@@ -283,6 +285,7 @@ class Compressor(nn.Module):
             tokens_in=cls.count_tokens(values, site),
             rule=(chosen.budgets or recipe.budgets).narrowed(cls.possible_counts(values, site)),
             method=recipe.method,
+            hint=cls.budget_hint,
         )
         made = cls(cls.for_budgets(values, [kept.tokens_out]), site, kept, output)
         made.preset = preset or recipe.defaults.preset

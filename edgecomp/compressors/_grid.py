@@ -29,13 +29,14 @@ __all__ = [
 ]
 
 
-def grid_sides(count: int, rows: int, *, method: str, what: str, param: str) -> tuple[int, int]:
+def grid_sides(count: int, rows: int, *, method: str, what: str, param: str = "") -> tuple[int, int]:
     """Return rows and columns of a grid of `count` tokens.
 
     Args:
         count: rows times columns.
         rows: 0: the grid is square.
-        method, what, param: for the refusal: who asks, of which tokens, and the parameter that holds `rows`.
+        method, what, param: for the refusal: who asks, of which tokens, and the parameter that holds `rows`; "": none
+            does.
     """
     if rows and count % rows == 0:
         return rows, count // rows
@@ -47,10 +48,8 @@ def grid_sides(count: int, rows: int, *, method: str, what: str, param: str) -> 
     side = math.isqrt(count)
     if side * side != count:
         near = f"{side * side} = {side} x {side} and {(side + 1) ** 2} = {side + 1} x {side + 1}"
-        raise InvalidSpec(
-            f"{method}: {count} {what} are no square grid; {near} are, or say how many rows there are with "
-            f"--set params.{param}=ROWS"
-        )
+        hint = f", or say how many rows there are with --set params.{param}=ROWS" if param else ""
+        raise InvalidSpec(f"{method}: {count} {what} are no square grid; {near} are{hint}")
     return side, side
 
 

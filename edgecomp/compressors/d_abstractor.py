@@ -148,8 +148,7 @@ class DAbstractor(Compressor):
         width, queries = params.hidden_dim, params.queries
         if width % params.num_heads:
             raise InvalidSpec(f"d-abstractor: hidden_dim={width} is not a multiple of num_heads={params.num_heads}")
-        words = {"method": "d-abstractor", "what": "tokens in", "param": "tokens"}
-        self.side, _ = grid_sides(budget.tokens_in, 0, **words)
+        self.side, _ = grid_sides(budget.tokens_in, 0, method="d-abstractor", what="tokens in")
         self.count = budget.tokens_out - params.eos_tokens
         target, rows = math.isqrt(max(0, self.count)), math.isqrt(queries)
         if target < 1 or target**2 != self.count or rows**2 != queries or target > rows:

@@ -6,6 +6,7 @@ code is under Apple's own licence: this is written from the architecture, and he
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -291,7 +292,11 @@ def _require_consistent(params: FastVLMParams, site: Site, budget: TokenBudget, 
         raise InvalidSpec("fastvlm: there is no pooled embedding to give as logits; set params.num_classes")
     made = (site.image_size // _STRIDE) ** 2
     if budget.tokens_out != made:
-        raise InvalidSpec(f"fastvlm: {site.image_size} pixels give {made} tokens, not a budget of {budget.tokens_out}")
+        side = math.isqrt(budget.tokens_out)
+        hint = f"; --image-size {side * _STRIDE} gives that" if side * side == budget.tokens_out else ""
+        raise InvalidSpec(
+            f"fastvlm: {site.image_size} pixels give {made} tokens, not a budget of {budget.tokens_out}{hint}"
+        )
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ class Matryoshka(Compressor):
     @classmethod
     def possible_counts(cls, params: MatryoshkaParams, site: Site) -> tuple[int, ...]:  # noqa: ARG003
         """Return the token counts of all grids that nest in the given one."""
-        side, _ = grid_sides(site.tokens_in, 0, method="matryoshka", what="tokens in", param="tokens")
+        side, _ = grid_sides(site.tokens_in, 0, method="matryoshka", what="tokens in")
         return tuple(target**2 for target in range(1, side + 1) if side % target == 0)
 
     @classmethod

@@ -192,8 +192,14 @@ def _require_levels(params: MultiScaleParams, count: int) -> int:
                 f"{outputs}; lower its outputs, or name it in params.resampled"
             )
     if params.given == "levels":
+        total = sum(grid * grid for grid, _ in params.levels)
+        if count != total:
+            raise InvalidSpec(
+                f"multi-scale: {count} tokens go in, and the grids of the levels {_tell(params)} have {total} together; "
+                "match params.levels, or --set params.given=grid"
+            )
         return 0
-    side, _ = grid_sides(count, 0, method="multi-scale", what="tokens in", param="tokens")
+    side, _ = grid_sides(count, 0, method="multi-scale", what="tokens in")
     largest = max(grid for grid, _ in params.levels)
     if largest > side:
         raise InvalidSpec(
@@ -207,7 +213,7 @@ def _sides_out(index: int, outputs: int, params: MultiScaleParams) -> tuple[int,
     """Return the sides of what an averaged level gives, or none where queries read it."""
     if index in params.resampled:
         return 0, 0
-    return grid_sides(outputs, 0, method="multi-scale", what=f"outputs of level {index}", param="levels")
+    return grid_sides(outputs, 0, method="multi-scale", what=f"outputs of level {index}")
 
 
 class MultiScaleOriginal(nn.Module):

@@ -159,7 +159,7 @@ class QFormer(Compressor):
         if params.mask:
             specs.append(TensorSpec("context_mask", (batch, self.rows_in), "bool", "mask"))
         if params.words:
-            specs.append(TensorSpec("text_ids", (batch, params.words), "int32", "ids"))
+            specs.append(TensorSpec("text_ids", (batch, params.words), "int32", "ids", params.vocabulary))
             specs.append(TensorSpec("text_mask", (batch, params.words), "bool", "mask"))
         return tuple(specs)
 

@@ -94,7 +94,8 @@ class Resampler2d(GridResampler):
         specs = super().input_specs(batch)
         if not self.params.target_sizes:
             return specs
-        return (*specs, TensorSpec("target_sizes", (batch, *self.media_shape, 2), "int32", "sizes"))
+        most = min(self.params.most_side, self.site.tokens_in)
+        return (*specs, TensorSpec("target_sizes", (batch, *self.media_shape, 2), "int32", "sizes", most))
 
     def forward(self, tokens: Tensor, target_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return what the queries read."""

@@ -43,7 +43,7 @@ class TokenPackerParams(Params, frozen=True, forbid_unknown_fields=True, kw_only
 
     tokens: Positive = 576
     embed_dim: Positive = 1024
-    levels: tuple[Annotated[int, Meta(le=-1)], ...] = (-13, -9, -3, -2)
+    levels: Annotated[tuple[Annotated[int, Meta(le=-1)], ...], Meta(min_length=1)] = (-13, -9, -3, -2)
     level_dim: Natural = 0
     hidden_dim: Positive = 1024
     num_heads: Positive = 8
@@ -144,7 +144,7 @@ class TokenPacker(Compressor):
     @classmethod
     def possible_counts(cls, params: TokenPackerParams, site: Site) -> tuple[int, ...]:  # noqa: ARG003
         """Return the token counts of the grids that cut the given one into squares."""
-        side, _ = grid_sides(site.tokens_in, 0, method="tokenpacker", what="tokens in", param="tokens")
+        side, _ = grid_sides(site.tokens_in, 0, method="tokenpacker", what="tokens in")
         return tuple(coarse**2 for coarse in range(1, side + 1) if side % coarse == 0)
 
     @classmethod

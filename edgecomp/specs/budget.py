@@ -56,11 +56,21 @@ class BudgetRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return count in self.choices if self.choices else self.minimum <= count <= self.maximum
 
     def narrowed(self, possible: tuple[int, ...]) -> BudgetRule:
-        """Return the rule whose choices are those of `possible` that this one allows; where there are none, itself."""
+        """Return the rule whose choices are those of `possible` that this one allows; where there are none, itself.
+
+        Where none of the defaults is a choice, the next one below is, and not the largest, which may compress nothing.
+
+        Args:
+            possible: in ascending order.
+        """
         choices = tuple(count for count in possible if self.allows(count))
         if not choices:
             return self
-        return BudgetRule(tuple(count for count in self.default if count in choices) or choices[-1:], choices)
+        default = tuple(count for count in self.default if count in choices)
+        if not default:
+            below = [count for count in choices[:-1] if count < min(self.default)]
+            default = (below[-1] if below else choices[0],)
+        return BudgetRule(default, choices)
 
     def __str__(self) -> str:
         if self.choices:
@@ -89,10 +99,13 @@ def read_count(text: str, *, tokens_in: int) -> int:
     return max(1, round(share / 100 * tokens_in))
 
 
-def parse_budget(text: str, *, tokens_in: int, rule: BudgetRule, method: str) -> TokenBudget:
+def parse_budget(text: str, *, tokens_in: int, rule: BudgetRule, method: str, hint: str = "") -> TokenBudget:
     """Read `"49"` (tokens kept) or `"25%"` (share of tokens kept) as a budget that `rule` allows.
 
     A percentage is read as `read_count` does.
+
+    Args:
+        hint: ends the refusal of a count that the rule does not allow.
     """
     count = read_count(text, tokens_in=tokens_in)
     asked = f"{text} of {tokens_in} = {count}" if text.strip().endswith("%") else str(count)
@@ -101,5 +114,5 @@ def parse_budget(text: str, *, tokens_in: int, rule: BudgetRule, method: str) ->
             f"budget {asked} is above the {tokens_in} tokens that go into {method}; a budget is what is KEPT"
         )
     if not rule.allows(count):
-        raise InvalidSpec(f"budget {asked} is not possible for {method}; it must be {rule}")
+        raise InvalidSpec(f"budget {asked} is not possible for {method}; it must be {rule}{hint}")
     return TokenBudget(tokens_in=tokens_in, tokens_out=count)

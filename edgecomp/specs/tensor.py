@@ -12,7 +12,7 @@ DType = Literal["float32", "float16", "bfloat16", "uint8", "int32", "int64", "bo
 TensorKind = Literal["image", "tokens", "mask", "features", "indices", "counts", "attention", "sizes", "ids"]
 
 
-class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A named tensor of fixed shape; the first dimension is the batch.
 
     Attributes:
@@ -23,13 +23,16 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             `mask` (true where a token is real), `indices` (whole numbers, equal or wrong), `counts` (how many tokens
             each row stands for: whole numbers in a float type, equal or wrong in any precision),
             `attention` (rows of shares that sum to 1), `sizes` (rows and columns of the tokens that are real, the first
-            in raster order), `ids` (entries of a table, as a tokenizer gives them), `features` (anything else).
+            in raster order; 0 and 0 of a row that only fills the batch), `ids` (entries of a table, as a tokenizer
+            gives them), `features` (anything else).
+        limit: of `sizes` the most rows or columns, of `ids` how many entries there are; 0: not said.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
     kind: TensorKind
+    limit: int = 0
 
     def with_batch(self, batch: int) -> TensorSpec:
         """Return the same tensor with another batch size."""

@@ -10,10 +10,12 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402 - torch first, or skip
 
 from edgecomp import api  # noqa: E402
+from edgecomp.backbones.assemble import assemble  # noqa: E402
 from edgecomp.compressors._checkpoint import read_checkpoint  # noqa: E402
 from edgecomp.compressors.deepseek_ocr import DeepSeekOCR  # noqa: E402
 from edgecomp.errors import InvalidSpec, WeightsError  # noqa: E402
 from edgecomp.specs import Site, TokenBudget, load_recipe  # noqa: E402
+from edgecomp.specs.order import Order  # noqa: E402
 
 ROOT = Path(__file__).parents[1] / "golden"
 GOLDEN = ROOT / "deepseek_ocr_encoder" / "s128.safetensors"
@@ -141,7 +143,15 @@ def test_rows_of_tiles_newlines_and_separator():
     ("words", "match"),
     [
         ({"image_size": 600}, "image size 600 is not a multiple of 64.*the nearest is 576"),
-        ({"image_size": 768}, "budget 157 is not possible for deepseek-ocr; it must be one of 64, 73, 100, 111"),
+        (
+            {"image_size": 768},
+            "makes 157 rows of an image of 768 pixels, and preset base .*: image sizes 512, 640, 1024, 1280",
+        ),
+        (
+            {"preset": "smoke", "params": {"part": "compressor", "tokens": 1600}},
+            "params.tokens=1600 was set, and deepseek-ocr takes 64 tokens",
+        ),
+        ({"preset": "smoke", "params": {"tokens": 64}}, "takes an image of 128 pixels here"),
         ({"budget": 111}, "images of 1024 pixels give 273 rows, not a budget of 111"),
         ({"preset": "tiny", "params": {"part": "features"}, "budget": 73}, "images of 512 pixels give 64 rows"),
         ({"preset": "gundam", "params": {"tile_size": 600}}, "params.tile_size 600 is not a multiple of 64"),
@@ -160,6 +170,11 @@ def test_what_does_not_fit_is_refused(words, match, tmp_path):
     with pytest.raises(InvalidSpec, match=match):
         api.export("deepseek-ocr", out=tmp_path / "bundle", **words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_presets_budgets_do_not_rule_another_part():
+    order = Order(recipe=load_recipe("deepseek-ocr"), preset="smoke", params={"part": "compressor"})
+    assert assemble(order).models[0].compressor.budget == TokenBudget(64, 4)
 
 
 def test_half_of_the_weights_is_an_error_that_names_them(tmp_path):

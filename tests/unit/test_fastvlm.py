@@ -101,8 +101,8 @@ def test_a_whole_models_checkpoint_is_loaded_with_its_projector(kind, tmp_path):
     ("words", "match"),
     [
         ({"image_size": 500}, "image size 500 is not a multiple of 64.*the nearest is 512"),
-        ({"image_size": 640}, "budget 100 is not possible for fastvlm; it must be one of 16, 64, 144, 256"),
-        ({"budget": 64}, "1024 pixels give 256 tokens, not a budget of 64"),
+        ({"image_size": 1600}, "625 rows of an image of 1600 pixels.*: image sizes 64, 128, 192, .*, 1472, 1536$"),
+        ({"budget": 64}, "1024 pixels give 256 tokens, not a budget of 64; --image-size 512 gives that"),
         ({"preset": "trunk", "output": "logits"}, "no pooled embedding.*params.num_classes"),
         ({"preset": "smoke", "params": {"depths": [1, 1]}}, "2 depths and 5 widths"),
         ({"preset": "smoke", "params": {"depths": [1], "widths": [8]}}, "1 stages do not make one token of 64 pixels"),

@@ -268,6 +268,32 @@ def test_mismatched_inputs(tensors: dict[str, Array], text: str) -> None:
         require_inputs(tensors, [spec("tokens", (2, 3))], "x.npz")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ([[4, 5], [100, 1]], "x.npz: input 'target_sizes' holds 100 x 1, which is no grid of 1 to 9 rows and columns"),
+        ([[5, 5], [4, 5]], "holds 5 x 5, which is no grid of 1 to 9 rows and columns, 20 tokens at most"),
+        ([[4, 5], [-2, -3]], "holds -2 x -3"),
+        ([[4, 5], [-1, 4]], "holds -1 x 4"),
+        ([[4, 0], [4, 5]], "holds 4 x 0"),
+    ],
+)
+def test_sizes_that_no_grid_has(sizes: list[list[int]], text: str) -> None:
+    specs = [TensorSpec("tokens", (2, 20, 3), "float32", "tokens"), TensorSpec("target_sizes", (2, 2), "int32", "sizes", 9)]
+    tokens = np.zeros((2, 20, 3), np.float32)
+    require_inputs({"tokens": tokens, "target_sizes": np.array([[4, 5], [0, 0]], np.int32)}, specs, "x.npz")
+    with pytest.raises(RunError, match=re.escape(text)):
+        require_inputs({"tokens": tokens, "target_sizes": np.array(sizes, np.int32)}, specs, "x.npz")
+
+
+@pytest.mark.parametrize("wrong", [-1, 30])
+def test_ids_that_no_table_has(wrong: int) -> None:
+    specs = [TensorSpec("text_ids", (1, 3), "int32", "ids", 30)]
+    require_inputs({"text_ids": np.array([[0, 29, 1]], np.int32)}, specs, "x.npz")
+    with pytest.raises(RunError, match=f"'text_ids' holds {wrong}, and the table has the entries 0 to 29"):
+        require_inputs({"text_ids": np.array([[0, wrong, 1]], np.int32)}, specs, "x.npz")
+
+
 def test_bfloat16_graph_input() -> None:
     with pytest.raises(RunError, match=r"input tokens bfloat16\[2\] is bfloat16, which numpy does not support; export"):
         require_inputs({"tokens": np.zeros(2, np.float32)}, [spec("tokens", (2,), "bfloat16")], "x.npz")

@@ -177,6 +177,14 @@ def test_tokenpacker_reads_the_layers_of_its_host():
         assert model(image)[0].shape == (1, 4, 16)
 
 
+def test_a_default_budget_that_the_grid_lacks_is_told():
+    params = {"hidden_dim": 32, "num_heads": 2, "output_dim": 16, "tokens": 729, "embed_dim": 8}
+    assembly = build("tokenpacker", preset="tokenpacker", params=params)
+    assert [model.compressor.budget.tokens_out for model in assembly.models] == [81]
+    told = "81 of 729 tokens are kept, since the preset's 144 is not possible here; a budget is one of 1, 9, 81, 729"
+    assert told in assembly.notes
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +192,7 @@ def test_tokenpacker_reads_the_layers_of_its_host():
     ("method", "preset", "budgets", "params", "words"),
     [
         ("c-abstractor", "honeybee", [128], {}, "budget 128 is not possible for c-abstractor; it must be one of 1"),
+        ("c-abstractor", "honeybee", [96], {}, "576, or with --set params.query_rows=ROWS whole rows"),
         ("c-abstractor", "honeybee", [144], {"tokens": 577}, "577 tokens in are no square grid; 576 = 24 x 24 and 625"),
         ("c-abstractor", "honeybee", [144], {"grid_rows": 25}, "do not fill 25 rows (params.grid_rows=25)"),
         ("d-abstractor", "honeybee", [140], {}, "budget 140 is not possible for d-abstractor; it must be one of 1, 4"),
@@ -195,6 +204,8 @@ def test_tokenpacker_reads_the_layers_of_its_host():
         ("matryoshka", "pooling", [], {"tokens": 600}, "600 tokens in are no square grid; 576 = 24 x 24"),
         ("tokenpacker", "tokenpacker", [100], {}, "budget 100 is not possible for tokenpacker; it must be one of 1"),
         ("tokenpacker", "tokenpacker", [144], {"num_heads": 7}, "hidden_dim=1024 is not a multiple of num_heads=7"),
+        ("tokenpacker", "tokenpacker", [], {"levels": []}, "params.levels=[]: Expected `array` of length >= 1"),
+        ("multi-scale", "global-local", [], {"tokens": 576}, "params.tokens=576 was set, and multi-scale takes 2448"),
         ("multi-scale", "pyramid", [100], {}, "budget 100 is not possible for multi-scale; it must be one of 189"),
         ("multi-scale", "pyramid", [], {"levels": [[32, 144]]}, "a level of 32 x 32 is above the 24 x 24 grid"),
         ("multi-scale", "pyramid", [], {"levels": [[12, 100], [4, 25]]}, "16 tokens and cannot be averaged to 25"),
@@ -205,6 +216,17 @@ def test_tokenpacker_reads_the_layers_of_its_host():
 def test_what_does_not_fit_is_refused_by_name(method, preset, budgets, params, words):
     with pytest.raises(InvalidSpec, match=re.escape(words)):
         build(method, preset, budgets, params=params)
+
+
+def test_grids_of_levels_are_as_many_tokens_as_the_host_gives():
+    with pytest.raises(InvalidSpec, match=r"16 tokens go in, and the grids of the levels .* have 20 together"):
+        build("multi-scale", preset="smoke-levels", backbone="test_vit", image_size=64)
+
+
+@pytest.mark.parametrize("method", ["matryoshka", "tokenpacker", "d-abstractor", "multi-scale"])
+def test_no_refusal_names_a_parameter_that_holds_no_rows(method):
+    with pytest.raises(InvalidSpec, match="20 tokens in are no square grid; 16 = 4 x 4 and 25 = 5 x 5 are$"):
+        build(method, params={"tokens": 20})
 
 
 @pytest.mark.parametrize("method", ["c-abstractor", "pixel-shuffle", "matryoshka", "tokenpacker", "d-abstractor"])

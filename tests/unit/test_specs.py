@@ -217,6 +217,21 @@ def test_budget_that_cannot_be(text: str, rule: BudgetRule, said: str) -> None:
     assert said in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("default", "possible", "taken"),
+    [
+        ((144,), (1, 9, 81, 729), (81,)),
+        ((144,), (1, 4, 16), (4,)),  # not all 16 that go in
+        ((144,), (36, 144, 576), (144,)),
+        ((2,), (4, 16), (4,)),
+        ((288,), (12,), (12,)),
+    ],
+)
+def test_a_default_that_a_grid_lacks_becomes_the_next_below(default, possible, taken) -> None:
+    rule = BudgetRule(default).narrowed(possible)
+    assert (rule.default, rule.choices) == (taken, possible)
+
+
 def test_ratios_of_a_budget() -> None:
     budget = TokenBudget(tokens_in=196, tokens_out=49)
     assert (budget.keep_ratio, budget.compression) == (0.25, 4.0)
