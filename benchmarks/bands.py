@@ -46,10 +46,12 @@ def _count(name: str, kept: int) -> tuple[int | None, int | None]:
     cls = compressor_class(name)
     given: dict[str, Any] = {"tokens": _TOKENS, cls.width_param: _WIDTH, "attention_heads": _HEADS}
     params = {key: value for key, value in given.items() if key in cls.Params.__struct_fields__}
+    recipe = load_recipe(name)
+    order = Order(
+        recipe=recipe, preset=recipe.placements["after"], backbone="none", params=params, budgets=(str(kept),)
+    )
     try:
-        model = assemble(Order(recipe=load_recipe(name), backbone="none", params=params, budgets=(str(kept),))).models[
-            0
-        ]
+        model = assemble(order).models[0]
     except InvalidSpec:
         return None, None
     return count_module_flops(model), sum(parameter.numel() for parameter in model.parameters())

@@ -21,11 +21,13 @@ def list_methods() -> tuple[MethodRow, ...]:
                 name,
                 tuple(recipe.placements),
                 recipe.level,
-                str(recipe.budgets) + (f"; router {recipe.defaults.router}" if recipe.defaults.router else ""),
+                (recipe.budgets.told or str(recipe.budgets))
+                + (f"; router {recipe.defaults.router}" if recipe.defaults.router else ""),
                 tuple(preset for preset in recipe.presets if not preset.startswith("smoke")),
                 recipe.source.paper,
                 recipe.source.licence,
                 recipe.summary,
+                recipe.source.upstream,
             )
         )
     return tuple(rows)

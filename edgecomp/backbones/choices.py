@@ -278,7 +278,7 @@ def find_site(
             f"--{order.prefix}-prefix: inside {host.name} its {host.num_prefix_tokens} prefix token(s) stay and are "
             "protected; drop the option"
         )
-    if placement == "after" and cls.keeps_prefix:
+    if placement == "after" and cls.prefix_of(params)[0]:
         if order.prefix == "drop":
             raise InvalidSpec(
                 f"--drop-prefix: {order.recipe.method} reads the {host.num_prefix_tokens} prefix token(s) of "
@@ -357,7 +357,7 @@ def choose_budgets(
     given, asked = asked, tuple(_aligned(text, order, tokens_in, notes) for text in asked)
     words: dict[str, Any] = {"tokens_in": tokens_in, "rule": rule, "method": recipe.method, "hint": cls.budget_hint}
     parsed = [parse_budget(text, **words) for text in asked]
-    prefix = site.num_prefix_tokens if cls.hands_on_prefix else 0
+    prefix = site.num_prefix_tokens if cls.prefix_of(params)[1] else 0
     parsed = [msgspec.structs.replace(budget, num_prefix_tokens=prefix) for budget in parsed]
     counts = [budget.tokens_out for budget in parsed]
     if counts != sorted(counts):

@@ -150,7 +150,9 @@ class PlacedModel(nn.Module):
         if names or hands_prefix:
             tokens, features = host.look(image, names, attend)
             if "text_likelihood" in names:
-                features["text_likelihood"] = text_likelihood(self.raw_pixels(given), host.patch_size)
+                features["text_likelihood"] = text_likelihood(
+                    self.raw_pixels(given).reshape(image.shape), host.patch_size
+                )
             if not hands_prefix:
                 tokens = tokens[:, prefix:]
                 if "keys" in features:

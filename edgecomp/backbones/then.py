@@ -96,5 +96,11 @@ def _follow(
     params = cls.for_budgets(params, [budget.tokens_out for budget in budgets])
     seconds, origin = make_compressors(asked, cls, params, site, budgets, "tokens", state)
     notes.append(f"{method} hands {kept} tokens to {then.method}")
+    moved = {"index", "source_map"} & {spec.name for spec in first.output_specs()}
+    if seconds[0].reads_grid and moved:
+        notes.append(
+            f"{then.method} reads the {kept} tokens as a grid in raster order, and {method} chooses or merges tokens: "
+            "beside each other in it stand tokens that were not beside each other in the image"
+        )
     record = ThenRecord(then.method, preset, msgspec.to_builtins(params), kept, origin, recipe.source)
     return [Chain(first, second, methods=(method, then.method)) for second in seconds], record

@@ -94,6 +94,9 @@ class Compressor(nn.Module):
     #: Whether prefix tokens that go in come out in front.
     hands_on_prefix: ClassVar[bool] = True
 
+    #: Whether tokens that go in are read as a grid in raster order, so that places matter.
+    reads_grid: ClassVar[bool] = False
+
     # -- what a method writes -------------------------------------------------------------------------
 
     @abstractmethod
@@ -116,6 +119,11 @@ class Compressor(nn.Module):
         states without a norm. Without a host, `levels` is an input of the graph like any other feature.
         """
         return ()
+
+    @classmethod
+    def prefix_of(cls, params: Any) -> tuple[bool, bool]:
+        """Return whether a host's prefix tokens go in, `after` it, and whether they come out."""
+        return cls.keeps_prefix, cls.hands_on_prefix
 
     @abstractmethod
     def output_specs(self, batch: int = 1) -> tuple[TensorSpec, ...]:

@@ -100,6 +100,7 @@ class CAbstractor(Compressor):
     """
 
     Params = CAbstractorParams
+    reads_grid = True
     budget_hint = ", or with --set params.query_rows=ROWS whole rows, besides the eos_tokens"
     unstored_params = ("grid_rows", "query_rows")
     zero_means: ClassVar[Mapping[str, str]] = dict.fromkeys(unstored_params, "a square grid")

@@ -138,6 +138,7 @@ class DAbstractor(Compressor):
     """
 
     Params = DAbstractorParams
+    reads_grid = True
     unstored_params = ("num_heads", "start")
     pool: Tensor
     shrink: Tensor

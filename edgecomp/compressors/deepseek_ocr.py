@@ -105,6 +105,7 @@ class DeepSeekOCR(Compressor):
     """
 
     Params = DeepSeekOCRParams
+    reads_grid = True
     params: DeepSeekOCRParams
     width_param = "neck_dim"
     unstored_params = ("clip_heads", "patch_size")

@@ -57,6 +57,7 @@ class Matryoshka(Compressor):
     """
 
     Params = MatryoshkaParams
+    reads_grid = True
     pool: Tensor
 
     def __init__(self, params: MatryoshkaParams, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:

@@ -81,6 +81,7 @@ class MultiScale(Compressor):
     """
 
     Params = MultiScaleParams
+    reads_grid = True
     unstored_params = ("levels", "given", "num_heads")
     owners: Tensor
 
@@ -195,8 +196,8 @@ def _require_levels(params: MultiScaleParams, count: int) -> int:
         total = sum(grid * grid for grid, _ in params.levels)
         if count != total:
             raise InvalidSpec(
-                f"multi-scale: {count} tokens go in, and the grids of the levels {_tell(params)} have {total} together; "
-                "match params.levels, or --set params.given=grid"
+                f"multi-scale: {count} tokens go in, and the grids of the levels {_tell(params)} have {total} "
+                "together; match params.levels, or --set params.given=grid"
             )
         return 0
     side, _ = grid_sides(count, 0, method="multi-scale", what="tokens in")

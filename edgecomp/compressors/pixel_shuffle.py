@@ -73,6 +73,7 @@ class PixelShuffle(Compressor):
     """
 
     Params = PixelShuffleParams
+    reads_grid = True
     unstored_params = ("factor", "order", "grid_rows")
     zero_means: ClassVar[Mapping[str, str]] = {"grid_rows": "a square grid"}
 

@@ -57,6 +57,7 @@ class Resampler2d(GridResampler):
     """
 
     Params = Resampler2dParams
+    reads_grid = True
     params: Resampler2dParams
     line: Tensor
     own_places: Tensor
@@ -115,7 +116,7 @@ class Resampler2d(GridResampler):
     def _places(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the positions of all keys, (B, N, D), and which of them are real, (B, N)."""
         rows, columns = sizes[:, :1], sizes[:, 1:]
-        index = torch.arange(self.site.tokens_in, dtype=sizes.dtype).unsqueeze(0)  # (1, N)
+        index = torch.arange(self.site.tokens_in, dtype=sizes.dtype, device=sizes.device).unsqueeze(0)  # (1, N)
         row = torch.div(index, columns.clamp(min=1), rounding_mode="trunc")
         column = index - row * columns
         last = self.params.most_side - 1

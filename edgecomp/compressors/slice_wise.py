@@ -17,9 +17,9 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors import compressor_class
-from edgecomp.compressors._base import Compressor, Params, Positive
+from edgecomp.compressors._base import Compressor, HostFeature, Params, Positive
 from edgecomp.errors import InvalidSpec
-from edgecomp.specs import Output, Site, TensorSpec, TokenBudget, load_recipe
+from edgecomp.specs import Output, Placement, Site, TensorSpec, TokenBudget, load_recipe
 
 __all__ = ["SliceWise"]
 
@@ -75,13 +75,14 @@ class SliceWise(Compressor):
         super().__init__(params, site, budget, output)
         cls, own = _inner(params, site)
         inner = cls(own, site, budget, output)
-        if inner.host_features or inner.keeps_prefix:
-            needs = ", ".join(inner.host_features) or "prefix tokens"
-            raise InvalidSpec(
-                f"slice-wise: {params.inner} reads {needs} of its encoder, which knows nothing of slices here; "
-                "choose a method that reads tokens alone, or export it by itself with a --batch for each bucket"
-            )
         self.inner = inner
+        self.keeps_prefix, self.hands_on_prefix = self.prefix_of(params)  # type: ignore[misc]
+        self.reads_grid = inner.reads_grid  # type: ignore[misc]
+
+    @property
+    def host_features(self) -> tuple[HostFeature, ...]:
+        """What the inner method reads of the encoder, which sees each slice as an image of its own."""
+        return self.inner.host_features
 
     @property
     def media_shape(self) -> tuple[int, ...]:
@@ -122,8 +123,26 @@ class SliceWise(Compressor):
     def params_of_site(cls, site: Site) -> dict[str, Any]:
         """Return what the host decides; its patch too, of which the positions of a slice are counted."""
         across = math.isqrt(site.tokens_in)
-        is_square = across * across == site.tokens_in and site.image_size % across == 0
+        is_square = across * across == site.tokens_in and site.image_size and site.image_size % across == 0
         return {**super().params_of_site(site), **({"patch": site.image_size // across} if is_square else {})}
+
+    @classmethod
+    def levels_of(cls, params: SliceWiseParams) -> tuple[int, ...]:
+        """Return the inner method's."""
+        inner, own = _inner(params)
+        return inner.levels_of(own)
+
+    @classmethod
+    def prefix_of(cls, params: SliceWiseParams) -> tuple[bool, bool]:
+        """Return the inner method's."""
+        inner, own = _inner(params)
+        return inner.prefix_of(own)
+
+    @classmethod
+    def site_without_host(cls, params: SliceWiseParams, placement: Placement, image_size: int) -> Site:
+        """Return the site that the inner method would have by itself."""
+        inner, own = _inner(params)
+        return inner.site_without_host(own, placement, image_size)
 
     @classmethod
     def for_budgets(cls, params: SliceWiseParams, counts: Sequence[int]) -> SliceWiseParams:

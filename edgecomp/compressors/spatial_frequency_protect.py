@@ -63,6 +63,7 @@ class SpatialFrequencyProtect(TokenPruner):
     """
 
     Params = SpatialFrequencyProtectParams
+    reads_grid = True
     params: SpatialFrequencyProtectParams
 
     def __init__(self, params: Any, site: Site, budget: TokenBudget, output: Output = "tokens") -> None:

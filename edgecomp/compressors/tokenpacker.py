@@ -70,6 +70,7 @@ class TokenPacker(Compressor):
     """
 
     Params = TokenPackerParams
+    reads_grid = True
     unstored_params = ("num_heads", "levels")
     resize: Tensor
 

@@ -31,6 +31,7 @@ class MethodRow(msgspec.Struct, frozen=True):
     paper: str
     licence: str
     summary: str
+    upstream: str
 
 
 class TargetRow(msgspec.Struct, frozen=True):

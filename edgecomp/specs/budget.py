@@ -37,12 +37,17 @@ class TokenBudget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BudgetRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which token counts a method can be exported for: `choices`, or `minimum` to `maximum`."""
+    """Which token counts a method can be exported for: `choices`, or `minimum` to `maximum`.
+
+    Attributes:
+        told: for `list methods`, where a grid allows some of these only; "": the counts themselves.
+    """
 
     default: tuple[Count, ...]
     choices: tuple[Count, ...] = ()
     minimum: Count = 1
     maximum: Count = _ANY
+    told: str = ""
 
     def __post_init__(self) -> None:
         if not self.default:

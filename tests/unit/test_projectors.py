@@ -225,7 +225,7 @@ def test_grids_of_levels_are_as_many_tokens_as_the_host_gives():
 
 @pytest.mark.parametrize("method", ["matryoshka", "tokenpacker", "d-abstractor", "multi-scale"])
 def test_no_refusal_names_a_parameter_that_holds_no_rows(method):
-    with pytest.raises(InvalidSpec, match="20 tokens in are no square grid; 16 = 4 x 4 and 25 = 5 x 5 are$"):
+    with pytest.raises(InvalidSpec, match=r"20 tokens in are no square grid; 16 = 4 x 4 and 25 = 5 x 5 are$"):
         build(method, params={"tokens": 20})
 
 

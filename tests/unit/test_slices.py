@@ -296,7 +296,6 @@ def test_load_takes_a_list_of_images(tmp_path: Path) -> None:
         ({"inner": "slice-wise"}, "slices are not sliced again"),
         ({"inner": "perceiver:idefics9"}, "no preset of perceiver 'idefics9'"),
         ({"inner": "evit"}, "params.inner=evit stands inside"),
-        ({"inner": "q-former", "inner_params": {"depth": 1}}, "reads prefix tokens of its encoder"),
         ({"inner_params": {"nonsense": 1}}, "resampler-2d:minicpm-v (inside slice-wise)"),
     ],
 )
@@ -307,6 +306,58 @@ def test_methods_that_cannot_be_inside_are_refused(params: dict[str, Any], words
     with pytest.raises(EdgecompError) as caught:
         compressor_class("slice-wise").from_recipe(load_recipe("slice-wise"), 9, preset="resampler", **params)
     assert words in str(caught.value)
+
+
+_PACKER = {"hidden_dim": 32, "num_heads": 2, "output_dim": 16, "levels": [-3, -2]}
+_FORMER = {"embed_dim": 32, "num_heads": 2, "depth": 1}
+
+
+@pytest.mark.parametrize(
+    ("inner", "params", "budget", "backbone"),
+    [
+        ("attention-pruning", {}, 7, "test_vit"),
+        ("fastervlm", {}, 7, "test_vit"),
+        ("visionzip", {}, 7, "test_vit"),
+        ("vispruner", {}, 7, "test_vit"),
+        ("token-pooling", {}, 7, "test_vit"),
+        ("prumerge", {}, 7, "test_vit"),
+        ("tokenpacker", _PACKER, 4, "test_vit"),
+        ("q-former", _FORMER, 4, "test_vit"),
+        ("query-aware", {}, 7, "none"),
+        ("spatial-frequency-protect", {"tokens": 16}, 7, "none"),
+        ("slow-fast", {"tokens": 16}, 7, "none"),
+    ],
+)
+def test_what_reads_more_than_tokens_is_the_same_inside(
+    inner: str, params: dict[str, Any], budget: int, backbone: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    from edgecomp.backbones.assemble import assemble
+    from edgecomp.specs.order import Order
+
+    size = {"image_size": 64} if backbone != "none" else {}
+    recipe, own = load_recipe(inner), dict(params)
+    preset = recipe.placements["after"]
+    width = assemble(Order(recipe=recipe, preset=preset, backbone=backbone, budgets=(str(budget),), params=own, **size))
+    module = width.models[0]
+    outer = {"inner": f"{inner}:{preset}", "inner_params": {k: v for k, v in own.items() if k != "tokens"}}
+    if backbone == "none":
+        site = module.compressor.site
+        outer |= {"tokens": site.tokens_in, "context_dim": site.embed_dim}
+    else:
+        size["feature_layer"] = width.feature_layer
+    sliced = assemble(
+        Order(recipe=load_recipe("slice-wise"), backbone=backbone, budgets=(str(budget),), params=outer, **size)
+    ).models[0]
+    assert [str(spec) for spec in sliced.input_specs(2)] == [str(spec) for spec in module.input_specs(2)]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(spec.shape, generator=generator) if spec.dtype == "float32" else torch.ones(spec.shape).bool()
+        for spec in module.input_specs(2)
+    ]
+    with torch.inference_mode():
+        for got, expected in zip(sliced(*inputs), module(*inputs), strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_a_checkpoint_of_the_inner_method_is_read() -> None:

@@ -403,3 +403,15 @@ def test_a_router_that_does_not_fit_a_row_is_refused(router, options, words, tmp
     with pytest.raises(InvalidSpec, match=words):
         api.export(FIRST, budget=[4, 7], router=router, out=tmp_path / "row", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("second", "told"), [("c-abstractor", True), ("attention-pruning", False)]
+)  # the second of which reads tokens one by one
+def test_a_grid_of_chosen_tokens_is_told(second, told):
+    params = {"output_dim": 16, "depth": 1, "hidden_dim": 16} if told else {"score": "norm"}
+    made = _assemble(FIRST, second, preset="smoke", between=9, budgets=("4",), params=params, dtype=torch.float32)
+    assert told == any(
+        "c-abstractor reads the 9 tokens as a grid" in note and f"{FIRST} chooses or merges" in note
+        for note in made.notes
+    )
