@@ -104,6 +104,12 @@ def test_single_layers_are_exact(module: nn.Module, shape: tuple[int, ...]) -> N
     assert count_flops(lowered(module, shape)) == by_torch(module, torch.zeros(shape))
 
 
+def test_sizes_of_images_are_read_where_the_weights_are() -> None:
+    (model,) = smoke_models("resampler-2d", "smoke-sizes")
+    assert [spec.kind for spec in model.input_specs()] == ["tokens", "sizes"]
+    assert count_module_flops(model) > 0  # on torch's device `meta`
+
+
 def test_gemm_with_its_left_side_transposed() -> None:
     model = parse("y = Gemm <transA = 1> (x, w)", "float[24,7] x, float[24,40] w", "float[7,40] y")
     assert count_flops(model) == 2 * 7 * 24 * 40

@@ -39,10 +39,11 @@ from edgecomp.compressors.dynamicvit import DynamicViT, DynamicViTParams  # noqa
 from edgecomp.compressors.evit import EViT, EViTParams  # noqa: E402
 from edgecomp.compressors.fastervlm import FasterVLM  # noqa: E402
 from edgecomp.compressors.prumerge import PruMerge, PruMergeParams  # noqa: E402
+from edgecomp.compressors.spatial_frequency_protect import SpatialFrequencyProtect  # noqa: E402
 from edgecomp.compressors.visionzip import VisionZip, VisionZipParams  # noqa: E402
 from edgecomp.compressors.vispruner import VisPruner, VisPrunerParams  # noqa: E402
 from edgecomp.errors import InvalidSpec  # noqa: E402
-from edgecomp.specs import Site, TokenBudget  # noqa: E402
+from edgecomp.specs import Site, TokenBudget, load_recipe  # noqa: E402
 
 # -- selection --------------------------------------------------------------------------------------------------
 
@@ -398,3 +399,14 @@ def test_proxies_on_images_of_known_content() -> None:
     ramp = torch.linspace(0, 1, 64).expand(1, 3, 64, 64)
     assert float(text_likelihood(ramp, 16).max()) < 0.1
     assert torch.isfinite(text_likelihood(noise, 16)).all()
+
+
+@pytest.mark.parametrize("preset", ["norm", "class-attention"])
+def test_protected_tokens_stand_in_front_and_the_others_by_score(preset: str) -> None:
+    recipe = load_recipe("spatial-frequency-protect")
+    module = SpatialFrequencyProtect.from_recipe(recipe, 12, preset=preset, tokens=16, embed_dim=8, score="norm")
+    tokens = torch.randn(1, 16, 8, generator=torch.Generator().manual_seed(0))
+    kept, index = module(tokens)
+    norms, protected = kept[0].norm(dim=-1), module.protected
+    assert index[0, :protected].tolist() == sorted(index[0, :protected].tolist())
+    assert norms[protected:].tolist() == sorted(norms[protected:].tolist(), reverse=True)
