@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import onnx_ir as ir
+import test_mutants
 
 from edgecomp.export.modules import module_of
 from edgecomp.export.passes import add_merge_body
@@ -104,16 +105,16 @@ def _round_after(graph, value, factor):
 
 
 def swapped_kv(model):
-    """Keys and values change places."""
+    """Keys and values change places; once in weights that several nodes read, or they would be back in place."""
     found = 0
+    weights: set[ir.Value] = set()
     for node in model.graph:
         if node.op_type == "Split" and len(node.outputs) == 2 and node.outputs[0].shape == node.outputs[1].shape:
             _swap(*node.outputs)
             found += 1
         if node.op_type in ("MatMul", "Gemm", "Add") and module_of(node).endswith("attn.qkv"):
-            for value in node.inputs:
-                found += value.const_value is not None and _swap_thirds(value)
-    return found
+            weights.update(value for value in node.inputs if value.const_value is not None)
+    return found + sum(map(_swap_thirds, weights))
 
 
 def transposed_grid(model):
@@ -152,7 +153,9 @@ def other_layers_weights(model):
         match = re.match(r"(.*)\b(blocks|layers)\.\d+\.(.*)", module_of(node))
         for value in node.inputs if match and node.op_type in ("MatMul", "Gemm") else ():
             if value.const_value is not None and len(value.shape) == 2:
-                kinds.setdefault((match.group(3), tuple(value.const_value.shape.numpy())), []).append(value)
+                found = kinds.setdefault((match.group(3), tuple(value.const_value.shape.numpy())), [])
+                if value not in found:  # a graph that runs its layers twice reads the same weights twice
+                    found.append(value)
     pairs = [found[:2] for found in kinds.values() if len(found) > 1]
     for one, other in pairs:
         arrays = [value.const_value.numpy().copy() for value in (one, other)]
@@ -160,13 +163,35 @@ def other_layers_weights(model):
     return len(pairs)
 
 
+def wrong_rows(model):
+    """The matrices of a graph without attention and choice meet their channels one place further on."""
+    return _all_at_once(test_mutants.wrong_rows(model, None))
+
+
+def dropped_activation(model):
+    """What goes into an activation comes out of it, in a graph without attention and choice."""
+    return _all_at_once(test_mutants.dropped_activation(model, None))
+
+
+def first_of_bin(model):
+    """Pooling takes one token of each bin, not their mean."""
+    return _all_at_once(test_mutants.first_of_bin(model, None))
+
+
 FAULTS = (
     *(first_k, last_of_equals, off_by_one, unweighted_mean, sizes_not_carried, no_proportional_bias, dropped_head),
     *(transposed_grid, swapped_kv, wrong_axis, half_softmax, other_layers_weights),
+    *(wrong_rows, dropped_activation, first_of_bin),
 )
 
 
 # -- tools ------------------------------------------------------------------------------------------------------
+
+
+def _all_at_once(changes):
+    for change in changes:
+        change()
+    return len(changes)
 
 
 def _each(places, change):

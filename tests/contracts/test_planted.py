@@ -5,18 +5,22 @@ By default one method of each kind is tried; `-m slow` has the others. `docs/par
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import planted
 import pytest
 
 from edgecomp.export.forced import force_choices
+from edgecomp.export.modules import MODULE_KEY
 from edgecomp.parity import check_bucket, check_selection, read_goldens
 from edgecomp.runners import open_runner
 
 #: Faults that no part sees, and why.
 UNSEEN = {
     ("half_softmax", "attention-pruning", "smoke-text"): "with random weights the error is 3.8e-6, within 2e-5",
+    ("half_softmax", "d-abstractor", "smoke-tables"): "likewise 1.5e-5, within 4e-5",
     ("half_softmax", "fastervlm", "smoke-host"): "likewise 3.5e-6",
+    ("half_softmax", "spatial-frequency-protect", "smoke-host"): "likewise 4.0e-6",
     ("half_softmax", "visionzip", "smoke-host"): "likewise 4.4e-6",
     ("off_by_one", "pitome", "smoke"): "all that can merge do merge, so that nothing stands behind the last",
 }
@@ -71,7 +75,7 @@ def test_what_is_planted_is_caught(sampled_method, bundle_of, parts_of, note, sm
                 continue
             assert failed, f"{fault.__name__} in {sampled_method} {preset} is not seen"
             seen.append(f"{fault.__name__}: {', '.join(sorted(failed))}")
-    assert len(seen) >= 3, seen
+    assert len({one.partition(":")[0] for one in seen}) >= 3, seen
     note(f"planted in {sampled_method}: {'; '.join(seen)}")
 
 
@@ -88,3 +92,21 @@ def test_choices_alone_are_judged_by_layer(bundle_of, parts_of, smoke_of):
     model = _load(bundle, bucket)
     assert planted.first_k(model) == 2
     assert parts_of(bundle, bucket, model) == {"values", "choices"}
+
+
+def test_weights_that_two_nodes_read_are_struck_once():
+    """A graph that runs its layers on tiles and on the whole reads each matrix twice: twice swapped is not swapped."""
+    x = ir.Value(name="x", shape=ir.Shape([1, 2]), type=ir.TensorType(ir.DataType.FLOAT))
+    weights = []
+    for layer in range(2):
+        array = np.arange(12, dtype=np.float32).reshape(2, 6) + 100 * layer
+        weights.append(ir.Value(name=f"w{layer}", shape=ir.Shape(array.shape), const_value=ir.tensor(array)))
+    nodes = [ir.node("MatMul", [x, weight]) for _ in range(2) for weight in weights]
+    for index, node in enumerate(nodes):
+        node.metadata_props[MODULE_KEY] = f"blocks.{index % 2}.attn.qkv"
+    graph = ir.Graph([x], [node.outputs[0] for node in nodes], nodes=nodes, initializers=weights)
+    model = ir.Model(graph, ir_version=10)
+    assert planted.swapped_kv(model) == 2
+    assert weights[0].const_value.numpy().tolist() == [[0, 1, 4, 5, 2, 3], [6, 7, 10, 11, 8, 9]]
+    assert planted.other_layers_weights(model) == 1
+    assert weights[1].const_value.numpy().tolist() == [[0, 1, 4, 5, 2, 3], [6, 7, 10, 11, 8, 9]]
