@@ -354,9 +354,16 @@ def choose_tiles(width: int, height: int, policy: TilePolicy) -> tuple[int, int]
 
 
 def fit_tiles(
-    wanted: tuple[int, int] | None, held: Sequence[tuple[int, int] | None], policy: TilePolicy
+    wanted: tuple[int, int] | None,
+    held: Sequence[tuple[int, int] | None],
+    policy: TilePolicy,
+    *,
+    option: str = "--budget",
 ) -> tuple[int, int] | None:
     """Return the smallest grid of a bundle that has as many columns and rows as are wanted.
+
+    Args:
+        option: of `edgecomp export`, that an error names.
 
     Raises:
         InvalidSpec: none does.
@@ -368,7 +375,7 @@ def fit_tiles(
         names = "no tiles" if largest is None else f"{largest[0]} x {largest[1]} tiles"
         raise InvalidSpec(
             f"the page is cut into {columns} x {rows} tiles (columns x rows), and no bucket of the bundle holds them: "
-            f"the largest has {names}; export one that does, with --budget {_rows_of_grid((columns, rows), policy)}"
+            f"the largest has {names}; export one that does, with {option} {_rows_of_grid((columns, rows), policy)}"
         )
     return min(fitting, key=lambda grid: math.prod(grid or (0, 0)))
 

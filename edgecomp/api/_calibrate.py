@@ -17,12 +17,13 @@ from edgecomp.bundle import golden_key, open_bundle, replace_manifest
 from edgecomp.errors import InvalidSpec
 from edgecomp.evaluation import Images, open_images
 from edgecomp.evaluation.thresholds import Needs, Places, assign, choose
-from edgecomp.images import PixelType, to_pixels
+from edgecomp.images import PixelType
 from edgecomp.lock import bundle_lock
 from edgecomp.parity import read_goldens
 from edgecomp.report.calibrate import BucketUse, CalibrationReport
 from edgecomp.runners import Array, require_threads
 from edgecomp.serving import Answer, Model
+from edgecomp.serving.parts import image_pixels
 from edgecomp.specs import TensorSpec
 from edgecomp.specs.manifest import Calibration, Manifest, RouterRecord
 
@@ -206,20 +207,18 @@ def _observe(
     progress: Progress,
 ) -> _Seen:
     """Run router and buckets on all images, in turn, and time them."""
-    preprocess = model.bundle.manifest.preprocess
-    assert preprocess is not None
     buckets, digest, needs = model.buckets, hashlib.sha256(), []
     outputs: list[list[Array]] = []
     direct: dict[int, list[float]] = {tokens: [] for tokens in buckets}
     told = time.monotonic()
     pixels: PixelType = "uint8" if dtype == "uint8" else "float32"
-    first = to_pixels(images.image(images.indices[0]), preprocess, pixels)
+    first = image_pixels(model.bundle, images.image(images.indices[0]), pixels)
     for _ in range(_WARM_UP):  # graphs are loaded by the first request that needs them
         for wanted in (None, *buckets):
             ask(first[0], None, wanted)
     model.reset_stats()
     for count in range(len(images.indices)):
-        image = to_pixels(images.image(images.indices[count]), preprocess, pixels)
+        image = image_pixels(model.bundle, images.image(images.indices[count]), pixels)
         digest.update(np.ascontiguousarray(image).data)
         rows: list[Array] = []
         text = texts[count % len(texts)] if texts else None

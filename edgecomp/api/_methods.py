@@ -21,7 +21,7 @@ from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import Bundle, golden_key, open_bundle
 from edgecomp.errors import EdgecompError, InvalidSpec, UnknownName
 from edgecomp.evaluation.reconstruction import Reconstruction, fill_error, read_back_error, unmerge_error
-from edgecomp.images import read_image, to_pixels
+from edgecomp.images import read_image
 from edgecomp.parity import read_goldens, rows_of
 from edgecomp.profiles.comparison import require_out, write_comparison
 from edgecomp.profiles.interleave import Interleaved, interleave
@@ -33,6 +33,7 @@ from edgecomp.resources import cache_dir, photograph_path
 from edgecomp.runners import Array, Runner, require_threads
 from edgecomp.runners.chain import open_graph
 from edgecomp.serving.memory import measure_memory
+from edgecomp.serving.parts import image_pixels
 from edgecomp.specs import load_recipe, method_names
 from edgecomp.specs.manifest import Bucket, PlainGraph
 
@@ -200,7 +201,7 @@ def _inputs(bundle: Bundle, graph: Bucket | PlainGraph, *, picture: Any) -> _Pla
     made_up = []
     for spec in graph.inputs:
         if spec.kind == "image" and preprocess is not None:
-            pixels = to_pixels(picture, preprocess, "uint8" if spec.dtype == "uint8" else "float32")
+            pixels = image_pixels(bundle, picture, "uint8" if spec.dtype == "uint8" else "float32")
             inputs[spec.name] = np.ascontiguousarray(np.broadcast_to(pixels, spec.shape))
         else:
             inputs[spec.name] = rows_of(

@@ -10,7 +10,7 @@ from edgecomp.api._draw import picture_of, require_drawable, require_one_image, 
 from edgecomp.api._progress import Progress, silent
 from edgecomp.bundle import Bundle, open_bundle
 from edgecomp.errors import InvalidSpec, RunError
-from edgecomp.images import read_image, to_pixels
+from edgecomp.images import read_image
 from edgecomp.inputs import read_tensors, require_inputs, write_tensors
 from edgecomp.patches import Picture
 from edgecomp.report.run import LayoutSummary, OutputSummary, RunReport, drawn_layers
@@ -18,7 +18,7 @@ from edgecomp.resources import photograph_path
 from edgecomp.runners import Array, require_threads
 from edgecomp.runners.chain import open_graph
 from edgecomp.serving import Model
-from edgecomp.serving.parts import TEXT_FILE, kind_of, lay_out
+from edgecomp.serving.parts import TEXT_FILE, image_pixels, kind_of, lay_out
 from edgecomp.specs import TensorSpec
 from edgecomp.specs.manifest import Bucket
 
@@ -165,10 +165,8 @@ def _read_inputs(opened: Bundle, bucket: Bucket, path: Path) -> dict[str, Array]
         tensors = read_tensors(path)
         require_inputs(tensors, bucket.inputs, str(path))
         return tensors
-    preprocess = opened.manifest.preprocess
     spec = _require_image_alone(bucket, path)
-    assert preprocess is not None, "a bundle that takes images says how they are prepared"
-    pixels = to_pixels(read_image(path), preprocess, "uint8" if spec.dtype == "uint8" else "float32")
+    pixels = image_pixels(opened, read_image(path), "uint8" if spec.dtype == "uint8" else "float32")
     return {spec.name: np.ascontiguousarray(np.broadcast_to(pixels, spec.shape))}
 
 

@@ -16,11 +16,10 @@ import numpy as np
 
 from edgecomp.bundle import Bundle, open_bundle
 from edgecomp.errors import InvalidSpec, RunError, UnknownName
-from edgecomp.images import to_pixels
 from edgecomp.inputs import require_inputs
 from edgecomp.runners import Array, Runner, open_runner, require_sharing, require_threads, runner_names
 from edgecomp.runners.chain import require_kernels
-from edgecomp.serving.parts import LaidOut, kind_of, lay_out, suffices, to_image
+from edgecomp.serving.parts import LaidOut, image_pixels, kind_of, lay_out, suffices, to_image
 from edgecomp.serving.stats import Recorder, Stats
 from edgecomp.slices import Layout
 from edgecomp.specs.budget import read_count
@@ -452,9 +451,7 @@ class Model:
                 f"an image of shape {image.shape} and type {image.dtype} is neither uint8 (H, W, 3) nor "
                 f"{dtype} {shape}, as the graph takes it"
             )
-        preprocess = self._bundle.manifest.preprocess
-        assert preprocess is not None, "a bundle that takes images says how they are prepared"
-        return to_pixels(to_image(image), preprocess, "uint8" if dtype == "uint8" else "float32")
+        return image_pixels(self._bundle, to_image(image), "uint8" if dtype == "uint8" else "float32")
 
     def _session(self, graph: Graph) -> Runner:
         """Return the graph's session, loading it where it is not in memory."""

@@ -34,7 +34,7 @@ from edgecomp.specs.budget import read_count
 from edgecomp.specs.manifest import Bucket
 from edgecomp.strips import render_strips
 
-__all__ = ["TEXT_FILE", "LaidOut", "kind_of", "lay_out", "suffices", "to_image"]
+__all__ = ["TEXT_FILE", "LaidOut", "image_pixels", "kind_of", "lay_out", "suffices", "to_image"]
 
 TEXT_FILE = ".txt"
 _TENSOR_FILES = (".safetensors", ".npz")
@@ -68,7 +68,7 @@ def kind_of(bundle: Bundle) -> Literal["slices", "page", "text", ""]:
         return ""
     if manifest.method == "slice-wise":
         return "slices"
-    if manifest.method == "deepseek-ocr" and manifest.placement == "encoder" and manifest.then is None:
+    if manifest.method == "deepseek-ocr" and manifest.placement == "encoder":
         return "page"
     return "text" if [spec.name for spec in others] == ["patch_mask"] else ""
 
@@ -107,6 +107,8 @@ def lay_out(
         return _lay_tensors(bundle, request, budget) if kind == "page" else None
     if isinstance(request, np.ndarray) and (request.dtype != np.uint8 or request.ndim != 3 or request.shape[2] != 3):
         return None  # pixels as the graph takes them
+    if bundle.manifest.then is not None and bundle.manifest.router is not None and budget is None:
+        return None  # the router chooses among the second method's buckets, which are all handed the same
     if text is not None:
         raise InvalidSpec(
             f"a text was given, and {bundle.path} takes an image in parts, which no router that reads words sees; drop "
@@ -136,6 +138,15 @@ def suffices(bundle: Bundle, budget: str | int) -> int:
             f"{', '.join(map(str, buckets))}"
         )
     return next(tokens for tokens in buckets if tokens >= wanted)
+
+
+def image_pixels(bundle: Bundle, image: Image.Image, dtype: PixelType) -> Array:
+    """Return an image that is handed over whole, as `to_pixels` does: a page padded or stretched, any other cropped."""
+    preprocess = bundle.manifest.preprocess
+    assert preprocess is not None, "a bundle that takes images says how they are prepared"
+    if kind_of(bundle) == "page":
+        return prepare_page(image, None, _tile_policy(bundle), preprocess, dtype=dtype)[0]
+    return to_pixels(image, preprocess, dtype)
 
 
 def to_image(request: Any) -> Image.Image:
@@ -246,6 +257,8 @@ def _tile_policy(bundle: Bundle) -> TilePolicy:
 def _lay_page(bundle: Bundle, image: Image.Image, budget: str | int | None, batch: int | None) -> LaidOut:
     manifest, policy = bundle.manifest, _tile_policy(bundle)
     assert manifest.preprocess is not None
+    if manifest.then is not None:
+        return _lay_page_of_two(bundle, image, _candidates(bundle, budget, batch)[0], manifest.then.between)
     held = {bucket.budget.tokens_out: bucket for bucket in sorted(bundle.select(batch=batch), key=lambda b: -b.batch)}
     grids = {rows: grid_of_rows(rows, _tiles_of(bucket), policy) for rows, bucket in held.items()}
     if budget is not None:
@@ -261,15 +274,35 @@ def _lay_page(bundle: Bundle, image: Image.Image, budget: str | int | None, batc
         if grid != wanted:
             why = f"the next larger, as {asked}, which {image.width} x {image.height} pixels ask for, is no bucket"
     grid, bucket = grids[rows], held[rows]
-    view, tiles = prepare_page(image, grid, policy, manifest.preprocess, dtype=_pixel_type(bucket))
+    layout = layout_of_page(grid, policy, ends=manifest.params["part"] == "whole")
+    inputs = _page_inputs(bundle, bucket, image, grid)
+    return LaidOut(bucket, inputs, 1, layout, f"{_name_page(grid)} in {rows} rows: {why}")
+
+
+def _lay_page_of_two(bundle: Bundle, image: Image.Image, bucket: Bucket, between: int) -> LaidOut:
+    """Lay a page out for its encoder where a second method reads the encoder's rows: what comes out has no lines."""
+    policy = _tile_policy(bundle)
+    grid = grid_of_rows(between, _tiles_of(bucket), policy)
+    fit_tiles(choose_tiles(*image.size, policy), [grid], policy, option="--between")
+    kept, none = bucket.budget.tokens_out, np.empty(0, np.int32)
+    layout = Layout(grid, math.prod(grid or (0, 0)) + 1, np.arange(kept, dtype=np.int32), none, none)
+    reason = f"{_name_page(grid)} in {between} rows, of which {kept} are kept"
+    return LaidOut(bucket, _page_inputs(bundle, bucket, image, grid), 1, layout, reason)
+
+
+def _page_inputs(bundle: Bundle, bucket: Bucket, image: Image.Image, grid: tuple[int, int] | None) -> dict[str, Array]:
+    preprocess = bundle.manifest.preprocess
+    assert preprocess is not None
+    view, tiles = prepare_page(image, grid, _tile_policy(bundle), preprocess, dtype=_pixel_type(bucket))
     given = [view] if tiles is None else [view, tiles]
-    inputs = {
+    return {
         spec.name: np.ascontiguousarray(np.broadcast_to(value, spec.shape))
         for spec, value in zip(bucket.inputs, given, strict=True)
     }
-    laid = f"{grid[0]} x {grid[1]} tiles and the page" if grid else "the page"
-    layout = layout_of_page(grid, policy, ends=manifest.params["part"] == "whole")
-    return LaidOut(bucket, inputs, 1, layout, f"{laid} in {rows} rows: {why}")
+
+
+def _name_page(grid: tuple[int, int] | None) -> str:
+    return f"{grid[0]} x {grid[1]} tiles and the page" if grid else "the page"
 
 
 def _lay_tensors(bundle: Bundle, request: str | Path | Mapping[str, Array], budget: str | int | None) -> LaidOut | None:

@@ -7,14 +7,17 @@ from fractions import Fraction
 from itertools import product
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 import edgecomp
 from edgecomp import api
+from edgecomp.bundle import Bundle, open_bundle
 from edgecomp.errors import InvalidSpec, RunError
 from edgecomp.inputs import read_tensors
+from edgecomp.serving.parts import image_pixels, lay_out
 from edgecomp.slices import (
     SlicePolicy,
     TilePolicy,
@@ -26,6 +29,8 @@ from edgecomp.slices import (
     layout_of_page,
     prepare_page,
 )
+from edgecomp.specs import load_recipe
+from edgecomp.specs.manifest import ThenRecord
 from edgecomp.specs.preprocess import Preprocess
 
 HALF = (0.5, 0.5, 0.5)
@@ -208,6 +213,26 @@ def test_inputs_by_name_say_which_bucket(pages: Path) -> None:
             model({"image": image, "tiles_9": tiles})
         with pytest.raises(RunError, match=r"'tiles_2' has shape \[1, 3, 3, 128, 128\], expected \[1, 2, 3"):
             model({"image": image, "tiles_2": tiles})
+
+
+def test_a_page_is_laid_out_where_a_second_method_reads_its_rows(pages: Path) -> None:
+    """It is not cropped to its middle, as an image of another encoder is."""
+    opened = open_bundle(pages)
+    manifest = opened.manifest
+    then = ThenRecord("tome", "smoke", {}, 15, manifest.weights, load_recipe("tome").source)
+    (bucket,) = (b for b in manifest.buckets if b.budget.tokens_out == 15)
+    kept = msgspec.structs.replace(bucket, budget=msgspec.structs.replace(bucket.budget, tokens_out=4))
+    row = Bundle(pages, msgspec.structs.replace(manifest, buckets=(kept,), then=then))
+    page = _noise(130, 260)
+    alone, laid = lay_out(opened, page, budget=15), lay_out(row, page)
+    assert alone is not None
+    assert laid is not None
+    assert laid.reason == "1 x 2 tiles and the page in 15 rows, of which 4 are kept"
+    assert laid.layout.order.tolist() == [0, 1, 2, 3]
+    assert all(np.array_equal(laid.inputs[name], value) for name, value in alone.inputs.items())
+    np.testing.assert_array_equal(image_pixels(row, page, "float32"), alone.inputs["image"])
+    with pytest.raises(InvalidSpec, match=r"cut into 2 x 1 tiles .* with --between \d+"):
+        lay_out(row, _noise(260, 130))
 
 
 def test_pages_that_are_refused(pages: Path, tmp_path: Path) -> None:
