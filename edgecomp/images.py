@@ -80,7 +80,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """Resize the shorter side to floor(size / crop), as timm does, then cut the centre square out; returns RGB.
+    """Resize the shorter side (or both: `stretch`) to floor(size / crop), then cut the centre square out; returns RGB.
 
     The longer side is rounded down and the offset to the nearest pixel, as torchvision does. Where the resized image
     would exceed 100 megapixels (a strip of 1 x 100000), only the square is resampled: the same picture, which may
@@ -93,6 +93,8 @@ def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     image, size = _to_rgb(image), preprocess.size
     short = math.floor(size / preprocess.crop)
     resized = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    if preprocess.stretch:
+        resized = (short, short)
     left, top = (round((side - size) / 2.0) for side in resized)
     resample = _RESAMPLING[preprocess.interpolation]
     if resized[0] * resized[1] <= _MOST_PIXELS:

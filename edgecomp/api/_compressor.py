@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +47,19 @@ def compressor(
     Raises:
         SpecError, WeightsError: such a module cannot be. MissingDependency: torch is not installed.
     """
+    if not isinstance(method, str):
+        raise InvalidSpec(f"method={method!r} is no name of a method; give one, for example 'perceiver'")
     try:
         from edgecomp.backbones.assemble import assemble
         from edgecomp.compressors import compressor_class
     except ImportError as error:
         raise MissingDependency(error.name or str(error), needed_for="edgecomp.compressor", extra="export") from error
     known = compressor_class(method).Params.__struct_fields__
+    grid, image_size, seed = _count("grid", grid), _count("image_size", image_size), _count("seed", seed)
+    queries = queries if isinstance(queries, str) else _count("queries", queries)
+    if not 0 <= seed < 1 << 63:
+        raise InvalidSpec(f"seed {seed} is not between 0 and 2^63 - 1")
+    params = {name: _plain(value) for name, value in params.items()}
     if grid < 0 or (isinstance(queries, int) and queries < 0):
         raise InvalidSpec(f"{method}: grid={grid}, queries={queries}: neither can be below 0")
     if grid:
@@ -63,9 +71,26 @@ def compressor(
         "", params, False, "", None, "random", 0, seed,
     )  # fmt: skip
     made = assemble(order)
+    if grid and made.placement == "encoder":
+        raise InvalidSpec(
+            f"{method}: grid={grid}, and preset {made.preset} is an encoder, which takes an image; give image_size"
+        )
     module = made.models[0].compressor.train()
     module.preset = made.preset
     return module
+
+
+def _count(name: str, value: Any) -> int:
+    """Return a number as an int, numpy's too."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InvalidSpec(f"{name}={value!r} is no whole number; give one") from None
+
+
+def _plain(value: Any) -> Any:
+    """Return numpy's numbers as Python's own."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
 
 def _tokens_of(method: str, grid: int, params: dict[str, Any]) -> int:

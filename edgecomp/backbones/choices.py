@@ -296,6 +296,11 @@ def find_site(
             has_class_token=host.has_class_token,
             num_classes=host.num_classes,
         )
+    if placement == "after" and cls.keeps_prefix and not host.num_prefix_tokens and _needs_prefix(cls):
+        raise InvalidSpec(
+            f"{order.recipe.method} reads the class token, and {host.name} has no class token; choose a host with one "
+            "(vit, deit, CLIP, DINOv2)"
+        )
     decided = getattr(params, cls.width_param)
     if order.weights != "random" and decided != site.embed_dim:
         raise InvalidSpec(
@@ -303,6 +308,15 @@ def find_site(
             f"read width {decided}; choose a host or weights of equal width"
         )
     return site, decide(cls, params, cls.params_of_site(site), order, f"the tokens of {host.name}")
+
+
+def _needs_prefix(cls: type[Compressor]) -> bool:
+    """Say whether a method cannot do without prefix tokens."""
+    try:
+        msgspec.convert({"prefix_tokens": 0}, cls.Params)
+    except msgspec.ValidationError as error:
+        return "prefix_tokens" in str(error) and "unknown field" not in str(error)
+    return False
 
 
 def find_preprocess(recipe: Recipe, host: Host | None, site: Site) -> Preprocess | None:
@@ -331,7 +345,13 @@ def choose_budgets(
                 f"align={order.align}: a Compressor of your own has the budget that it was made for, "
                 f"{order.compressor.budget.tokens_out}; give budgets, or drop align"
             )
-        return (order.compressor.budget,)
+        made = order.compressor.budget
+        if made.tokens_in != tokens_in:
+            raise InvalidSpec(
+                f"the {type(order.compressor).__name__} given was made for {made.tokens_in} tokens, and {tokens_in} go "
+                "in here; make it for as many, choose another host, or give the budgets that it is to have"
+            )
+        return (made,)
     if not asked:
         decided = usual_counts(cls, params, site, rule, saved)
         if decided != (saved.tokens_out,):

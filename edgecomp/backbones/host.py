@@ -222,6 +222,8 @@ def require_layers(name: str, depth: int, feature_layer: int, levels: Sequence[i
     Raises:
         InvalidSpec: there is no such layer, or logits are wanted of an earlier one.
     """
+    if not depth:
+        raise InvalidSpec(f"{name} has 0 blocks, and so no layer to read; give an encoder of 1 or more")
     if not -depth <= feature_layer <= -1:
         raise InvalidSpec(f"feature layer {feature_layer} of {name} must lie between -{depth} and -1")
     for level in levels:

@@ -117,6 +117,8 @@ def _require_no_host_options(order: Order, placement: Placement) -> None:
 
 def _require_finite(module: nn.Module, name: str) -> None:
     for key, tensor in module.state_dict().items():
+        if tensor.is_meta:
+            raise WeightsError(f"{key!r} of {name} is on the meta device and holds no values; load its weights first")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise WeightsError(f"{key!r} of {name} holds NaN or Inf; give a module whose weights are finite")
 
@@ -146,7 +148,14 @@ def make_compressors(
     if order.compressor is not None:
         _require_finite(order.compressor, cls.__name__)
         own = order.compressor.state_dict()
-        first.load_state_dict(own, strict=True)
+        try:
+            first.load_state_dict(own, strict=True)
+        except RuntimeError as error:
+            told = " ".join(str(error).split())[:400]
+            raise WeightsError(
+                f"the parameters of the {cls.__name__} given are not those of a {cls.__name__} of its params ({told}); "
+                "merge what was put into it (LoRA, weight norm), and give the module that edgecomp.compressor made"
+            ) from None
         origin = WeightsOrigin(kind="module", name=cls.__name__, sha256=state_digest(own))
     elif state is not None:
         layout = first.load_original(state, unread=tuple(order.recipe.unread))

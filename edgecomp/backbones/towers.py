@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ __all__ = ["is_tower", "load_tower"]
 
 _ENDINGS = (".safetensors", ".index.json", *PICKLES)
 _CLASSIFIER = "classifier."
+_RESAMPLING: dict[Any, Literal["bicubic", "bilinear"]] = {2: "bilinear", 3: "bicubic"}
 _NAMES_DTYPE = Version("4.56")  # before it the argument was torch_dtype
 _OF_FEATURE_MAPS = ("out_features", "out_indices", "stage_names")
 #: Parts of whole models that are no part of the image tower: text, what joins both, classifiers.
@@ -72,7 +74,7 @@ def load_tower(
         torch.manual_seed(request.seed)
         tower = {key: value for key, value in state.items() if not key.startswith(_CLASSIFIER)} if state else None
         model = _build(config, tower, title)
-        linear = _make_linear(values, state, title) if request.keep_head else None
+        linear = _make_linear(values, config, state, title) if request.keep_head else None
     layout = f"transformers {config.model_type}"
     if state is not None:
         origin = weights_origin(Path(source or weights), state, layout=layout)
@@ -93,15 +95,14 @@ def load_tower(
     return host, origin
 
 
-def _make_linear(values: Mapping[str, Any], state: Mapping[str, Tensor] | None, title: str) -> nn.Linear:
+def _make_linear(values: Mapping[str, Any], config: Any, state: Mapping[str, Tensor] | None, title: str) -> nn.Linear:
     """Return the last layer of a model for image classification."""
     if state is None:
         kinds = values.get("architectures") or [""]
         if not str(kinds[0]).endswith("ForImageClassification"):
             raise no_classifier(title)
         joined = 2 if values["model_type"].startswith("dinov2") else 1
-        width = values.get("vision_config", values)["hidden_size"]
-        return nn.Linear(joined * width, len(values.get("id2label", ())) or 2)
+        return nn.Linear(joined * int(config.hidden_size), len(values.get("id2label", ())) or 2)
     if f"{_CLASSIFIER}weight" not in state:
         raise no_classifier(title)
     weight = state[f"{_CLASSIFIER}weight"]
@@ -143,7 +144,10 @@ def _make_config(values: dict[str, Any], title: str) -> Any:
 
     kind = values["model_type"]
     if kind in _TOGETHER:
-        values = {**values.get("vision_config", {}), "model_type": _TOGETHER[kind]}
+        tower = values.get("vision_config", {})
+        if not isinstance(tower, dict):
+            raise InvalidSpec(f"vision_config of {title} is {str(tower)[:40]}, no configuration; copy it again")
+        values = {**tower, "model_type": _TOGETHER[kind]}
         kind = values["model_type"]
     if kind in ("siglip2", "siglip2_vision_model"):
         raise InvalidSpec(
@@ -165,6 +169,8 @@ def _make_config(values: dict[str, Any], title: str) -> Any:
         raise InvalidSpec(f"the configuration of {title} is refused by transformers: {_first_line(error)}") from None
     for field in ("image_size", "patch_size"):
         one_size(getattr(config, field), field, title)
+    if getattr(config, "num_channels", 3) != 3:
+        raise InvalidSpec(f"num_channels={config.num_channels} of {title}: hosts take RGB images, of 3 channels")
     if heads < 1 or width % heads:
         raise InvalidSpec(f"hidden_size={width} of {title} is no multiple of num_attention_heads={heads}")
     return config
@@ -243,27 +249,68 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _read_preprocess(folder: Path, size: int, family: Family) -> Preprocess | None:
-    """Return how the folder's own processor prepares images, where it says so."""
+    """Return how the folder's own processor prepares images, where it says so.
+
+    Raises:
+        InvalidSpec: it prepares them in a way that is not known here.
+    """
     path = folder / "preprocessor_config.json"
-    if not path.is_file():
+    told = _read_json(path) if path.is_file() else None
+    if told is None and (folder / "processor_config.json").is_file():
+        path = folder / "processor_config.json"  # of newer releases: text and image in one
+        whole = _read_json(path)
+        told = whole.get("image_processor") if isinstance(whole, dict) else whole
+    if told is None:
         return None
-    told = _read_json(path)
-    mean, std = (_triple(told.get(key), default) for key, default in zip(
+    if not isinstance(told, dict):
+        raise InvalidSpec(f"{path} holds {str(told)[:40]!r}, not how images are prepared; copy it again, or remove it")
+    mean, std = (_triple(told, key, default, path) for key, default in zip(
         ("image_mean", "image_std"), family.statistics, strict=True
     ))  # fmt: skip
-    interpolation: Literal["bicubic", "bilinear"] = "bilinear" if told.get("resample", 3) == 2 else "bicubic"
-    resized, cropped = _side(told.get("size")), _side(told.get("crop_size"))
-    crops = told.get("do_center_crop", False) and resized and cropped and cropped <= resized
-    return Preprocess(size, cropped / resized if crops else 1.0, interpolation, mean, std)
+    if not told.get("do_normalize", True):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if min(std) <= 0:
+        raise _not_known(path, "image_std", list(std))
+    factor = told.get("rescale_factor", 1 / 255)
+    if not told.get("do_rescale", True) or not isinstance(factor, float) or not math.isclose(factor, 1 / 255):
+        raise _not_known(path, "rescale_factor", factor if told.get("do_rescale", True) else 1)
+    if not told.get("do_resize", True) or told.get("resample", 3) not in _RESAMPLING:
+        raise _not_known(path, "resample", told.get("resample", 3) if told.get("do_resize", True) else None)
+    given = told.get("size", told.get("crop_size"))
+    resized, stretches = _side(given, path, "size")
+    cropped = _side(told.get("crop_size"), path, "crop_size")[0] if told.get("do_center_crop") else 0
+    if cropped > resized > 0:
+        raise _not_known(path, "crop_size", cropped)
+    crop = cropped / resized if cropped and resized else 1.0
+    stretches = family.stretches if given is None else stretches
+    return Preprocess(size, crop, _RESAMPLING[told.get("resample", 3)], mean, std, stretches)
 
 
-def _triple(value: Any, default: tuple[float, float, float]) -> tuple[float, float, float]:
-    if isinstance(value, list) and len(value) == 3 and all(isinstance(one, (int, float)) for one in value):
-        return float(value[0]), float(value[1]), float(value[2])
-    return default
+def _not_known(path: Path, key: str, value: Any) -> InvalidSpec:
+    return InvalidSpec(
+        f"{path} prepares images by {key}={str(value)[:60]}, which edgecomp does not: it resizes bicubic (3) or "
+        "bilinear (2) to a square, divides by 255, and takes finite means and deviations above 0; correct the file, or "
+        "remove it for the family's own way"
+    )
 
 
-def _side(value: Any) -> int:
-    if isinstance(value, dict):
-        value = value.get("shortest_edge") or value.get("height") or 0
-    return value if isinstance(value, int) else 0
+def _triple(
+    told: Mapping[str, Any], key: str, default: tuple[float, float, float], path: Path
+) -> tuple[float, float, float]:
+    value = told.get(key)
+    if value is None:
+        return default
+    is_triple = isinstance(value, list) and len(value) == 3
+    if not is_triple or not all(isinstance(one, (int, float)) and math.isfinite(one) for one in value):
+        raise _not_known(path, key, value)
+    return float(value[0]), float(value[1]), float(value[2])
+
+
+def _side(value: Any, path: Path, key: str) -> tuple[int, bool]:
+    """Return the side that images are resized or cropped to (0: not said), and whether both sides are named."""
+    named = value if isinstance(value, dict) else {}
+    one = named.get("shortest_edge", named.get("height")) if named else value
+    both = "height" in named and not named.get("shortest_edge")
+    if value is not None and (not isinstance(one, int) or one < 1 or (both and named.get("width") != one)):
+        raise _not_known(path, key, value)
+    return one or 0, both

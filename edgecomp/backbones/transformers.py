@@ -30,6 +30,7 @@ class Family(NamedTuple):
         config: name of its configuration's class.
         statistics: mean and deviation of its images.
         class_tokens: 1 where there is one.
+        stretches: images are resized to the square, whatever their ratio.
     """
 
     title: str
@@ -37,16 +38,17 @@ class Family(NamedTuple):
     config: str
     statistics: tuple[tuple[float, float, float], tuple[float, float, float]]
     class_tokens: int
+    stretches: bool = False
 
 
 FAMILIES = {
     "clip_vision_model": Family("CLIP", "CLIPVisionModel", "CLIPVisionConfig", _CLIP, 1),
-    "siglip_vision_model": Family("SigLIP and SigLIP 2", "SiglipVisionModel", "SiglipVisionConfig", _HALF, 0),
+    "siglip_vision_model": Family("SigLIP and SigLIP 2", "SiglipVisionModel", "SiglipVisionConfig", _HALF, 0, True),
     "dinov2": Family("DINOv2", "Dinov2Model", "Dinov2Config", _IMAGENET, 1),
     "dinov2_with_registers": Family(
         "DINOv2 with registers", "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", _IMAGENET, 1
     ),
-    "dinov3_vit": Family("DINOv3", "DINOv3ViTModel", "DINOv3ViTConfig", _IMAGENET, 1),
+    "dinov3_vit": Family("DINOv3", "DINOv3ViTModel", "DINOv3ViTConfig", _IMAGENET, 1, True),
 }
 
 
@@ -116,7 +118,7 @@ class TransformersHost(Host):
         self.num_classes = linear.out_features if linear is not None else 0
         self.linear = linear
         mean, std = family.statistics
-        self.preprocess = preprocess or Preprocess(self.image_size, 1.0, "bicubic", mean, std)
+        self.preprocess = preprocess or Preprocess(self.image_size, 1.0, "bicubic", mean, std, family.stretches)
         _strip(tower, keep_norm=bool(self._norm))
         rope = getattr(tower, "rope_embeddings", None)
         if rope is None:

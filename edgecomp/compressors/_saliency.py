@@ -78,6 +78,7 @@ def text_likelihood(pixels: Tensor, patch: int) -> Tensor:
 
 
 def _patches(plane: Tensor, patch: int) -> Tensor:
-    """Cut a plane (B, S, S) into patches in raster order: (B, N, patch * patch)."""
+    """Cut a plane (B, S, S) into patches in raster order, without what is left over: (B, N, patch * patch)."""
     side = plane.shape[-1] // patch
-    return plane.reshape(-1, side, patch, side, patch).transpose(2, 3).reshape(-1, side * side, patch * patch)
+    whole = plane[..., : side * patch, : side * patch]
+    return whole.reshape(-1, side, patch, side, patch).transpose(2, 3).reshape(-1, side * side, patch * patch)

@@ -115,7 +115,9 @@ class PruMerge(TokenPruner):
         alike = torch.where(own, _APART, take(unit, index) @ unit.transpose(1, 2))  # (B, rows, N)
         near = top_k(alike, min(self.params.neighbours, count - 1))
         weights = attention.gather(1, near.flatten(1)).reshape(near.shape)
-        spread = torch.zeros_like(alike).scatter(2, near, weights)  # one product with N columns beats M gathers of D
+        spread = torch.zeros_like(alike).scatter(
+            2, near, weights.to(alike.dtype)
+        )  # one product with N columns beats M gathers of D
         merged = take(patches, index) + spread @ patches
         kept = self._count(attention, ranked).clamp(max=rows).unsqueeze(1)  # (B, 1)
         places = torch.arange(rows + 1, device=tokens.device)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -307,7 +308,7 @@ def _photographs(rows: int, preprocess: Preprocess, spec: TensorSpec) -> Array:
     from PIL import Image
 
     size = spec.shape[-2]  # not that of the preprocessing where an input is a part of an image
-    preprocess = Preprocess(size, preprocess.crop, preprocess.interpolation, preprocess.mean, preprocess.std)
+    preprocess = msgspec.structs.replace(preprocess, size=size)
     pixels = np.asarray(resize_and_crop(read_image(photograph_path()), preprocess))
     whole = Preprocess(size, 1.0, preprocess.interpolation, preprocess.mean, preprocess.std)
     dtype: PixelType = "uint8" if spec.dtype == "uint8" else "float32"

@@ -18,6 +18,7 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         size: side of the square that the model takes, in pixels.
         crop: the shorter side is resized to floor(size / crop), then the centre is cut out.
+        stretch: both sides are resized to that, whatever their ratio was.
         interpolation: of the resize.
         mean: subtracted for each of red, green, blue, on the [0, 1] scale.
         std: divided by, likewise.
@@ -28,3 +29,4 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     interpolation: Literal["bicubic", "bilinear"]
     mean: Channel
     std: Channel
+    stretch: bool = False
