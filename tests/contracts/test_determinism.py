@@ -19,7 +19,7 @@ import sys
 from edgecomp import api
 method, preset, budgets, batches, out = sys.argv[1:]
 batch = tuple(map(int, batches.split(",")))
-api.export(method, preset=preset, budget=budgets.split(","), batch=batch, stem=False, seed=0, out=out)
+api.export(method, preset=preset, budget=budgets.split(","), batch=batch, stem=False, router="none", seed=0, out=out)
 """
 
 
