@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from edgecomp.api._request import read_order
 from edgecomp.errors import InvalidSpec, MissingDependency
+from edgecomp.specs import load_recipe
 
 if TYPE_CHECKING:
     from edgecomp.compressors._base import Compressor
+    from edgecomp.specs import Recipe
 
 __all__ = ["compressor"]
 
@@ -60,6 +62,8 @@ def compressor(
     if not 0 <= seed < 1 << 63:
         raise InvalidSpec(f"seed {seed} is not between 0 and 2^63 - 1")
     params = {name: _plain(value) for name, value in params.items()}
+    if preset or str(weights) == "random":  # else the weights may tell another preset
+        _require_own_module(load_recipe(method), preset)
     if grid < 0 or (isinstance(queries, int) and queries < 0):
         raise InvalidSpec(f"{method}: grid={grid}, queries={queries}: neither can be below 0")
     if grid:
@@ -91,6 +95,20 @@ def _count(name: str, value: Any) -> int:
 def _plain(value: Any) -> Any:
     """Return numpy's numbers as Python's own."""
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+
+
+def _require_own_module(recipe: Recipe, preset: str) -> None:
+    """Refuse what stands between the blocks of an encoder, and is nothing without one."""
+    name = preset or recipe.defaults.preset
+    if recipe.preset(name).placement != "inside":
+        return
+    others = [other for other, one in recipe.presets.items() if one.placement != "inside"]
+    alone = f"; presets that are modules of their own: {', '.join(others)}" if others else ""
+    raise InvalidSpec(
+        f"{recipe.method}: its preset {name} works between the blocks of an encoder and is no module without one. "
+        "Train it as its original is and load that checkpoint, or put it into your encoder: "
+        f"api.export({recipe.method!r}, backbone=encoder){alone}"
+    )
 
 
 def _tokens_of(method: str, grid: int, params: dict[str, Any]) -> int:

@@ -69,7 +69,8 @@ def read_order(
         loaded = followed_by(loaded, then)
     elif str(then_weights) != "random":
         raise InvalidSpec(f"--then-weights {then_weights}: there is one method; name the second with --then")
-    weights, backbone_weights = _weights_of(loaded, compressor, backbone, weights, backbone_weights)
+    host = _host_of(loaded, preset, compressor, backbone)
+    weights, backbone_weights = _weights_of(loaded, compressor, host, weights, backbone_weights)
     if isinstance(backbone, str) and preset:
         loaded.preset(preset)
     if router and router not in (*router_names(), "none"):
@@ -81,7 +82,7 @@ def read_order(
     files = {"--weights": weights, "--backbone-weights": backbone_weights, "--router-weights": router_weights}
     files["--then-weights"] = then_weights
     for option, path in files.items():
-        if option == "--backbone-weights" and is_model_folder(backbone) and str(path) == "":
+        if option == "--backbone-weights" and is_model_folder(host) and str(path) == "":
             continue
         if str(path) not in ("random", "pretrained"):
             if not Path(path).exists():
@@ -131,15 +132,22 @@ def asked_then(method: str, preset: str, params: Mapping[str, Any] | None, betwe
     return None
 
 
+def _host_of(recipe: Recipe, preset: str, compressor: Any, backbone: Any) -> Any:
+    """Return the host that was asked for, or the recipe's; a module stands alone unless a host is named."""
+    if backbone or compressor is not None:
+        return backbone
+    return recipe.preset(preset or recipe.defaults.preset).backbone or recipe.defaults.backbone
+
+
 def _weights_of(
-    recipe: Recipe, compressor: Any, backbone: Any, weights: str | Path, backbone_weights: str | Path
+    recipe: Recipe, compressor: Any, host: Any, weights: str | Path, backbone_weights: str | Path
 ) -> tuple[str | Path, str | Path]:
     """Return the weights that were asked for, or the recipe's; a module or a folder of the user's brings its own."""
     own = recipe.defaults.weights if compressor is None else "random"
-    if is_model_folder(backbone) and recipe.defaults.backbone_weights == "random":
-        return weights if str(weights) else own, backbone_weights
-    host = recipe.defaults.backbone_weights if isinstance(backbone, str) and backbone != "none" else "random"
-    return weights if str(weights) else own, backbone_weights if str(backbone_weights) else host
+    of_host = recipe.defaults.backbone_weights if isinstance(host, str) and host != "none" else "random"
+    if not is_model_folder(host):
+        of_host = of_host or "random"
+    return weights if str(weights) else own, backbone_weights if str(backbone_weights) else of_host
 
 
 def _method_of(compressor: Compressor) -> str:
@@ -215,7 +223,8 @@ def request_digest(
         for path in (order.weights, order.backbone_weights, order.router_weights, order.then_weights)
         if path not in ("", "random", "pretrained")
     }
-    folders = [_folder_digest(order.backbone)] if is_model_folder(order.backbone) else []
+    host = _host_of(order.recipe, order.preset, order.compressor, order.backbone)
+    folders = [_folder_digest(host)] if is_model_folder(host) else []
     modules = [_module_digest(item) for item in (order.backbone, order.compressor) if not isinstance(item, str)]
     asked = {
         "recipe": msgspec.to_builtins(order.recipe),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 import torch
@@ -13,7 +13,11 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
-from edgecomp.specs import Output, Placement, Recipe, Site, TensorSpec, TokenBudget, parse_budget
+from edgecomp.specs import Output, Placement, Recipe, Site, TensorSpec, TokenBudget, load_recipe, parse_budget
+from edgecomp.specs.layout import best_match
+
+if TYPE_CHECKING:
+    from edgecomp.compressors._keys import KeyMap
 
 __all__ = ["Compressor", "HostFeature", "Natural", "Params", "Positive", "constant", "count_heads", "initialise"]
 
@@ -210,13 +214,49 @@ class Compressor(nn.Module):
         """
         raise InvalidSpec(f"{type(self).__name__} has no checkpoint layout but its own; save it with edgecomp first")
 
+    @property
+    def key_maps(self) -> Mapping[str, KeyMap]:
+        """How each layout that this module can be saved in names its tensors."""
+        return {}
+
+    @property
+    def written_state(self) -> dict[str, Tensor]:
+        """This module's tensors, and what an original stores beside them."""
+        return self.state_dict()
+
     def original_state(self, layout: str) -> dict[str, Tensor]:
-        """Return this module's tensors as a layout of the original names them: what `load_original` reads back."""
-        raise InvalidSpec(
-            f"{type(self).__name__} is saved in edgecomp's own layout alone, not in {layout!r}; leave layout out"
-        )
+        """Return this module's tensors as a layout of the original names them: what `load_original` reads back.
+
+        Raises:
+            InvalidSpec: the method has no such layout, or a file in it holds what this module has not.
+        """
+        method, maps = self.method_name, self.key_maps
+        if layout not in maps:
+            known = f" {', '.join(maps)} and" if maps else ""
+            raise InvalidSpec(
+                f"{method}: this module is saved in{known} edgecomp's own layout, not in {layout!r}; "
+                f"{'name one of them, or ' if maps else ''}leave layout out"
+            )
+        state = maps[layout].write(self.written_state, method=method, layout=layout)
+        self._require_read_back(state, layout)
+        return state
+
+    def _require_read_back(self, state: Mapping[str, Tensor], layout: str) -> None:
+        """Refuse a state that a file's reader would not take for this module."""
+        match = best_match(list(state), load_recipe(self.method_name).layouts)
+        if match is None or not match.fits or match.layout.name != layout or match.unknown:
+            told = "no layout" if match is None else f"{match.layout.name}, with {match.differences() or 'all of it'}"
+            raise InvalidSpec(
+                f"{self.method_name}: this module has not what a file in the layout {layout!r} holds (the nearest is "
+                f"{told}); leave layout out, which saves in edgecomp's own"
+            )
 
     # -- what every method has ------------------------------------------------------------------------
+
+    @property
+    def method_name(self) -> str:
+        """The method's name: that of its file."""
+        return type(self).__module__.rpartition(".")[2].replace("_", "-")
 
     def save(self, path: str | Path, *, layout: str = "") -> Path:
         """Write the weights as safetensors, for `--weights`, `edgecomp.compressor(weights=...)` or the original.
@@ -237,9 +277,8 @@ class Compressor(nn.Module):
 
         if layout:
             return write_checkpoint(Path(path), self.original_state(layout), metadata={})
-        method = type(self).__module__.rpartition(".")[2].replace("_", "-")
         params = msgspec.json.encode(self.params, order="sorted").decode()
-        told = {METHOD: method, PARAMS: params} | ({PRESET: self.preset} if self.preset else {})
+        told = {METHOD: self.method_name, PARAMS: params} | ({PRESET: self.preset} if self.preset else {})
         told |= {TOKENS_IN: str(self.budget.tokens_in), TOKENS_OUT: str(self.budget.tokens_out)}
         told |= {IMAGE_SIZE: str(self.site.image_size)} if self.site.placement == "encoder" else {}
         return write_checkpoint(Path(path), self.state_dict(), metadata=told)

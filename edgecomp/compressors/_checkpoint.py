@@ -38,7 +38,6 @@ __all__ = [
     "read_checkpoint",
     "rename_key",
     "rename_keys",
-    "renamed_part",
     "saved_of",
     "spell_missing",
     "state_digest",
@@ -338,19 +337,6 @@ def part_with(state: Mapping[str, Tensor], anchor: str) -> dict[str, str]:
             "them"
         )
     return {key.removeprefix(prefixes[0]): key for key in state if key.startswith(prefixes[0])}
-
-
-def renamed_part(
-    state: Mapping[str, Tensor],
-    anchor: str,
-    patterns: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]],
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of the module that holds `anchor` under new names, and what the file calls each of these.
-
-    See `part_with` and `rename_key`; both are empty where no module holds it.
-    """
-    file_keys = {rename_key(short, patterns): key for short, key in part_with(state, anchor).items()}
-    return {name: state[key] for name, key in file_keys.items()}, file_keys
 
 
 def count_numbered(names: Iterable[str], part: str) -> int:

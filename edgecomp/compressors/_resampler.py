@@ -14,6 +14,7 @@ from edgecomp.compressors._attention import MultiHeadAttention
 from edgecomp.compressors._base import Compressor, Natural, Params, Positive, constant
 from edgecomp.compressors._checkpoint import load_exactly
 from edgecomp.compressors._grid import bicubic_line, grid_sides, sincos_grid
+from edgecomp.compressors._keys import KeyMap
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
@@ -87,11 +88,6 @@ class GridResampler(Compressor):
             _bake(self, None)
 
     @property
-    def name(self) -> str:
-        """The method's name."""
-        raise NotImplementedError
-
-    @property
     def stores_places(self) -> bool:
         """Whether the table of the query grid is part of a checkpoint."""
         return True
@@ -100,25 +96,25 @@ class GridResampler(Compressor):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the token grid."""
         params = self.params
-        return grid_sides(self.site.tokens_in, params.rows, method=self.name, what="tokens", param="rows")
+        return grid_sides(self.site.tokens_in, params.rows, method=self.method_name, what="tokens", param="rows")
 
     def _require_consistent(self) -> None:
         params = self.params
         if params.embed_dim % 4 or params.embed_dim % params.heads:
             raise InvalidSpec(
-                f"{self.name}: params.embed_dim={params.embed_dim} must be a multiple of 4 and of "
+                f"{self.method_name}: params.embed_dim={params.embed_dim} must be a multiple of 4 and of "
                 f"num_heads={params.heads}"
             )
         if self.budget.tokens_out != params.queries:
             raise InvalidSpec(
-                f"{self.name}: budget {self.budget.tokens_out} is not the {params.queries} queries of the table, and a "
-                "part of them covers no image; export each count by itself"
+                f"{self.method_name}: budget {self.budget.tokens_out} is not the {params.queries} queries of the "
+                "table, and a part of them covers no image; export each count by itself"
             )
         side = math.isqrt(params.queries)
         if self.stores_places and side * side != params.queries:
             raise InvalidSpec(
-                f"{self.name}: {params.queries} queries make no square grid; the nearest that do are {side * side} and "
-                f"{(side + 1) ** 2}"
+                f"{self.method_name}: {params.queries} queries make no square grid; the nearest that do are "
+                f"{side * side} and {(side + 1) ** 2}"
             )
 
     @property
@@ -179,20 +175,28 @@ class GridResampler(Compressor):
         load_exactly(self, own, layout=layout, unread=unread, file_keys=file_keys)
         return layout
 
-    def original_state(self, layout: str) -> dict[str, Tensor]:
-        """Return the tensors as this method's original names them, or as a whole Qwen-VL does."""
-        fitting = self.stored_layout if self.stores_places else "minicpm-v"
-        if layout not in ({fitting, "qwen-vl"} if fitting == "omnilmm" else {fitting}):
-            return super().original_state(layout)
-        state = {key: value for key, value in self.state_dict().items() if not key.startswith("attn.to_")}
-        parts = [self.attn.to_q, self.attn.to_k, self.attn.to_v]
-        for kind in ("weight", "bias"):
-            state[f"attn.in_proj_{kind}"] = torch.cat([getattr(part, kind) for part in parts]).detach()
-            state[f"attn.out_proj.{kind}"] = getattr(self.attn.to_out, kind).detach()
-        if layout != "qwen-vl":
-            return state
-        outer = ("ln_post.weight", "ln_post.bias", "proj")
-        return {f"transformer.visual.{'' if key in outer else 'attn_pool.'}{key}": state[key] for key in state}
+    @property
+    def key_maps(self) -> Mapping[str, KeyMap]:
+        """The names of this method's original; OmniLMM's resampler is Qwen-VL's, too."""
+        if not self.stores_places:
+            return {"minicpm-v": _PLAIN}
+        return {self.stored_layout: _PLAIN} | ({"qwen-vl": _QWEN_VL} if self.stored_layout == "omnilmm" else {})
+
+
+def _rules(inner: str, outer: str) -> KeyMap:
+    """Return the names below the prefix of the resampler, and of its last norm and projection."""
+    return KeyMap(
+        (f"{inner}{{query,pos_embed}}", "{query,pos_embed}"),
+        (f"{inner}{{kv_proj,ln_q,ln_kv}}.**", "{kv_proj,ln_q,ln_kv}.**"),
+        (f"{inner}attn.in_proj_**", ("attn.to_q.**", "attn.to_k.**", "attn.to_v.**")),
+        (f"{inner}attn.out_proj.**", "attn.to_out.**"),
+        (f"{outer}ln_post.**", "ln_post.**"),
+        (f"{outer}proj", "proj"),
+    )
+
+
+_PLAIN = _rules("", "")
+_QWEN_VL = _rules("transformer.visual.attn_pool.", "transformer.visual.")
 
 
 def _bake(module: Any, _: object) -> None:
@@ -231,14 +235,4 @@ def _to_own_keys(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], d
             name: f"{outer}{name}" for name in ("ln_post.weight", "ln_post.bias", "proj") if f"{outer}{name}" in state
         }
     layout = "qwen-vl" if outer != prefix else "omnilmm" if "pos_embed" in file_keys else "minicpm-v"
-    own: dict[str, Tensor] = {}
-    names: dict[str, str] = {}
-    for name, key in file_keys.items():
-        if name in (packed, "attn.in_proj_bias"):
-            kind = name.rpartition("_")[2]
-            for part, tensor in zip("qkv", state[key].chunk(3), strict=True):
-                own[f"attn.to_{part}.{kind}"], names[f"attn.to_{part}.{kind}"] = tensor, key
-        else:
-            renamed = name.replace("attn.out_proj.", "attn.to_out.")
-            own[renamed], names[renamed] = state[key], key
-    return layout, own, names
+    return layout, *_PLAIN.read(state, file_keys)

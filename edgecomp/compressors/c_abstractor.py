@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgecomp.compressors._base import Compressor, Natural, Params, Positive, constant
-from edgecomp.compressors._checkpoint import count_numbered, load_exactly, part_with, renamed_part
+from edgecomp.compressors._checkpoint import count_numbered, load_exactly, part_with
 from edgecomp.compressors._eager import norm_channels
 from edgecomp.compressors._grid import adaptive_line, grid_sides, resample_grid, squares_up_to
+from edgecomp.compressors._keys import CONV_1X1, KeyMap, leading_axis
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
@@ -210,6 +211,11 @@ class CAbstractor(Compressor):
         load_exactly(self, own, layout=layout, unread=unread, file_keys=file_keys)
         return layout
 
+    @property
+    def key_maps(self) -> Mapping[str, KeyMap]:
+        """Honeybee's names."""
+        return {"honeybee": _HONEYBEE}
+
 
 def _grids(params: CAbstractorParams, budget: TokenBudget) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the sides of the grid of tokens and of the pooled one."""
@@ -231,17 +237,18 @@ def _tokens_of(rows: int) -> int:
 
 
 _ANCHOR = "readout.0.weight"
-_HONEYBEE_KEYS = (
-    (r"^pos_emb$", "positions"),
-    (r"^eos_tokens$", "eos"),
-    (r"^readout\.(\d+)\.", lambda found: f"mlp.{int(found[1]) // 2}."),
-    (r"^net\.(\d)\.b(\d+)\.", lambda found: f"{'after' if int(found[1]) else 'before'}.{int(found[2]) - 1}."),
-    (r"\.(conv\d)\.conv\.", r".\1."),
-    (r"\.conv(\d)\.bn\.", r".norm\1."),
-    (r"\.se\.fc1\.", ".squeeze."),
-    (r"\.se\.fc2\.", ".excite."),
-    (r"\.downsample\.conv\.", ".shortcut."),
-    (r"\.downsample\.bn\.", ".shortcut_norm."),
+_HONEYBEE = KeyMap(
+    ("pos_emb", "positions", leading_axis(3)),
+    ("eos_tokens", "eos", leading_axis(3)),
+    ("prenorm.**", "prenorm.**"),
+    ("readout.2*.**", "mlp.*.**"),
+    ("net.{0,2}.b1+*.conv{1,3}.conv.weight", "{before,after}.*.conv{1,3}.weight", CONV_1X1),
+    ("net.{0,2}.b1+*.conv2.conv.weight", "{before,after}.*.conv2.weight"),
+    ("net.{0,2}.b1+*.conv{1,2,3}.bn.**", "{before,after}.*.norm{1,2,3}.**"),
+    ("net.{0,2}.b1+*.se.{fc1,fc2}.weight", "{before,after}.*.{squeeze,excite}.weight", CONV_1X1),
+    ("net.{0,2}.b1+*.se.{fc1,fc2}.bias", "{before,after}.*.{squeeze,excite}.bias"),
+    ("net.{0,2}.b1+*.downsample.conv.weight", "{before,after}.*.shortcut.weight", CONV_1X1),
+    ("net.{0,2}.b1+*.downsample.bn.**", "{before,after}.*.shortcut_norm.**"),
 )
 
 
@@ -251,15 +258,10 @@ def _is_own_layout(state: Mapping[str, Tensor]) -> bool:
 
 def _to_own_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """Return the tensors under this module's keys, and what the file calls each of these."""
-    own, file_keys = ({}, {}) if _is_own_layout(state) else renamed_part(state, _ANCHOR, _HONEYBEE_KEYS)
-    if not own:
+    part = {} if _is_own_layout(state) else part_with(state, _ANCHOR)
+    if not part:
         return dict(state), None
-    for name, tensor in own.items():
-        if name in ("positions", "eos") and tensor.ndim == 3:
-            own[name] = tensor[0]
-        elif tensor.ndim == 4 and tensor.shape[2:] == (1, 1):  # a 1x1 convolution is a linear layer
-            own[name] = tensor[:, :, 0, 0]
-    return own, file_keys
+    return _HONEYBEE.read(state, part)
 
 
 class CAbstractorOriginal(nn.Module):

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._attention import merge_heads, split_heads
 from edgecomp.compressors._base import Compressor, Natural, Params, Positive, constant
-from edgecomp.compressors._checkpoint import count_numbered, load_exactly, part_with, renamed_part
+from edgecomp.compressors._checkpoint import count_numbered, load_exactly, part_with
 from edgecomp.compressors._eager import norm_rows
 from edgecomp.compressors._grid import adaptive_line, grid_sides, resample_grid, squares_up_to
+from edgecomp.compressors._keys import COLUMNS, KeyMap, leading_axis
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
@@ -273,6 +274,11 @@ class DAbstractor(Compressor):
         load_exactly(self, own, layout=layout, unread=unread, file_keys=file_keys)
         return layout
 
+    @property
+    def key_maps(self) -> Mapping[str, KeyMap]:
+        """Honeybee's names; two tables of queries are one in the file."""
+        return {"honeybee-d": _HONEYBEE_TABLES if self.params.start == "tables" else _HONEYBEE}
+
 
 def _even_references(rows: int, side: int) -> Tensor:
     """Return the start of the reference points, (rows^2, 2) as (x, y) in [0, 1]: from the first cell to the last."""
@@ -282,43 +288,44 @@ def _even_references(rows: int, side: int) -> Tensor:
 
 
 _ANCHOR = "layers.0.encoder_attn.sampling_offsets.weight"
-_KEYS = (
-    (r"^v_pos_emb$", "positions"),
-    (r"^eos_tokens$", "eos"),
-    (r"^reference_points$", "references"),
-    (r"^query_position_embeddings\.weight$", "query_table"),
-    (r"^input_proj\.0\.", "input_proj."),
-    (r"\.self_attn\.([qkv])_proj\.", r".self_attn.to_\1."),
-    (r"\.self_attn\.(?:out|o)_proj\.", ".self_attn.to_out."),
-    (r"\.self_attn_layer_norm\.", ".self_norm."),
-    (r"\.encoder_attn\.sampling_offsets\.", ".cross_attn.offsets."),
-    (r"\.encoder_attn\.attention_weights\.", ".cross_attn.shares."),
-    (r"\.encoder_attn\.value_proj\.", ".cross_attn.to_v."),
-    (r"\.encoder_attn\.output_proj\.", ".cross_attn.to_out."),
-    (r"\.encoder_attn_layer_norm\.", ".cross_norm."),
-    (r"\.(?:mlp\.)?(fc[12])\.", r".\1."),
-    (r"\.final_layer_norm\.", ".mlp_norm."),
+_VALUES = "layers.0.encoder_attn.value_proj.weight"
+_QUERIES = "query_position_embeddings.weight"
+_COMMON = KeyMap(
+    ("v_pos_emb", "positions", leading_axis(3)),
+    ("eos_tokens", "eos", leading_axis(3)),
+    ("reference_points", "references", leading_axis(3)),
+    ("input_proj.0.**", "input_proj.**"),
+    ("output_proj.**", "output_proj.**"),
+    ("layers.*.self_attn.{q,k,v}_proj.**", "layers.*.self_attn.to_{q,k,v}.**"),
+    ("layers.*.self_attn.out_proj.**", "layers.*.self_attn.to_out.**"),
+    ("layers.*.self_attn.o_proj.**", "layers.*.self_attn.to_out.**"),  # of newer transformers
+    ("layers.*.self_attn_layer_norm.**", "layers.*.self_norm.**"),
+    ("layers.*.encoder_attn.sampling_offsets.**", "layers.*.cross_attn.offsets.**"),
+    ("layers.*.encoder_attn.attention_weights.**", "layers.*.cross_attn.shares.**"),
+    ("layers.*.encoder_attn.value_proj.**", "layers.*.cross_attn.to_v.**"),
+    ("layers.*.encoder_attn.output_proj.**", "layers.*.cross_attn.to_out.**"),
+    ("layers.*.encoder_attn_layer_norm.**", "layers.*.cross_norm.**"),
+    ("layers.*.{fc1,fc2}.**", "layers.*.{fc1,fc2}.**"),
+    ("layers.*.mlp.{fc1,fc2}.**", "layers.*.{fc1,fc2}.**"),  # of newer transformers
+    ("layers.*.final_layer_norm.**", "layers.*.mlp_norm.**"),
 )
+_HONEYBEE = KeyMap(_COMMON, (_QUERIES, "query_table"))
+_HONEYBEE_TABLES = KeyMap(_COMMON, (_QUERIES, ("place_table", "query_table"), COLUMNS))
 
 
 def _to_own_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """Return the tensors under this module's keys, and what the file calls each of these."""
-    own, file_keys = renamed_part(state, _ANCHOR, _KEYS)
-    if not own:
+    part = part_with(state, _ANCHOR)
+    if not part:
         if "query_table" in state:
             return dict(state), None
         raise WeightsError(
             f"weights are in neither layout of d-abstractor, honeybee-d or edgecomp; first keys: "
             f"{', '.join(list(state)[:5])}. Give a checkpoint whose keys hold {_ANCHOR}"
         )
-    for name in ("positions", "eos", "references"):
-        if name in own and own[name].ndim == 3:
-            own[name] = own[name][0]
-    table, width = own.get("query_table"), own["layers.0.cross_attn.to_v.weight"].shape[0]
-    if table is not None and table.ndim == 2 and table.shape[1] == 2 * width:  # positions first, then queries
-        own["place_table"], own["query_table"] = table.chunk(2, dim=1)
-        file_keys["place_table"] = file_keys["query_table"]
-    return own, file_keys
+    table, values = (state[part[key]] if key in part else None for key in (_QUERIES, _VALUES))
+    has_places = table is not None and values is not None and table.shape[1:] == (2 * len(values),)
+    return (_HONEYBEE_TABLES if has_places else _HONEYBEE).read(state, part)
 
 
 class DAbstractorOriginal(nn.Module):

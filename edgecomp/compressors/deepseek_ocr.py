@@ -19,9 +19,10 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._base import Compressor, Natural, Params, Positive, constant
-from edgecomp.compressors._checkpoint import count_numbered, load_exactly, rename_key, spell_missing
+from edgecomp.compressors._checkpoint import count_numbered, load_exactly, spell_missing
 from edgecomp.compressors._eager import norm_channels
 from edgecomp.compressors._grid import antialiased_line, bilinear_line, require_multiple, resample_grid
+from edgecomp.compressors._keys import KeyMap, leading_axis
 from edgecomp.compressors._norms import ChannelLayerNorm
 from edgecomp.compressors._vit import Block
 from edgecomp.errors import InvalidSpec, WeightsError
@@ -300,7 +301,8 @@ class DeepSeekOCR(Compressor):
     @classmethod
     def infer_params(cls, state: Mapping[str, Tensor], params: DeepSeekOCRParams) -> dict[str, Any]:
         """Return what the shapes of a checkpoint decide, and the part that it has weights for."""
-        own = {key: tuple(tensor.shape) for key, tensor in _to_own_keys(state).items()}
+        tensors, spelt = _to_own_keys(state)
+        own = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if "compress.0.weight" not in own or "compress.1.weight" not in own:
             raise WeightsError(
                 "weights are in no layout of deepseek-ocr (deepseek, transformers or edgecomp): the two convolutions "
@@ -315,7 +317,7 @@ class DeepSeekOCR(Compressor):
         end = [key for key in _END if key in own]
         wanted = [*_VIT_TABLES, *(_END if end and params.part == "whole" else ())]
         if missing := [key for key in wanted if key not in own]:
-            lost = ", ".join(spell_missing(key, {rename_key(name, _RULES): name for name in state}) for key in missing)
+            lost = ", ".join(spell_missing(key, spelt) for key in missing)
             raise WeightsError(
                 f"weights of deepseek-ocr lack {lost}, and hold what belongs to it; give the whole checkpoint, or "
                 "--set params.part to what is in it"
@@ -341,12 +343,16 @@ class DeepSeekOCR(Compressor):
     def load_original(self, state: Mapping[str, Tensor], *, unread: Sequence[str] = ()) -> str:
         """Load a checkpoint of DeepSeek or transformers; weights of parts that are not asked for are left out."""
         layout = self.layout_of(state) or "edgecomp"
-        own = _to_own_keys(state)
-        spelt = {rename_key(key, _RULES): key for key in state}
+        own, spelt = _to_own_keys(state)
         tops = {name.partition(".")[0] for name in self.state_dict()}
         beside = [key for key in own if key.partition(".")[0] in _TOPS - tops]
         load_exactly(self, own, layout=layout, unread=(*unread, *beside), file_keys=spelt)
         return layout
+
+    @property
+    def key_maps(self) -> Mapping[str, KeyMap]:
+        """DeepSeek's names, and transformers'."""
+        return _MAPS
 
 
 def _arrange(params: DeepSeekOCRParams, site: Site, rows: int) -> tuple[tuple[int, ...], tuple[int, int]]:
@@ -422,38 +428,69 @@ def _layout(sides: tuple[int, ...], tiles: tuple[int, int]) -> Tensor:
     return torch.tensor([*order, newline + 1])
 
 
-#: DeepSeek's keys and transformers', each without what a whole model puts in front.
-_RULES = (
-    (r"^vision_tower\.", ""),
-    (r"^sam_(model|encoder)\.", "sam."),
-    (r"^sam\.pos_embed$", "positions"),
-    (r"^sam\.patch_embed\.(proj|projection)\.", "patch_embed."),
-    (r"^sam\.(blocks|layers)\.", "blocks."),
-    (r"^(blocks\.\d+\.)(layer_)?norm", r"\1norm"),
-    (r"^(blocks\.\d+\.attn\.)rel_pos_h$", r"\1rel_rows"),
-    (r"^(blocks\.\d+\.attn\.)rel_pos_w$", r"\1rel_columns"),
-    (r"^(blocks\.\d+\.)mlp\.lin", r"\1fc"),
-    (r"^sam\.neck\.conv1\.", "neck.0."),
-    (r"^sam\.neck\.layer_norm1\.", "neck.1."),
-    (r"^sam\.neck\.conv2\.", "neck.2."),
-    (r"^sam\.neck\.layer_norm2\.", "neck.3."),
-    (r"^sam\.neck\.", "neck."),
-    (r"^sam\.(net_2|proj\.conv1)\.", "compress.0."),
-    (r"^sam\.(net_3|proj\.conv2)\.", "compress.1."),
-    (r"^vision_(model|encoder)\.", "clip."),
-    (r"^clip\.embeddings\.class_embedding$", "class_token"),
-    (r"^clip\.embeddings\.position_embedding\.weight$", "clip_positions"),
-    (r"^clip\.pre_layrnorm\.", "clip_norm."),
-    (r"^clip\.(transformer|encoder)\.layers\.", "clip_blocks."),
-    (r"^(clip_blocks\.\d+\.)layer_norm", r"\1norm"),
-    (r"^(clip_blocks\.\d+\.)self_attn\.qkv_proj\.", r"\1attn.qkv."),
-    (r"^(clip_blocks\.\d+\.)self_attn\.out_proj\.", r"\1attn.proj."),
-    (r"^(clip_blocks\.\d+\.)mlp\.", r"\1"),
-    (r"^(projector\.layers|multi_modal_projector)\.", "projector."),
-    (r"^clip\.(?=embeddings\.)", "vision_model."),  # what is left of it is not read, and keeps its name
-    (r"^image_newline$", "newline"),
-    (r"^view_sep[ea]rator$", "separator"),
+def _inner(sam: str, clip: str) -> KeyMap:
+    """Return what DeepSeek and transformers name alike, below the prefixes of the two ViTs."""
+    unread = "embeddings.{patch_embedding.weight,position_ids}"
+    return KeyMap(
+        (f"{sam}.pos_embed", "positions", leading_axis(4)),
+        (f"{clip}.embeddings.class_embedding", "class_token"),
+        (f"{clip}.embeddings.position_embedding.weight", "clip_positions"),
+        (f"{clip}.{unread}", f"vision_model.{unread}"),  # as the recipe names what it lets stand
+        (f"{clip}.pre_layrnorm.**", "clip_norm.**"),
+        ("image_newline", "newline"),
+    )
+
+
+def _layer(block: str, norm: str) -> KeyMap:
+    """Return the names in a block of the windowed ViT."""
+    return KeyMap(
+        (f"{block}.*.{norm}{{1,2}}.**", "blocks.*.norm{1,2}.**"),
+        (f"{block}.*.attn.rel_pos_{{h,w}}", "blocks.*.attn.rel_{rows,columns}"),
+        (f"{block}.*.attn.{{qkv,proj}}.**", "blocks.*.attn.{qkv,proj}.**"),
+        (f"{block}.*.mlp.lin{{1,2}}.**", "blocks.*.fc{1,2}.**"),
+    )
+
+
+def _clip_layer(block: str) -> KeyMap:
+    """Return the names in a block of the global ViT, but for queries, keys and values."""
+    return KeyMap(
+        (f"{block}.*.layer_norm{{1,2}}.**", "clip_blocks.*.norm{1,2}.**"),
+        (f"{block}.*.self_attn.out_proj.**", "clip_blocks.*.attn.proj.**"),
+        (f"{block}.*.mlp.{{fc1,fc2}}.**", "clip_blocks.*.{fc1,fc2}.**"),
+    )
+
+
+def _released(sam: str, clip: str) -> KeyMap:
+    """Return DeepSeek's names below the prefixes of the two ViTs."""
+    return KeyMap(
+        _inner(sam, clip),
+        _layer(f"{sam}.blocks", "norm"),
+        _clip_layer(f"{clip}.transformer.layers"),
+        (f"{sam}.patch_embed.proj.**", "patch_embed.**"),
+        (f"{sam}.neck.*.**", "neck.*.**"),
+        (f"{sam}.net_{{2,3}}.**", "compress.{0,1}.**"),
+        (f"{clip}.transformer.layers.*.self_attn.qkv_proj.**", "clip_blocks.*.attn.qkv.**"),
+        ("projector.layers.**", "projector.**"),
+        ("view_seperator", "separator"),
+    )
+
+
+_SAM, _CLIP = "vision_tower.sam_encoder", "vision_tower.vision_encoder"
+_SPLIT = f"{_CLIP}.encoder.layers.*.self_attn."
+_TRANSFORMERS = KeyMap(
+    _inner(_SAM, _CLIP),
+    _layer(f"{_SAM}.layers", "layer_norm"),
+    _clip_layer(f"{_CLIP}.encoder.layers"),
+    (f"{_SAM}.patch_embed.projection.**", "patch_embed.**"),
+    (f"{_SAM}.neck.{{conv1,layer_norm1,conv2,layer_norm2}}.**", "neck.{0,1,2,3}.**"),
+    (f"{_SAM}.proj.conv{{1,2}}.**", "compress.{0,1}.**"),
+    ((f"{_SPLIT}q_proj.**", f"{_SPLIT}k_proj.**", f"{_SPLIT}v_proj.**"), "clip_blocks.*.attn.qkv.**"),
+    ("multi_modal_projector.**", "projector.**"),
+    ("view_separator", "separator"),
 )
+_MAPS = {"deepseek": _released("sam_model", "vision_model"), "transformers": _TRANSFORMERS}
+#: How transformers saves the encoder: its own names outside, and DeepSeek's inside.
+_MIXED = KeyMap(_TRANSFORMERS, _released(_SAM, _CLIP))
 #: Of the two ViTs, and what stands behind them in a whole encoder: all of each or none.
 _VIT_TABLES = ("positions", "clip_positions")
 _END = ("projector.weight", "projector.bias", "newline", "separator")
@@ -466,17 +503,15 @@ _TOPS = frozenset(
 _VITS = _TOPS - {"compress", *(key.partition(".")[0] for key in _END)}
 
 
-def _to_own_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a checkpoint's keys, join queries, keys and values, and drop axes of size one."""
-    own = {rename_key(key, _RULES): tensor for key, tensor in state.items()}
-    for key in [key for key in own if re.fullmatch(r"clip_blocks\.\d+\.self_attn\.q_proj\.(weight|bias)", key)]:
-        parts = [key.replace("q_proj", f"{name}_proj") for name in "qkv"]
-        if all(part in own for part in parts):
-            joined = torch.cat([own.pop(part) for part in parts])
-            own[key.replace("self_attn.q_proj", "attn.qkv")] = joined
-    if "positions" in own and own["positions"].ndim == 4:
-        own["positions"] = own["positions"][0]
-    return own
+def _to_own_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors under this module's keys, and what the file calls each of these."""
+    layout = DeepSeekOCR.layout_of(state)
+    if not layout:
+        return dict(state), {key: key for key in state}
+    if layout == "deepseek":
+        return _MAPS[layout].read(state, {key: key for key in state})
+    below = ("sam_encoder.", "vision_encoder.")  # the encoder alone lacks what stands in front
+    return _MIXED.read(state, {f"vision_tower.{key}" if key.startswith(below) else key: key for key in state})
 
 
 class DeepSeekOCROriginal(nn.Module):

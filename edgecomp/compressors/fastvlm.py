@@ -22,6 +22,7 @@ from edgecomp.compressors._branches import sum_parallel, unit_kernel
 from edgecomp.compressors._checkpoint import count_numbered, load_exactly, rename_key
 from edgecomp.compressors._eager import gelu, norm_channels
 from edgecomp.compressors._grid import require_multiple
+from edgecomp.compressors._keys import TRANSPOSED, KeyMap
 from edgecomp.compressors._norms import ChannelLayerNorm
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
@@ -268,6 +269,23 @@ class FastVLM(Compressor):
         load_exactly(self, own, layout=layout, unread=unread, file_keys=spelt)
         return layout
 
+    @property
+    def key_maps(self) -> Mapping[str, KeyMap]:
+        """Apple's names and timm's, of inference: branches that were summed up cannot be told apart again."""
+        return {"apple": _apple(self.params), "timm": _timm(self.params)}
+
+    @property
+    def written_state(self) -> dict[str, Tensor]:
+        """The module's tensors, and the batch norm behind each large kernel, which changes nothing here."""
+        state = self.state_dict()
+        for name in [key.removesuffix(".bias") for key in state if key.endswith(".mlp.conv.bias")]:
+            like = state[f"{name}.bias"]
+            state[f"{name}.variance"] = torch.ones_like(like)
+            state[f"{name}.mean"] = torch.zeros_like(like)
+            state[f"{name}.factor"] = (torch.ones_like(like) + _EPS).sqrt()
+            state[f"{name}.steps"] = torch.zeros((), dtype=torch.int64)
+        return state
+
 
 def _require_consistent(params: FastVLMParams, site: Site, budget: TokenBudget, output: Output) -> None:
     if site.placement != "encoder":
@@ -355,6 +373,83 @@ def _stages(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
             key = f"stages.{stage}.{rest}"
         renamed[key] = tensor
     return renamed
+
+
+def _attends(params: FastVLMParams) -> list[bool]:
+    """Say of each stage whether it attends."""
+    return [index >= len(params.widths) - params.attention_stages for index in range(len(params.widths))]
+
+
+def _timm(params: FastVLMParams) -> KeyMap:
+    """Return timm's names of a trunk for inference, with transformers' of what stands around it."""
+    top = "vision_tower.timm_model." if params.projector_dim else ""
+    stage, block = f"{top}stages.*.", f"{top}stages.*.blocks.*."
+    scales: list[tuple[str, str]] = []
+    for index, attends in enumerate(_attends(params)):
+        theirs, own = f"{top}stages.{index}.blocks.*.layer_scale", f"stages.{index}.blocks.*."
+        if attends:
+            scales.append((f"{theirs}_{{1,2}}.gamma", f"{own}{{attn_scale,mlp.scale}}"))
+        else:
+            scales.append((f"{theirs}.gamma", f"{own}mlp.scale"))
+    return KeyMap(
+        *scales,
+        (f"{top}stem.*.reparam_conv.**", "stem.*.**"),
+        (f"{stage}downsample.proj.{{0,1}}.reparam_conv.**", "stages.*.{down,point}.**"),
+        (f"{stage}pos_emb.reparam_conv.**", "stages.*.position.**"),
+        (f"{block}token_mixer.reparam_conv.**", "stages.*.blocks.*.mix.**"),
+        (f"{block}token_mixer.{{qkv,proj}}.**", "stages.*.blocks.*.{qkv,proj}.**"),
+        (f"{block}norm.**", "stages.*.blocks.*.norm.**"),
+        (f"{block}mlp.{{fc1,fc2}}.**", "stages.*.blocks.*.mlp.{fc1,fc2}.**"),
+        (f"{block}mlp.conv.conv.weight", "stages.*.blocks.*.mlp.conv.weight"),
+        (f"{block}mlp.conv.bn.{_NORM}", f"stages.*.blocks.*.mlp.conv.{_OWN_NORM}"),
+        (f"{top}final_conv.reparam_conv.**", "expand.**"),
+        (f"{top}final_conv.se.{{fc1,fc2}}.**", "{squeeze,excite}.**"),
+        (f"{top}head.fc.weight", "head", TRANSPOSED),
+        ("multi_modal_projector.linear_{1,2}.**", "projector.{0,1}.**"),
+    )
+
+
+def _apple(params: FastVLMParams) -> KeyMap:
+    """Return Apple's names for inference; its modules stand in one list, whatever they are."""
+    top = "vision_tower.vision_tower.model." if params.projector_dim else ""
+    rules: list[tuple[str, str]] = []
+    number = 0
+    for index, attends in enumerate(_attends(params)):
+        stage = f"stages.{index}."
+        if index:
+            rules.append((f"{top}network.{number}.proj.0.lkb_reparam.**", f"{stage}down.**"))
+            rules.append((f"{top}network.{number}.proj.1.reparam_conv.**", f"{stage}point.**"))
+            number += 1
+        if attends:
+            rules.append((f"{top}network.{number}.reparam_conv.**", f"{stage}position.**"))
+            number += 1
+        theirs, own = f"{top}network.{number}.*.", f"{stage}blocks.*."
+        if attends:
+            rules.append((f"{theirs}layer_scale_{{1,2}}", f"{own}{{attn_scale,mlp.scale}}"))
+        else:
+            rules.append((f"{theirs}layer_scale", f"{own}mlp.scale"))
+        rules += [
+            (f"{theirs}token_mixer.reparam_conv.**", f"{own}mix.**"),
+            (f"{theirs}token_mixer.{{qkv,proj}}.**", f"{own}{{qkv,proj}}.**"),
+            (f"{theirs}norm.**", f"{own}norm.**"),
+            (f"{theirs}convffn.{{fc1,fc2}}.**", f"{own}mlp.{{fc1,fc2}}.**"),
+            (f"{theirs}convffn.conv.conv.weight", f"{own}mlp.conv.weight"),
+            (f"{theirs}convffn.conv.bn.{_NORM}", f"{own}mlp.conv.{_OWN_NORM}"),
+        ]
+        number += 1
+    return KeyMap(
+        *rules,
+        (f"{top}patch_embed.*.reparam_conv.**", "stem.*.**"),
+        (f"{top}conv_exp.reparam_conv.**", "expand.**"),
+        (f"{top}conv_exp.se.{{reduce,expand}}.**", "{squeeze,excite}.**"),
+        (f"{top}head.proj", "head"),
+        ("mm_projector.{0,2}.**", "projector.{0,1}.**"),
+    )
+
+
+#: A batch norm's tensors, and what `FastVLM.written_state` calls them.
+_NORM = "{weight,bias,running_mean,running_var,num_batches_tracked}"
+_OWN_NORM = "{factor,bias,mean,variance,steps}"
 
 
 #: timm's name of a convolution (all branches of it behind a dot) -> ours.

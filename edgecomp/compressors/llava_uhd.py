@@ -52,11 +52,6 @@ class LlavaUhd(GridResampler):
         self.register_buffer("pool_columns", constant(roi_line(columns, side, across)), persistent=False)
 
     @property
-    def name(self) -> str:
-        """The method's name."""
-        return "llava-uhd"
-
-    @property
     def pool(self) -> tuple[int, int]:
         """Rows and columns that each region is pooled to: of the seven, those nearest to the grid's aspect."""
         rows, columns = self.grid

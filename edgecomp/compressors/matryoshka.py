@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgecomp.compressors._base import Compressor, Natural, Params, Positive, constant
-from edgecomp.compressors._checkpoint import load_exactly, part_with, rename_key
+from edgecomp.compressors._checkpoint import load_exactly, part_with
 from edgecomp.compressors._eager import gelu
 from edgecomp.compressors._grid import adaptive_line, grid_sides, resample_grid
+from edgecomp.compressors._keys import KeyMap
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
@@ -108,8 +109,8 @@ class Matryoshka(Compressor):
 
     @classmethod
     def layout_of(cls, state: Mapping[str, Tensor]) -> str:
-        """Return `llava` for the keys of LLaVA's projector."""
-        return "" if "fc2.weight" in state else "llava" if part_with(state, "mm_projector.2.weight") else ""
+        """Return `llava`, or `llava-hf` as transformers names the same projector; "" for edgecomp's own."""
+        return "" if "fc2.weight" in state else _part(state)[0]
 
     @classmethod
     def infer_params(cls, state: Mapping[str, Tensor], params: MatryoshkaParams) -> dict[str, Any]:  # noqa: ARG003
@@ -125,22 +126,43 @@ class Matryoshka(Compressor):
         load_exactly(self, own, layout=layout, unread=unread, file_keys=file_keys)
         return layout
 
+    @property
+    def key_maps(self) -> Mapping[str, KeyMap]:
+        """LLaVA's names, its own and transformers'."""
+        return _MAPS
 
-_LLAVA_KEYS = ((r"^mm_projector\.0\.", "fc1."), (r"^mm_projector\.2\.", "fc2."))
+
+#: LLaVA's own release, and transformers' classes.
+_MAPS = {
+    "llava": KeyMap(("mm_projector.{0,2}.**", "{fc1,fc2}.**")),
+    "llava-hf": KeyMap(("multi_modal_projector.linear_{1,2}.**", "{fc1,fc2}.**")),
+}
+_ANCHORS = {"llava": "mm_projector.2.weight", "llava-hf": "multi_modal_projector.linear_2.weight"}
+
+
+def _part(state: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
+    """Return the layout, and name without a whole model's prefix -> name in the file, of the projector's tensors."""
+    for layout, anchor in _ANCHORS.items():
+        projector = anchor.partition(".")[0]
+        part = {short: key for short, key in part_with(state, anchor).items() if short.startswith(f"{projector}.")}
+        if part:
+            return layout, part
+    return "", {}
 
 
 def _to_own_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """Return the tensors under this module's keys, and what the file calls each of these."""
     if "fc2.weight" in state:
         return dict(state), None
-    part = part_with(state, "mm_projector.2.weight")
-    file_keys = {rename_key(key, _LLAVA_KEYS): name for key, name in part.items() if key.startswith("mm_projector.")}
-    if "fc1.weight" not in file_keys:
+    layout, part = _part(state)
+    own, file_keys = _MAPS[layout].read(state, part) if layout else ({}, {})
+    if "fc1.weight" not in own:
         raise WeightsError(
-            "matryoshka pools and has weights only in LLaVA's projector, mm_projector.0 and mm_projector.2; first keys "
+            "matryoshka pools and has weights only in LLaVA's projector, mm_projector.0 and mm_projector.2, or "
+            "multi_modal_projector.linear_1 and linear_2; first keys "
             f"here: {', '.join(list(state)[:5])}. Give a checkpoint that holds them, or none"
         )
-    return {name: state[key] for name, key in file_keys.items()}, file_keys
+    return own, file_keys
 
 
 class MatryoshkaOriginal(nn.Module):

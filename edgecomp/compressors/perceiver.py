@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._attention import MASKED, attend, merge_heads, split_heads
 from edgecomp.compressors._base import Compressor, Natural, Params, Positive, count_heads
-from edgecomp.compressors._checkpoint import count_numbered, load_exactly, rename_key
+from edgecomp.compressors._checkpoint import count_numbered, load_exactly
+from edgecomp.compressors._keys import KeyMap
 from edgecomp.compressors._norms import RMSNorm
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
@@ -296,6 +297,11 @@ class Perceiver(Compressor):
         load_exactly(self, own, layout=layout, unread=unread, file_keys=file_keys)
         return layout
 
+    @property
+    def key_maps(self) -> Mapping[str, KeyMap]:
+        """The names of this family."""
+        return {name: keys for name, keys in _MAPS.items() if name == self.params.family}
+
 
 def _require_consistent(params: PerceiverParams, budget: TokenBudget) -> None:
     if params.width != params.context_dim and not params.projection_dim:
@@ -318,37 +324,40 @@ def _require_consistent(params: PerceiverParams, budget: TokenBudget) -> None:
             raise InvalidSpec(f"perceiver: params.{axis}={getattr(params, axis)} is above params.{table}={rows}")
 
 
-_FLAMINGO_KEYS = (
-    (r"^layers\.(\d+)\.0\.norm_media\.", r"layers.\1.norm_context."),
-    (r"^layers\.(\d+)\.0\.", r"layers.\1."),
-    (r"^layers\.(\d+)\.1\.0\.", r"layers.\1.ff.norm."),
-    (r"^layers\.(\d+)\.1\.1\.", r"layers.\1.ff.fc1."),
-    (r"^layers\.(\d+)\.1\.3\.", r"layers.\1.ff.fc2."),
-    (r"^(media_pos_emb|media_time_embs)$", "media_embeds"),
-    (r"^frame_embs$", "frame_embeds"),
+_LUCIDRAINS = KeyMap(
+    ("latents", "latents"),
+    ("norm.**", "norm.**"),
+    ("layers.*.0.norm_media.**", "layers.*.norm_context.**"),
+    ("layers.*.0.norm_latents.**", "layers.*.norm_latents.**"),
+    ("layers.*.0.{to_q,to_kv,to_out}.**", "layers.*.{to_q,to_kv,to_out}.**"),
+    ("layers.*.1.{0,1,3}.**", "layers.*.ff.{norm,fc1,fc2}.**"),
 )
-_IDEFICS1_KEYS = (
-    (r"^blocks\.(\d+)\.0\.context_layer_norm\.", r"layers.\1.norm_context."),
-    (r"^blocks\.(\d+)\.0\.latents_layer_norm\.", r"layers.\1.norm_latents."),
-    (r"^blocks\.(\d+)\.0\.([qk])_layer_norm\.", r"layers.\1.\2_norm."),
-    (r"^blocks\.(\d+)\.0\.output_proj\.", r"layers.\1.to_out."),
-    (r"^blocks\.(\d+)\.0\.([qkv])_proj\.", r"layers.\1.to_\2."),
-    (r"^blocks\.(\d+)\.1\.ln\.", r"layers.\1.ff.norm."),
-    (r"^blocks\.(\d+)\.1\.fc\.", r"layers.\1.ff.fc1."),
-    (r"^blocks\.(\d+)\.1\.c_proj\.", r"layers.\1.ff.fc2."),
-    (r"^layer_norm\.", "norm."),
-)
-_IDEFICS2_KEYS = (
-    (r"^layers\.(\d+)\.input_context_norm\.", r"layers.\1.norm_context."),
-    (r"^layers\.(\d+)\.input_latents_norm\.", r"layers.\1.norm_latents."),
-    (r"^layers\.(\d+)\.self_attn\.o_proj\.", r"layers.\1.to_out."),
-    (r"^layers\.(\d+)\.self_attn\.([qkv])_proj\.", r"layers.\1.to_\2."),
-    (r"^layers\.(\d+)\.post_attention_layernorm\.", r"layers.\1.ff.norm."),
-    (r"^layers\.(\d+)\.mlp\.gate_proj\.", r"layers.\1.ff.fc1."),
-    (r"^layers\.(\d+)\.mlp\.up_proj\.", r"layers.\1.ff.up."),
-    (r"^layers\.(\d+)\.mlp\.down_proj\.", r"layers.\1.ff.fc2."),
-    (r"^modality_projection\.(gate|up|down)_proj\.", r"projection.\1."),
-)
+_MAPS: dict[Family, KeyMap] = {
+    "flamingo": KeyMap(_LUCIDRAINS, ("media_pos_emb", "media_embeds")),
+    "open-flamingo": KeyMap(_LUCIDRAINS, ("media_time_embs", "media_embeds"), ("frame_embs", "frame_embeds")),
+    "idefics1": KeyMap(
+        ("latents", "latents"),
+        ("layer_norm.**", "norm.**"),
+        ("blocks.*.0.{context,latents}_layer_norm.**", "layers.*.norm_{context,latents}.**"),
+        ("blocks.*.0.{q,k}_layer_norm.**", "layers.*.{q,k}_norm.**"),
+        ("blocks.*.0.{q_proj,output_proj}.**", "layers.*.{to_q,to_out}.**"),
+        (("blocks.*.0.k_proj.**", "blocks.*.0.v_proj.**"), "layers.*.to_kv.**"),
+        ("blocks.*.1.{ln,fc,c_proj}.**", "layers.*.ff.{norm,fc1,fc2}.**"),
+    ),
+    "idefics2": KeyMap(
+        ("perceiver_resampler.latents", "latents"),
+        ("perceiver_resampler.norm.**", "norm.**"),
+        ("perceiver_resampler.layers.*.input_{context,latents}_norm.**", "layers.*.norm_{context,latents}.**"),
+        ("perceiver_resampler.layers.*.self_attn.{q,o}_proj.**", "layers.*.to_{q,out}.**"),
+        (
+            ("perceiver_resampler.layers.*.self_attn.k_proj.**", "perceiver_resampler.layers.*.self_attn.v_proj.**"),
+            "layers.*.to_kv.**",
+        ),
+        ("perceiver_resampler.layers.*.post_attention_layernorm.**", "layers.*.ff.norm.**"),
+        ("perceiver_resampler.layers.*.mlp.{gate,up,down}_proj.**", "layers.*.ff.{fc1,up,fc2}.**"),
+        ("modality_projection.{gate,up,down}_proj.**", "projection.{gate,up,down}.**"),
+    ),
+}
 
 
 def _is_own_layout(state: Mapping[str, Tensor]) -> bool:
@@ -372,30 +381,25 @@ def _to_own_keys(
             f"{', '.join(list(state)[:5])}. Give a checkpoint of Flamingo, OpenFlamingo, Idefics1 or Idefics2"
         )
     prefix = prefixes[0]
-    file_keys = {key.removeprefix(prefix): key for key in state if key.startswith(prefix)}
-    connector = prefix.removesuffix("perceiver_resampler.")
-    if connector != prefix:
-        projection = f"{connector}modality_projection."
-        file_keys |= {key.removeprefix(connector): key for key in state if key.startswith(projection)}
-    found, patterns = _tell_family(file_keys)
-    file_keys = {rename_key(short, patterns): key for short, key in file_keys.items()}
-    own = {name: state[key] for name, key in file_keys.items()}
-    for keys in [name for name in own if name.endswith(".to_k.weight")]:
-        values, packed = keys.replace("to_k", "to_v"), keys.replace("to_k", "to_kv")
-        if values in own:  # one matrix, keys first
-            own[packed] = torch.cat([own.pop(keys), own.pop(values)])
-            file_keys[packed] = f"{file_keys[keys]} with {file_keys[values]}"
-    return found, own, file_keys
+    part = {key.removeprefix(prefix): key for key in state if key.startswith(prefix)}
+    family = _tell_family(part)
+    if family == "idefics2":
+        part = {f"perceiver_resampler.{short}": key for short, key in part.items()}
+        connector = prefix.removesuffix("perceiver_resampler.")
+        if connector != prefix:
+            projection = f"{connector}modality_projection."
+            part |= {key.removeprefix(connector): key for key in state if key.startswith(projection)}
+    return family, *_MAPS[family].read(state, part)
 
 
-def _tell_family(keys: Collection[str]) -> tuple[Family, Sequence[tuple[str, str]]]:
-    """Return the family of a checkpoint's keys, and the patterns that rename them."""
+def _tell_family(keys: Collection[str]) -> Family:
+    """Return the family of a checkpoint's keys."""
     if "layers.0.self_attn.q_proj.weight" in keys:
-        return "idefics2", _IDEFICS2_KEYS
+        return "idefics2"
     if "blocks.0.0.q_proj.weight" in keys:
-        return "idefics1", _IDEFICS1_KEYS
+        return "idefics1"
     if "layers.0.0.to_q.weight" in keys:
-        return "flamingo" if "media_pos_emb" in keys else "open-flamingo", _FLAMINGO_KEYS
+        return "flamingo" if "media_pos_emb" in keys else "open-flamingo"
     raise WeightsError(
         f"weights are in none of the layouts flamingo, open-flamingo, idefics1, idefics2 or edgecomp; "
         f"first keys: {', '.join(list(keys)[:5])}. Convert them to one of these"

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgecomp.compressors._base import Compressor, Natural, Params, Positive
-from edgecomp.compressors._checkpoint import load_exactly, part_with, rename_key
+from edgecomp.compressors._checkpoint import load_exactly, part_with
 from edgecomp.compressors._eager import gelu
 from edgecomp.compressors._grid import gather_groups, grid_sides
+from edgecomp.compressors._keys import KeyMap
 from edgecomp.compressors._norms import RMSNorm
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
@@ -134,7 +135,7 @@ class PixelShuffle(Compressor):
     @classmethod
     def layout_of(cls, state: Mapping[str, Tensor]) -> str:
         """Return the family that the keys tell; InternVL's own release has another layout than transformers."""
-        return _tell(state)[1]
+        return _tell(state)[0]
 
     @classmethod
     def infer_params(cls, state: Mapping[str, Tensor], params: PixelShuffleParams) -> dict[str, Any]:
@@ -157,6 +158,11 @@ class PixelShuffle(Compressor):
         load_exactly(self, own, layout=layout, unread=unread, file_keys=file_keys)
         return layout
 
+    @property
+    def key_maps(self) -> Mapping[str, KeyMap]:
+        """The names of this family."""
+        return {layout: keys for layout, (family, _, keys) in _LAYOUTS.items() if family == self.params.family}
+
 
 def _grid(params: PixelShuffleParams, count: int) -> tuple[int, int]:
     """Return the grid's sides; of grouped tokens their number alone counts."""
@@ -178,48 +184,52 @@ def _grid(params: PixelShuffleParams, count: int) -> tuple[int, int]:
     return rows, columns
 
 
-_QWEN_KEYS = ((r"^ln_q\.", "norm."), (r"^mlp\.0\.", "fc1."), (r"^mlp\.2\.", "fc2."))
-# layout -> family, the keys that tell it, and how its keys become this module's
-_LAYOUTS: dict[str, tuple[Family, tuple[str, ...], tuple[tuple[str, str], ...]]] = {
+_QWEN_MAP = KeyMap(("ln_q.**", "norm.**"), ("mlp.{0,2}.**", "fc{1,2}.**"))
+# layout -> family, the keys that tell it, and the names side by side
+_LAYOUTS: dict[str, tuple[Family, tuple[str, ...], KeyMap]] = {
     "internvl": (
         "internvl",
         ("linear_2.weight", "layer_norm.weight"),
-        ((r"^layer_norm\.", "norm."), (r"^linear_1\.", "fc1."), (r"^linear_2\.", "fc2.")),
+        KeyMap(("layer_norm.**", "norm.**"), ("linear_{1,2}.**", "fc{1,2}.**")),
     ),
     "internvl-mlp1": (
         "internvl",
         ("mlp1.3.weight",),
-        ((r"^mlp1\.0\.", "norm."), (r"^mlp1\.1\.", "fc1."), (r"^mlp1\.3\.", "fc2.")),
+        KeyMap(("mlp1.{0,1,3}.**", "{norm,fc1,fc2}.**")),
     ),
-    "idefics3": ("idefics3", ("modality_projection.proj.weight",), ((r"^modality_projection\.proj\.", "fc2."),)),
-    "qwen2-vl": ("qwen2-vl", ("ln_q.bias", "mlp.2.weight"), _QWEN_KEYS),
-    "qwen2.5-vl": ("qwen2.5-vl", ("ln_q.weight", "mlp.2.weight"), _QWEN_KEYS),
+    "idefics3": (
+        "idefics3",
+        ("modality_projection.proj.weight",),
+        KeyMap(("modality_projection.proj.**", "fc2.**")),
+    ),
+    "qwen2-vl": ("qwen2-vl", ("ln_q.bias", "mlp.2.weight"), _QWEN_MAP),
+    "qwen2.5-vl": ("qwen2.5-vl", ("ln_q.weight", "mlp.2.weight"), _QWEN_MAP),
 }
 
 
-def _tell(state: Mapping[str, Tensor]) -> tuple[Family | None, str, dict[str, str]]:
-    """Return family, layout, and this module's key -> the file's key; no family where no layout is recognised."""
+def _tell(state: Mapping[str, Tensor]) -> tuple[str, dict[str, str]]:
+    """Return the layout, and name without a whole model's prefix -> name in the file; none where it is in none."""
     if "fc2.weight" in state:
-        return None, "", {}
-    for layout, (family, (anchor, *others), patterns) in _LAYOUTS.items():
+        return "", {}
+    for layout, (_, (anchor, *others), keys) in _LAYOUTS.items():
         part = part_with(state, anchor) if any(key.endswith(anchor) for key in state) else {}
         if part and all(other in part for other in others):
-            renamed = {short: rename_key(short, patterns) for short in part}
-            return family, layout, {name: part[short] for short, name in renamed.items() if name != short}
-    return None, "", {}
+            return layout, {short: key for short, key in part.items() if keys.knows(short)}
+    return "", {}
 
 
 def _read(state: Mapping[str, Tensor], family: Family) -> tuple[Family, str, dict[str, Tensor], dict[str, str] | None]:
     """Return family, layout, the tensors under this module's keys, and what the file calls each."""
-    told, layout, file_keys = _tell(state)
-    if told is None and "fc2.weight" in state:
+    layout, part = _tell(state)
+    if not layout and "fc2.weight" in state:
         return family, "", dict(state), None
-    if told is None:
+    if not layout:
         raise WeightsError(
             f"weights are in none of the layouts {', '.join(_LAYOUTS)} or edgecomp; first keys: "
             f"{', '.join(list(state)[:5])}. Give a checkpoint of one of these connectors"
         )
-    return told, layout, {name: state[key] for name, key in file_keys.items()}, file_keys
+    told, _, keys = _LAYOUTS[layout]
+    return told, layout, *keys.read(state, part)
 
 
 class PixelShuffleOriginal(nn.Module):

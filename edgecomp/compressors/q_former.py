@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._attention import MultiHeadAttention, key_bias
 from edgecomp.compressors._base import Compressor, Natural, Params, Positive
-from edgecomp.compressors._checkpoint import count_numbered, load_exactly, rename_key
+from edgecomp.compressors._checkpoint import count_numbered, load_exactly
 from edgecomp.compressors._eager import gelu
+from edgecomp.compressors._keys import KeyMap, leading_axis
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
@@ -236,25 +237,32 @@ class QFormer(Compressor):
         load_exactly(self, own, layout=layout or "edgecomp", unread=unread, file_keys=file_keys)
         return layout or "edgecomp"
 
+    @property
+    def key_maps(self) -> Mapping[str, KeyMap]:
+        """Names of BLIP-2 in transformers, and of InstructBLIP where a text is read."""
+        layout = "instructblip" if self.params.words else "blip-2"
+        return {layout: _MAPS[layout]}
 
-_KEYS = (
-    (r"^embeddings\.(word|position)_embeddings\.", r"\1_embeddings."),
-    (r"^(embeddings\.)?layernorm\.", "norm."),
-    (r"^encoder\.layer\.(\d+)\.", r"layers.\1."),
-    (r"\.attention\.attention\.(query|key|value)\.", r".attn.to_\1."),
-    (r"\.crossattention\.attention\.(query|key|value)\.", r".cross.to_\1."),
-    (r"\.to_([qkv])(?:uery|ey|alue)\.", r".to_\1."),
-    (r"\.attention\.output\.dense\.", ".attn.to_out."),
-    (r"\.attention\.output\.LayerNorm\.", ".norm."),
-    (r"\.crossattention\.output\.dense\.", ".cross.to_out."),
-    (r"\.crossattention\.output\.LayerNorm\.", ".cross_norm."),
-    (r"\.intermediate_query\.dense\.", ".ff.fc1."),
-    (r"\.output_query\.dense\.", ".ff.fc2."),
-    (r"\.output_query\.LayerNorm\.", ".ff.norm."),
-    (r"\.intermediate\.dense\.", ".ff_text.fc1."),
-    (r"\.output\.dense\.", ".ff_text.fc2."),
-    (r"\.output\.LayerNorm\.", ".ff_text.norm."),
+
+_LAYERS = "qformer.encoder.layer.*."
+_MAP = KeyMap(
+    ("query_tokens", "query_tokens", leading_axis(3)),
+    ("language_projection.**", "projection.**"),
+    ("qformer.embeddings.{word,position}_embeddings.**", "{word,position}_embeddings.**"),
+    (_LAYERS + "attention.attention.{query,key,value}.**", "layers.*.attn.to_{q,k,v}.**"),
+    (_LAYERS + "attention.output.dense.**", "layers.*.attn.to_out.**"),
+    (_LAYERS + "attention.output.LayerNorm.**", "layers.*.norm.**"),
+    (_LAYERS + "crossattention.attention.{query,key,value}.**", "layers.*.cross.to_{q,k,v}.**"),
+    (_LAYERS + "crossattention.output.dense.**", "layers.*.cross.to_out.**"),
+    (_LAYERS + "crossattention.output.LayerNorm.**", "layers.*.cross_norm.**"),
+    (_LAYERS + "intermediate{_query,}.dense.**", "layers.*.{ff,ff_text}.fc1.**"),
+    (_LAYERS + "output{_query,}.dense.**", "layers.*.{ff,ff_text}.fc2.**"),
+    (_LAYERS + "output{_query,}.LayerNorm.**", "layers.*.{ff,ff_text}.norm.**"),
 )
+_MAPS = {
+    "blip-2": KeyMap(("qformer.layernorm.**", "norm.**"), _MAP),
+    "instructblip": KeyMap(("qformer.embeddings.layernorm.**", "norm.**"), _MAP),
+}
 
 
 def _is_own_layout(state: Mapping[str, Tensor]) -> bool:
@@ -278,20 +286,16 @@ def _to_own_keys(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], d
             f"weights hold {len(prefixes)} Q-Formers (tensors named {mark}), and one is read; first keys: "
             f"{', '.join(list(state)[:5])}. Give a checkpoint of BLIP-2 or InstructBLIP in transformers' layout"
         )
-    prefix = prefixes[0]
-    file_keys = {rename_key(key.removeprefix(prefix), _KEYS): key for key in state if key.startswith(prefix)}
-    outer = prefix.removesuffix("qformer.")
-    for name, own in (("query_tokens", "query_tokens"), ("language_projection.weight", "projection.weight"),
-                      ("language_projection.bias", "projection.bias")):  # fmt: skip
-        if f"{outer}{name}" in state:
-            file_keys[own] = f"{outer}{name}"
-    has_words = "word_embeddings.weight" in file_keys
-    if not has_words:
-        file_keys = {name: key for name, key in file_keys.items() if ".ff_text." not in name}
-    own_state = {name: state[key] for name, key in file_keys.items()}
-    if "query_tokens" in own_state:
-        own_state["query_tokens"] = own_state["query_tokens"].flatten(0, -2)
-    return "instructblip" if has_words else "blip-2", own_state, file_keys
+    inner = prefixes[0]
+    outer = inner.removesuffix("qformer.")
+    part = {f"qformer.{key.removeprefix(inner)}": key for key in state if key.startswith(inner)}
+    beside = ("query_tokens", "language_projection.weight", "language_projection.bias")
+    part |= {name: f"{outer}{name}" for name in beside if f"{outer}{name}" in state}
+    layout = "instructblip" if "qformer.embeddings.word_embeddings.weight" in part else "blip-2"
+    own, file_keys = _MAPS[layout].read(state, part)
+    if layout == "blip-2":
+        own = {name: tensor for name, tensor in own.items() if ".ff_text." not in name}
+    return layout, own, file_keys
 
 
 class QFormerOriginal(nn.Module):

@@ -73,11 +73,6 @@ class Resampler2d(GridResampler):
             self.register_buffer("own_places", table, persistent=False)
 
     @property
-    def name(self) -> str:
-        """The method's name."""
-        return "resampler-2d"
-
-    @property
     def stores_places(self) -> bool:
         """Whether the table of the query grid is part of a checkpoint."""
         return self.params.query_places or self.params.key_places == "resized"

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._attention import merge_heads, split_heads
 from edgecomp.compressors._base import Compressor, HostFeature, Natural, Params, Positive, constant
-from edgecomp.compressors._checkpoint import load_exactly, part_with, renamed_part
+from edgecomp.compressors._checkpoint import load_exactly, part_with
 from edgecomp.compressors._eager import gelu, norm_rows
 from edgecomp.compressors._grid import bilinear_line, gather_groups, grid_sides, resample_grid
+from edgecomp.compressors._keys import KeyMap
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
 
@@ -170,36 +171,34 @@ class TokenPacker(Compressor):
         load_exactly(self, own, layout=layout, unread=unread, file_keys=file_keys)
         return layout
 
+    @property
+    def key_maps(self) -> Mapping[str, KeyMap]:
+        """The release's names."""
+        return {"tokenpacker": _RELEASE}
+
 
 _ANCHOR = "k_proj_1.0.weight"
-_KEYS = (
-    (r"^q_proj_1\.", "q_proj."),
-    (r"^([kv])_proj_1\.0\.", r"\1_fc1."),
-    (r"^([kv])_proj_1\.2\.", r"\1_fc2."),
-    (r"^ln_([qkv])_1\.", r"\1_norm."),
-    (r"^clip_attn\.out_proj\.", "to_out."),
-    (r"^mlp\.0\.", "fc1."),
-    (r"^mlp\.2\.", "fc2."),
+_RELEASE = KeyMap(
+    ("q_proj_1.**", "q_proj.**"),
+    ("{k,v}_proj_1.{0,2}.**", "{k,v}_{fc1,fc2}.**"),
+    ("ln_{q,k,v}_1.**", "{q,k,v}_norm.**"),
+    ("clip_attn.in_proj_**", ("to_q.**", "to_k.**", "to_v.**")),
+    ("clip_attn.out_proj.**", "to_out.**"),
+    ("mlp.{0,2}.**", "{fc1,fc2}.**"),
 )
 
 
 def _to_own_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """Return the tensors under this module's keys, and what the file calls each of these."""
-    own, file_keys = renamed_part(state, _ANCHOR, _KEYS)
-    if not own:
+    part = part_with(state, _ANCHOR)
+    if not part:
         if "k_fc1.weight" in state:
             return dict(state), None
         raise WeightsError(
             f"weights are in neither layout of tokenpacker, that of its release or edgecomp's; first keys: "
             f"{', '.join(list(state)[:5])}. Give a checkpoint whose keys hold {_ANCHOR}"
         )
-    for kind in ("weight", "bias"):  # queries, keys and values are packed in the file
-        packed = f"clip_attn.in_proj_{kind}"
-        if packed in own and len(own[packed]) % 3 == 0:
-            for name, tensor in zip("qkv", own.pop(packed).chunk(3), strict=True):
-                own[f"to_{name}.{kind}"] = tensor
-                file_keys[f"to_{name}.{kind}"] = f"{file_keys[packed]} ({name})"
-    return own, file_keys
+    return _RELEASE.read(state, part)
 
 
 class TokenPackerOriginal(nn.Module):

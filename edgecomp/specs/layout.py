@@ -21,6 +21,7 @@ __all__ = [
     "Match",
     "best_match",
     "closest_by_words",
+    "expand_alternatives",
     "larger_form",
     "match_layout",
     "name_groups",
@@ -221,17 +222,17 @@ def _answers(words: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def _expand_all(patterns: tuple[str, ...]) -> list[tuple[str, ...]]:
-    return [tuple(text.split(".")) for pattern in patterns for text in _expand(pattern)]
+    return [tuple(text.split(".")) for pattern in patterns for text in expand_alternatives(pattern)]
 
 
 @lru_cache(maxsize=4096)
-def _expand(pattern: str) -> tuple[str, ...]:
+def expand_alternatives(pattern: str) -> tuple[str, ...]:
     """Write out the alternatives: `a.{b,c}` is `a.b` and `a.c`."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
         return (pattern,)
     before, after = pattern[: found.start()], pattern[found.end() :]
-    return tuple(text for part in found[1].split(",") for text in _expand(f"{before}{part}{after}"))
+    return tuple(text for part in found[1].split(",") for text in expand_alternatives(f"{before}{part}{after}"))
 
 
 def number_keys(keys: Iterable[str]) -> dict[str, int]:

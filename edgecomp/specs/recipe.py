@@ -108,7 +108,8 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     Attributes:
         rest, fp32: of `precision`; they do not go with another one.
         input_dtype: `float32`, or `uint8`.
-        weights, backbone_weights: `random`, `pretrained` (the backbone's alone), or a file.
+        weights, backbone_weights: `random`, `pretrained` (the backbone's alone), or a file; of the backbone also "": a
+            folder's own, and random for all others.
         calibration, calibration_images: a folder of images for scales and ranges, and the most read of it.
         router: what picks a bucket where there are several; empty: nothing.
     """
@@ -125,7 +126,7 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     fp32: tuple[str, ...] = ()
     input_dtype: Literal["float32", "uint8"] = "float32"
     weights: str = "random"
-    backbone_weights: str = "random"
+    backbone_weights: str = ""
     calibration: str = ""
     calibration_images: Annotated[int, Meta(ge=0)] = 0
     router: str = ""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import pytest
 import torch
+
+import edgecomp
+from edgecomp.errors import InvalidSpec
 
 _REL = 1e-8  # of the largest gradient of its tensor's kind, in fp64
 
@@ -30,3 +35,28 @@ def test_gradients_are_those_of_the_original(smoke, make_assembly, make_inputs):
     for name, got, expected in zip([*parameters, "input", *["input"] * 9], *found, strict=False):
         got, expected = (torch.zeros(1) if value is None else value for value in (got, expected))
         assert float((got - expected).abs().max()) <= _REL * largest, name
+
+
+def test_the_module_that_python_gives_can_be_trained(smoke):
+    """`edgecomp.compressor` gives a module whose every weight gets a gradient; where there can be none, it says why."""
+    if smoke.recipe.preset(smoke.preset).placement == "inside":
+        with pytest.raises(InvalidSpec, match=f"{smoke.method}: its preset .* between the blocks of an encoder"):
+            edgecomp.compressor(smoke.method, preset=smoke.preset)
+        return
+    module = edgecomp.compressor(smoke.method, preset=smoke.preset)
+    assert module.training
+    generator = torch.Generator().manual_seed(3)
+    inputs = [
+        torch.randn(spec.shape, generator=generator)
+        if spec.dtype.startswith("float")
+        else torch.ones(spec.shape, dtype=getattr(torch, spec.dtype))
+        for spec in module.input_specs(2)
+    ]
+    total = sum(value.square().sum() for value in module(*inputs) if value.is_floating_point())
+    parameters = dict(module.named_parameters())
+    if not parameters:
+        return
+    total.backward()
+    ranking = [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in module.ranking_params)]
+    without = [name for name, value in parameters.items() if value.grad is None and name not in ranking]
+    assert without == []

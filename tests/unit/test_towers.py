@@ -12,9 +12,11 @@ pytest.importorskip("torch")
 pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
+import msgspec  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 
+from edgecomp import api  # noqa: E402
 from edgecomp.backbones.attention import attend, attend_fused  # noqa: E402
 from edgecomp.backbones.host import HostRequest  # noqa: E402
 from edgecomp.backbones.timm import TimmHost  # noqa: E402
@@ -22,6 +24,7 @@ from edgecomp.backbones.towers import load_tower  # noqa: E402
 from edgecomp.backbones.transformers import TransformersHost, split_classifier  # noqa: E402
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError  # noqa: E402
 from edgecomp.resources import data_path  # noqa: E402
+from edgecomp.search.recipe import recipe_text, winner_recipe  # noqa: E402
 from edgecomp.specs.backbone import is_model_folder, read_backbones  # noqa: E402
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
@@ -213,6 +216,22 @@ def test_timm_and_transformers_give_the_same_tokens(name: str, feature_layer: in
 
 
 # -- folders ----------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_that_names_a_folder_takes_the_folders_weights(tmp_path: Path) -> None:
+    """As `search` writes the winner's: the host of that graph, and not one of random weights."""
+    folder = saved(make("siglip"), tmp_path / "host")
+    found = api.export("matryoshka", preset="pooling", backbone=folder, budget=4, out=tmp_path / "found").manifest
+    asked = msgspec.structs.replace(found.recipe.defaults, backbone=folder)
+    recipe = winner_recipe(found, found.buckets[0], asked=asked)
+    (tmp_path / "r.toml").write_text(recipe_text(recipe, said="x"), encoding="utf-8")
+    again = api.export(recipe=tmp_path / "r.toml", out=tmp_path / "again").manifest
+    assert again.backbone_weights == found.backbone_weights
+    assert again.backbone_weights is not None
+    assert again.backbone_weights.kind == "file"
+    asked = msgspec.structs.replace(asked, backbone_weights="random")
+    (tmp_path / "r.toml").write_text(recipe_text(winner_recipe(found, found.buckets[0], asked=asked), said="x"))
+    assert 'backbone_weights = "random"' in (tmp_path / "r.toml").read_text()
 
 
 @pytest.mark.filterwarnings("ignore")
