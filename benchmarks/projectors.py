@@ -4,11 +4,11 @@
     python benchmarks/projectors.py --encoders 1 [--rounds 5]
     python benchmarks/projectors.py --ops 1 [--rounds 15]
 
-All recipes that stand after an encoder, each at its own preset for that place, on given tokens, batch 1, 1 and 2
-threads, interleaved; with --encoders 1 those that are whole encoders, on images of the sizes in `_ENCODERS`. "Eager"
-is the static module itself in torch; "original" is the eager original. The share of the encoder is by FLOPs, of the
-plain ViT with these tokens and this width (depths in `_DEPTHS`, MLP of factor 4). Reach: no method slower than eager
-at 1 thread, 0.85 of it at 2.
+All recipes that stand after an encoder, each at its own preset for that place, on given tokens, the smallest batch, 1
+and 2 threads, interleaved; with --encoders 1 those that are whole encoders, on images of the sizes in `_ENCODERS`.
+"Eager" is the static module itself in torch; "original" is the eager original. The share of the encoder is by FLOPs, of
+the plain ViT with these tokens and this width (depths in `_DEPTHS`, MLP of factor 4). Reach: no method slower than
+eager at 1 thread, 0.85 of it at 2.
 
 With --ops 1: pooling and resizing as a constant matrix, in its two factors and whole, over the op that it replaces, in
 torch and, where ONNX Runtime has that op, there. Reach: 1.0 over the op.
@@ -96,13 +96,14 @@ def _method(recipe: Recipe, rounds: int, **words: Any) -> list[list[object]]:
             api.export(recipe.method, out=Path(folder) / "bundle", **words)
         except EdgecompError as error:  # it needs a host or weights
             return [[recipe.method, str(error)[:60], "", "", "", "", "", ""]]
-        bucket = open_bundle(Path(folder) / "bundle").manifest.buckets[0]  # of slices: the least
-        specs = model.input_specs()
+        bucket = open_bundle(Path(folder) / "bundle").manifest.buckets[0]  # of slices and strips: the fewest
+        batch = f", batch {bucket.batch}" if bucket.batch > 1 else ""
+        specs, flops = model.input_specs(bucket.batch), bucket.flops / bucket.batch
         inputs = golden_inputs(specs, seed=0, preprocess=None)["seeded"]
         tensors = [torch.from_numpy(inputs[spec.name].copy()) for spec in specs]
         site, budget = model.compressor.site, model.compressor.budget
         after = site.placement == "after"
-        share = _share(bucket.flops, site.tokens_in, site.embed_dim) if after else "-"
+        share = _share(flops, site.tokens_in, site.embed_dim) if after else "-"
         original = model.reference().eval()
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -116,8 +117,8 @@ def _method(recipe: Recipe, rounds: int, **words: Any) -> list[list[object]]:
             rows.append(
                 [
                     recipe.method,
-                    f"{budget.tokens_in} to {budget.tokens_out}",
-                    f"{bucket.flops / 1e9:.2f}",
+                    f"{budget.tokens_in} to {budget.tokens_out}{batch}",
+                    f"{flops / 1e9:.2f}",
                     share,
                     threads,
                     f"{statistics.median(samples['onnx']):.1f}",
@@ -128,7 +129,7 @@ def _method(recipe: Recipe, rounds: int, **words: Any) -> list[list[object]]:
     return rows
 
 
-def _share(flops: int, tokens: int, width: int) -> str:
+def _share(flops: float, tokens: int, width: int) -> str:
     """Return a method's FLOPs over those of the plain ViT in front of it."""
     if width not in _DEPTHS:
         return "-"

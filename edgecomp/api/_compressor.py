@@ -75,10 +75,6 @@ def compressor(
         "", params, False, "", None, "random", 0, seed,
     )  # fmt: skip
     made = assemble(order)
-    if grid and made.placement == "encoder":
-        raise InvalidSpec(
-            f"{method}: grid={grid}, and preset {made.preset} is an encoder, which takes an image; give image_size"
-        )
     module = made.models[0].compressor.train()
     module.preset = made.preset
     return module

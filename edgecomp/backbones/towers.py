@@ -131,7 +131,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidSpec(f"{path} cannot be read as JSON ({error}); copy it again") from None
 
 

@@ -264,6 +264,9 @@ class Compressor(nn.Module):
         Args:
             path: a file that ends in .safetensors; it is replaced at once or not at all.
             layout: of an original that the method can be saved in; "": edgecomp's own names.
+
+        Raises:
+            WeightsError: it has no weights, or weights of NaN or Inf; nothing is written.
         """
         from edgecomp.compressors._checkpoint import (
             IMAGE_SIZE,
@@ -277,11 +280,15 @@ class Compressor(nn.Module):
 
         if layout:
             return write_checkpoint(Path(path), self.original_state(layout), metadata={})
+        state = self.state_dict()
+        if not state:
+            name = self.method_name
+            raise WeightsError(f"{name} has no weights to save; `edgecomp export --method {name}` needs none")
         params = msgspec.json.encode(self.params, order="sorted").decode()
         told = {METHOD: self.method_name, PARAMS: params} | ({PRESET: self.preset} if self.preset else {})
         told |= {TOKENS_IN: str(self.budget.tokens_in), TOKENS_OUT: str(self.budget.tokens_out)}
         told |= {IMAGE_SIZE: str(self.site.image_size)} if self.site.placement == "encoder" else {}
-        return write_checkpoint(Path(path), self.state_dict(), metadata=told)
+        return write_checkpoint(Path(path), state, metadata=told)
 
     @classmethod
     def parse_params(cls, values: Mapping[str, Any], *, method: str) -> Any:

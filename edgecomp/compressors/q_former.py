@@ -288,9 +288,10 @@ def _to_own_keys(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], d
         )
     inner = prefixes[0]
     outer = inner.removesuffix("qformer.")
+    names = ("query_tokens", "language_projection.weight", "language_projection.bias")
+    beside = {name: f"{outer}{name}" for name in names if f"{outer}{name}" in state}
     part = {f"qformer.{key.removeprefix(inner)}": key for key in state if key.startswith(inner)}
-    beside = ("query_tokens", "language_projection.weight", "language_projection.bias")
-    part |= {name: f"{outer}{name}" for name in beside if f"{outer}{name}" in state}
+    part = {name: key for name, key in part.items() if key not in beside.values()} | beside
     layout = "instructblip" if "qformer.embeddings.word_embeddings.weight" in part else "blip-2"
     own, file_keys = _MAPS[layout].read(state, part)
     if layout == "blip-2":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
+import fnmatch
 
 import pytest
 import torch
@@ -37,26 +37,32 @@ def test_gradients_are_those_of_the_original(smoke, make_assembly, make_inputs):
         assert float((got - expected).abs().max()) <= _REL * largest, name
 
 
-def test_the_module_that_python_gives_can_be_trained(smoke):
-    """`edgecomp.compressor` gives a module whose every weight gets a gradient; where there can be none, it says why."""
-    if smoke.recipe.preset(smoke.preset).placement == "inside":
+def test_the_module_that_python_gives_can_be_trained(smoke, assembled, outputs_of):
+    """Each weight of `edgecomp.compressor` gets a gradient by some output; where it can give no module, it says why."""
+    preset = smoke.recipe.preset(smoke.preset)
+    if preset.placement == "inside":
         with pytest.raises(InvalidSpec, match=f"{smoke.method}: its preset .* between the blocks of an encoder"):
             edgecomp.compressor(smoke.method, preset=smoke.preset)
         return
-    module = edgecomp.compressor(smoke.method, preset=smoke.preset)
-    assert module.training
-    generator = torch.Generator().manual_seed(3)
-    inputs = [
-        torch.randn(spec.shape, generator=generator)
-        if spec.dtype.startswith("float")
-        else torch.ones(spec.shape, dtype=getattr(torch, spec.dtype))
-        for spec in module.input_specs(2)
-    ]
-    total = sum(value.square().sum() for value in module(*inputs) if value.is_floating_point())
-    parameters = dict(module.named_parameters())
-    if not parameters:
-        return
-    total.backward()
-    ranking = [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in module.ranking_params)]
-    without = [name for name, value in parameters.items() if value.grad is None and name not in ranking]
-    assert without == []
+    words = {"preset": smoke.preset, "queries": str(smoke.budgets[-1])}
+    if preset.placement == "after" and preset.backbone != "none":  # of the host that the preset names
+        words["tokens"] = assembled(smoke).models[0].compressor.site.tokens_in
+    without, ranking = None, set()
+    for output in outputs_of(smoke):
+        module = edgecomp.compressor(smoke.method, output=output, **words)
+        assert module.training
+        parameters = dict(module.named_parameters())
+        if not parameters:
+            return
+        ranking |= {name for pattern in module.ranking_params for name in fnmatch.filter(parameters, pattern)}
+        generator = torch.Generator().manual_seed(3)
+        inputs = [
+            torch.randn(spec.shape, generator=generator)
+            if spec.dtype.startswith("float")
+            else torch.ones(spec.shape, dtype=getattr(torch, spec.dtype))
+            for spec in module.input_specs(2)
+        ]
+        sum(value.square().sum() for value in module(*inputs) if value.is_floating_point()).backward()
+        left = {name for name, value in parameters.items() if value.grad is None}
+        without = left if without is None else without & left
+    assert without <= ranking

@@ -120,7 +120,7 @@ def test_numbers_of_python_and_numpy() -> None:
     for words, text in (
         ({"grid": "24"}, "grid='24' is no whole number"),
         ({"seed": -1}, "seed -1 is not between"),
-        ({"grid": 5, "method": "lookupvit", "preset": "smoke"}, "grid=5, and preset smoke is an encoder"),
+        ({"grid": 5, "method": "lookupvit", "preset": "smoke"}, "params.tokens=25 was set, and lookup"),
         ({"method": None}, "method=None is no name"),
     ):
         with pytest.raises(InvalidSpec, match=text):

@@ -69,6 +69,13 @@ def test_a_damaged_count_is_refused(tmp_path: Path) -> None:
         edgecomp.compressor("tokenpacker", weights=path)
 
 
+def test_a_method_without_weights_saves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "saved.safetensors"
+    with pytest.raises(EdgecompError, match="attention-pruning has no weights to save"):
+        edgecomp.compressor("attention-pruning", preset="smoke").save(path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_module_is_exported_by_its_own_preset() -> None:
     module = edgecomp.compressor("perceiver", preset="smoke", grid=4, latents=6, queries=6)
     recipe = load_recipe("perceiver")

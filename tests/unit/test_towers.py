@@ -331,9 +331,10 @@ def test_folders_that_are_none_are_refused(tmp_path: Path) -> None:
     assert is_model_folder(str(tmp_path))
     with pytest.raises(InvalidSpec, match=r"has no config\.json"):
         load(str(tmp_path))
-    (tmp_path / "config.json").write_text("{broken")
-    with pytest.raises(InvalidSpec, match=r"config\.json cannot be read as JSON"):
-        load(str(tmp_path))
+    for text in ("{broken", "[" * 150_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InvalidSpec, match=r"config\.json cannot be read as JSON"):
+            load(str(tmp_path))
 
 
 def test_what_a_tower_has_not_is_refused(tmp_path: Path) -> None:
