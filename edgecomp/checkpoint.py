@@ -212,7 +212,7 @@ def _read_index(index: Path, *, named: Path) -> Located:
         raise WeightsError(f"index {index} has no weight_map of names and files; copy it again")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if name in ("", ".", "..") or re.search(r"[/\\\0]", name) or Path(name).is_absolute():
+        if name in ("", ".", "..") or re.search(r"[/\\\0]|^[A-Za-z]:", name) or Path(name).is_absolute():
             raise WeightsError(
                 f"index {index} points outside its folder: {name!r}; an index names files beside it alone, "
                 "so nothing was read"

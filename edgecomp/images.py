@@ -82,7 +82,7 @@ def read_image(path: str | Path) -> Image.Image:
 def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     """Resize the shorter side (or both: `stretch`) to floor(size / crop), then cut the centre square out; returns RGB.
 
-    The longer side is rounded down and the offset to the nearest pixel, as torchvision does. Where the resized image
+    The longer side is rounded down, and half a pixel of the offset as `centre` says. Where the resized image
     would exceed 100 megapixels (a strip of 1 x 100000), only the square is resampled: the same picture, which may
     differ from the long way by the rounding between the two passes of the filter.
     """
@@ -95,7 +95,8 @@ def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     resized = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
     if preprocess.stretch:
         resized = (short, short)
-    left, top = (round((side - size) / 2.0) for side in resized)
+    spare = [side - size for side in resized]
+    left, top = (one // 2 if preprocess.centre == "down" else round(one / 2.0) for one in spare)
     resample = _RESAMPLING[preprocess.interpolation]
     if resized[0] * resized[1] <= _MOST_PIXELS:
         whole = image if resized == image.size else image.resize(resized, resample)

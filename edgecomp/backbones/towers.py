@@ -82,7 +82,7 @@ def load_tower(
         told = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         origin = WeightsOrigin(kind="random", sha256=told, layout=layout, seed=request.seed)
     size = request.image_size or one_size(config.image_size, "image_size", title)
-    preprocess = _read_preprocess(folder, size, FAMILIES[config.model_type]) if has_folder else None
+    preprocess = _read_preprocess(folder, size, FAMILIES[config.model_type], say) if has_folder else None
     host = TransformersHost(
         model.to(torch.get_default_dtype()).eval(),
         name=title,
@@ -248,8 +248,12 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _read_preprocess(folder: Path, size: int, family: Family) -> Preprocess | None:
+def _read_preprocess(folder: Path, size: int, family: Family, say: Callable[[str], None]) -> Preprocess | None:
     """Return how the folder's own processor prepares images, where it says so.
+
+    Args:
+        size: side of the square that the tower takes.
+        say: is told where the processor makes another.
 
     Raises:
         InvalidSpec: it prepares them in a way that is not known here.
@@ -281,9 +285,16 @@ def _read_preprocess(folder: Path, size: int, family: Family) -> Preprocess | No
     cropped = _side(told.get("crop_size"), path, "crop_size")[0] if told.get("do_center_crop") else 0
     if cropped > resized > 0:
         raise _not_known(path, "crop_size", cropped)
-    crop = cropped / resized if cropped and resized else 1.0
     stretches = family.stretches if given is None else stretches
-    return Preprocess(size, crop, _RESAMPLING[told.get("resample", 3)], mean, std, stretches)
+    if not cropped and not stretches and told.get("do_center_crop") is False:
+        raise _not_known(path, "do_center_crop", False)
+    crop = cropped / resized if cropped and resized else 1.0
+    while resized and math.floor((cropped or resized) / crop) < resized:
+        crop = math.nextafter(crop, 0.0)
+    made = cropped or resized
+    if made not in (0, size):
+        say(f"{path.name} of the backbone makes squares of {made} pixels, and {size} are taken here (--image-size)")
+    return Preprocess(size, crop, _RESAMPLING[told.get("resample", 3)], mean, std, stretches, centre="down")
 
 
 def _not_known(path: Path, key: str, value: Any) -> InvalidSpec:

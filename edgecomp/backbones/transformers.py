@@ -118,7 +118,9 @@ class TransformersHost(Host):
         self.num_classes = linear.out_features if linear is not None else 0
         self.linear = linear
         mean, std = family.statistics
-        self.preprocess = preprocess or Preprocess(self.image_size, 1.0, "bicubic", mean, std, family.stretches)
+        self.preprocess = preprocess or Preprocess(
+            self.image_size, 1.0, "bicubic", mean, std, family.stretches, centre="down"
+        )
         _strip(tower, keep_norm=bool(self._norm))
         rope = getattr(tower, "rope_embeddings", None)
         if rope is None:

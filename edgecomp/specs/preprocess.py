@@ -18,6 +18,8 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         size: side of the square that the model takes, in pixels.
         crop: the shorter side is resized to floor(size / crop), then the centre is cut out.
+        centre: what becomes of half a pixel where the centre begins: to the nearest even, as torchvision cuts, or down,
+            as transformers does.
         stretch: both sides are resized to that, whatever their ratio was.
         interpolation: of the resize.
         mean: subtracted for each of red, green, blue, on the [0, 1] scale.
@@ -30,3 +32,4 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mean: Channel
     std: Channel
     stretch: bool = False
+    centre: Literal["nearest", "down"] = "nearest"

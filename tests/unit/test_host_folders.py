@@ -30,6 +30,12 @@ SIGLIP = {
 }  # fmt: skip
 
 
+DINOV2: dict[str, Any] = {
+    "model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64,
+    "patch_size": 16,
+}  # fmt: skip
+
+
 def folder_of(path: Path, config: dict[str, Any] | None = None, **files: Any) -> str:
     for name, content in {"config": config or SIGLIP, **files}.items():
         (path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
@@ -55,6 +61,36 @@ def test_pixels_are_those_of_the_folders_processor(name: str, tmp_path: Path) ->
     np.testing.assert_allclose(got, expected, atol=1.5 / 255)  # torchvision's tensors round once less than Pillow
 
 
+@pytest.mark.parametrize(("shortest", "crop"), [(36, 32), (37, 32), (73, 64), (64, 64)])
+@pytest.mark.parametrize("sides", [(101, 67), (67, 101), (120, 83), (90, 90)])
+def test_the_centre_is_cut_where_transformers_cuts_it(
+    shortest: int, crop: int, sides: tuple[int, int], tmp_path: Path
+) -> None:
+    """Half a pixel is rounded down there, and the shorter side becomes what the processor says, never one less."""
+    processor = transformers.BitImageProcessor(
+        size={"shortest_edge": shortest}, crop_size={"height": crop, "width": crop}, resample=2
+    )
+    folder = folder_of(
+        tmp_path, {**DINOV2, "image_size": crop}, preprocessor_config=json.loads(processor.to_json_string())
+    )
+    down, across = (np.linspace(0, 255, side) for side in sides)
+    ramps = np.stack([*np.meshgrid(down, across, indexing="ij"), np.zeros(sides)], -1)
+    image = Image.fromarray(ramps.astype(np.uint8))
+    expected = np.asarray(processor(image, return_tensors="np")["pixel_values"])
+    got = to_pixels(image, load(folder).preprocess, "float32")
+    np.testing.assert_allclose(got, expected, atol=2 / 255 / 0.26)
+
+
+def test_a_processor_of_another_size_is_told(tmp_path: Path) -> None:
+    told = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
+    folder = folder_of(tmp_path, DINOV2, preprocessor_config=told)
+    notes: list[str] = []
+    load_tower(HostRequest(name=folder, weights="random", feature_layer=-1, seed=0), listed=(), say=notes.append)
+    assert notes == [
+        "preprocessor_config.json of the backbone makes squares of 32 pixels, and 64 are taken here (--image-size)"
+    ]
+
+
 def test_a_folder_without_a_processor_is_prepared_as_its_family_is(tmp_path: Path) -> None:
     assert load(folder_of(tmp_path)).preprocess.stretch
 
@@ -71,6 +107,7 @@ def test_a_folder_without_a_processor_is_prepared_as_its_family_is(tmp_path: Pat
         ({"image_std": [0, 1, 1]}, r"image_std=\[0"),
         ({"size": {"height": 32, "width": 48}}, "size={'height': 32, 'width': 48}"),
         ({"size": {"longest_edge": 32}}, "size={'longest_edge': 32}"),
+        ({"size": {"shortest_edge": 32}, "do_center_crop": False}, "do_center_crop=False"),
         ([], r"preprocessor_config.json holds '\[\]'"),
     ],
 )

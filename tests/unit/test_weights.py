@@ -252,6 +252,7 @@ BAD: list[tuple[Callable[[Path], Path], tuple[str, ...]]] = [
     (_outside("/etc/passwd.safetensors"), ("points outside its folder", "'/etc/passwd.safetensors'")),
     (_outside("sub/x.safetensors"), ("points outside its folder", "'sub/x.safetensors'")),
     (_outside("..\\x.safetensors"), ("points outside its folder",)),
+    (_outside("C:x.safetensors"), ("points outside its folder",)),
     (_outside("x.exe"), ("names 'x.exe'", "ends in neither .safetensors")),
     (_half, ("is not whole", "model-00002-of-00002.safetensors", "12 of the tensors", "connector.blocks.1.0.")),
     (_lying, ("its index says that 'c' is in model-00002-of-00002.safetensors, which does not hold it",)),
