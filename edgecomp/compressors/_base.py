@@ -346,12 +346,12 @@ class Compressor(nn.Module):
         return made
 
 
-def count_heads(rows: int, head_dim: int, *, name: str) -> int:
+def count_heads(rows: int, head_dim: int, *, name: str, param: str = "head_dim") -> int:
     """Return how many heads of `head_dim` a projection with `rows` outputs holds."""
     if rows % head_dim:
         raise WeightsError(
             f"{name} of the weights has {rows} outputs, not a multiple of head width {head_dim}; a checkpoint does "
-            "not store the head width, give it with --set"
+            f"not store the head width, give it with --set params.{param}=N"
         )
     return rows // head_dim
 

@@ -257,7 +257,13 @@ class DAbstractor(Compressor):
         found: dict[str, Any] = {"queries": queries, "hidden_dim": width, "positions": "positions" in sizes}
         found["depth"] = count_numbered(sizes, "layers")
         found["mlp_dim"] = sizes["layers.0.fc1.weight"][0]
-        found["points"] = sizes["layers.0.cross_attn.shares.weight"][0] // params.num_heads
+        rows = sizes["layers.0.cross_attn.shares.weight"][0]
+        if rows % params.num_heads:
+            raise WeightsError(
+                f"layers.0.encoder_attn.attention_weights has {rows} outputs, not a multiple of "
+                f"{params.num_heads} heads; a checkpoint does not store how many, give --set params.num_heads=N"
+            )
+        found["points"] = rows // params.num_heads
         found["embed_dim"] = sizes.get("input_proj.weight", (0, width))[1]
         found["output_dim"] = sizes.get("output_proj.weight", (width,))[0]
         found["eos_tokens"] = sizes.get("eos", (0,))[0]

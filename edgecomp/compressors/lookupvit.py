@@ -302,7 +302,7 @@ class LookupViT(Compressor):
         for key, heads, dim in (("refine", "num_heads", "head_dim"), ("gather", "lookup_heads", "lookup_head_dim")):
             if f"blocks.0.{key}.to_q.weight" in sizes:
                 rows = sizes[f"blocks.0.{key}.to_q.weight"][0]
-                found[heads] = count_heads(rows, getattr(params, dim), name=f"blocks.0.{key}.to_q")
+                found[heads] = count_heads(rows, getattr(params, dim), name=f"blocks.0.{key}.to_q", param=dim)
         if "head.weight" in sizes:
             found["num_classes"] = sizes["head.weight"][0]
         if "entries" in sizes:

@@ -13,7 +13,7 @@ import edgecomp
 from edgecomp import api
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor, initialise
-from edgecomp.errors import InvalidSpec
+from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import load_recipe, method_names
 
 #: Layout -> the preset whose form has it, and what else that takes.
@@ -114,3 +114,20 @@ def test_what_a_layout_cannot_hold_is_refused(
     with pytest.raises(InvalidSpec, match=words):
         module.save(tmp_path / "saved.safetensors", layout=layout)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "layout", "param"),
+    [
+        ("d-abstractor", "honeybee-d", "num_heads"),
+        ("perceiver", "flamingo", "head_dim"),
+        ("fastvlm", "apple", "head_dim"),
+    ],
+)
+def test_heads_that_no_file_stores_are_asked_for_by_their_parameter(
+    method: str, layout: str, param: str, tmp_path: Path
+) -> None:
+    preset, params = CASES[method, layout]
+    path = make(method, preset, params, 1).save(tmp_path / "x.safetensors", layout=layout)
+    with pytest.raises(WeightsError, match=rf"give (it with )?--set params\.{param}=N"):
+        edgecomp.compressor(method, weights=path)
