@@ -103,9 +103,18 @@ class Match(msgspec.Struct, frozen=True):
 
 
 def best_match(keys: Sequence[str], layouts: Iterable[Layout]) -> Match | None:
-    """Return the layout that fits best: one that lacks nothing before others; None where not one key answers."""
+    """Return the layout that fits best: one that lacks nothing before others; None where not one key answers.
+
+    Of forms of one layout, one of which is a part of the other, the larger is it, whatever stands among its keys: a
+    stranger there is to be refused, and not to be left out together with what only the larger form reads.
+    """
     found = [match for layout in layouts for match in match_layout(keys, layout)]
-    return max(found, key=_rank, default=None)
+    best = max(found, key=_rank, default=None)
+    if best is None or not best.fits:
+        return best
+    needed = set(best.needed)
+    forms = [match for match in found if match.fits and match.layout.name == best.layout.name]
+    return max((form for form in forms if needed < set(form.needed)), key=_rank, default=best)
 
 
 def _rank(match: Match) -> tuple[bool, int, float]:

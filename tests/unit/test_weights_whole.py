@@ -78,6 +78,31 @@ def test_a_whole_model_that_lacks_a_key_is_no_smaller_form(method: str, form: in
 
 
 @pytest.mark.parametrize(
+    ("method", "form", "stranger"),
+    [
+        ("perceiver", 4, "modality_projection.gate_proj.weight.absmax"),
+        ("perceiver", 4, "modality_projection.gate_proj.lora_A.weight"),
+        ("q-former", 0, "language_projection.lora_A.weight"),
+        ("q-former", 1, "my_head.weight"),
+        ("deepseek-ocr", 1, "my.weight"),
+        ("fastvlm", 0, "mm_projector.norm.weight"),
+        ("fastvlm", 2, "multi_modal_projector.linear_3.weight"),
+    ],
+)
+def test_a_stranger_makes_a_whole_model_no_smaller_form(method: str, form: int, stranger: str, tmp_path: Path) -> None:
+    """What the smaller form would leave out (a projection, the query tokens) is a part of the model all the same."""
+    layout = load_recipe(method).layouts[form]
+    keys = [*(f"model.{key}" for key in keys_of(layout)), "lm_head.weight"]
+    whole = recognise(
+        load_recipe(method), compressor_class(method), Checkpoint(write(tmp_path / "w.safetensors", keys)).stored
+    )
+    assert whole is not None
+    assert whole.layout == layout
+    text = refusal(method, write(tmp_path / "x.safetensors", [*keys, f"model.{stranger}"]))
+    assert f"in the layout {layout.name} of {method} below 'model.', with 1 not known: model.{stranger}. Leave" in text
+
+
+@pytest.mark.parametrize(
     ("lost", "told"),
     [("projector.layers.weight", "projector.layers.weight"), ("image_newline", r"newline \(by edgecomp's name\)")],
 )
