@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
-from edgecomp.backbones.choices import learned_rows, read_saved, require_declared, settle, usual_counts
+from edgecomp.backbones.choices import choose_budgets, choose_output, read_saved, settle
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._checkpoint import Checkpoint
 from edgecomp.compressors._recognise import OWN, fitting, fitting_own, require_whole
@@ -81,11 +82,16 @@ def _settled(checkpoint: Checkpoint, method: str, match: Match, asked: Mapping[s
     )  # fmt: skip
     if placement == "inside":
         return made
-    saved = checkpoint.saved
     size = saved.image_size or recipe.preset(preset).image_size or recipe.defaults.image_size
     site = cls.site_without_host(params, placement, size)
-    rule = recipe.rule(preset)
-    default = usual_counts(cls, params, site, rule, saved)
-    if default != (saved.tokens_out,) and not cls.default_counts(params, site):
-        require_declared(order, preset, learned_rows(params))
-    return msgspec.structs.replace(made, tokens_in=cls.count_tokens(params, site), default=tuple(default))
+    budgets = choose_budgets(order, cls, preset, params, site, saved, notes)
+    with torch.device("meta"):  # what loading would refuse, by keys and shapes alone
+        module = cls(cls.for_budgets(params, [b.tokens_out for b in budgets]), site, budgets[-1], choose_output(order))
+        module.load_original(state, unread=tuple(recipe.unread))
+    return msgspec.structs.replace(
+        made,
+        tokens_in=cls.count_tokens(params, site),
+        default=tuple(budget.tokens_out for budget in budgets),
+        rule=recipe.rule(preset).narrowed(cls.possible_counts(params, site)),
+        notes=tuple(notes),
+    )

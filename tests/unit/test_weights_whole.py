@@ -284,6 +284,51 @@ def test_a_config_of_another_activation_is_refused(tmp_path: Path) -> None:
 # -- inspect offers nothing that export refuses -------------------------------------------------------------------
 
 
+def test_inspect_keeps_what_export_keeps(tmp_path: Path) -> None:
+    """The preset's 169 of 1521 tokens are none of what 16 joined by fours can be."""
+    config = {"scale_factor": 2, "vision_config": {"image_size": 32, "patch_size": 8}}
+    folder = write_with_config(tmp_path, {"c.modality_projection.proj.weight": torch.zeros(4, 16)}, config)
+    (fit,) = api.inspect(weights=folder).fits
+    made = edgecomp.compressor("pixel-shuffle", weights=folder).budget
+    assert (fit.tokens_in, fit.kept, fit.may_keep) == (16, (4,), "one of 4")
+    assert (made.tokens_in, made.tokens_out) == (16, 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "form", "shapes", "text"),
+    [
+        # Cohere's projector: as LLaVA's by its keys, and half of what linear_1 makes is the gate of the other half
+        ("matryoshka", 1, {"linear_1.weight": (64, 16), "linear_1.bias": (64,), "linear_2.weight": (8, 32),
+                           "linear_2.bias": (8,)}, "multi_modal_projector.linear_2.weight (8, 32) instead of"),
+        # LFM2-VL's: as InternVL's, and between the layers of a width of its own
+        ("pixel-shuffle", 0, {"layer_norm.weight": (16,), "layer_norm.bias": (16,), "linear_1.weight": (12, 16),
+                              "linear_1.bias": (12,), "linear_2.weight": (8, 12), "linear_2.bias": (8,)},
+         "linear_2.weight (8, 12) instead of"),
+        ("perceiver", 2, {"latents": (64, 4)}, "of another shape"),
+    ],
+)  # fmt: skip
+def test_inspect_holds_shapes_against_the_module(
+    method: str, form: int, shapes: dict[str, tuple[int, ...]], text: str, tmp_path: Path
+) -> None:
+    keys = keys_of(load_recipe(method).layouts[form])
+    state = idefics1() if method == "perceiver" else {}
+    state |= {key: torch.zeros(shape) for name, shape in shapes.items() for key in keys if key.endswith(name)}
+    save_file(state, tmp_path / "x.safetensors")
+    params = {"head_dim": 16} if method == "perceiver" else {}
+    fits = {fit.method: fit for fit in api.inspect(weights=tmp_path / "x.safetensors", params=params).fits}
+    assert text in fits[method].problem
+    assert fits[method].command == ""
+    with pytest.raises(WeightsError) as caught:
+        edgecomp.compressor(method, weights=tmp_path / "x.safetensors", **params)
+    assert str(caught.value) == fits[method].problem
+
+
+def test_inspect_says_that_a_q_former_alone_lacks_its_queries(tmp_path: Path) -> None:
+    save_file(golden("qformer/blip2_q8_n50.safetensors"), tmp_path / "x.safetensors")
+    (fit,) = api.inspect(weights=tmp_path / "x.safetensors", params={"num_heads": 2}).fits
+    assert "1 missing: query_tokens" in fit.problem
+
+
 @pytest.mark.parametrize(
     ("dtype", "name"), [(torch.float8_e4m3fn, "float8_e4m3fn"), (torch.int64, "int64"), (torch.complex64, "complex64")]
 )
