@@ -38,7 +38,8 @@ def compressor(
     Args:
         method: as `edgecomp list methods` names it.
         grid: side of the square of tokens that go in, so that `tokens` is its square.
-        queries: tokens kept, a count or a percentage such as "25%"; 0: the preset's, or the checkpoint's.
+        queries: tokens kept, all that come out (`eos_tokens` among them), a count or a percentage such as "25%"; 0: the
+            checkpoint's, or the preset's: of several budgets the largest, which reads every weight.
         preset: a named size of the recipe; "": the recipe's, or the one that the weights tell.
         weights: `random`, or a checkpoint: a file, or a folder of shards.
         image_size: of an encoder, in pixels; 0: the preset's.
@@ -68,14 +69,12 @@ def compressor(
         raise InvalidSpec(f"{method}: grid={grid}, queries={queries}: neither can be below 0")
     if grid:
         params |= {"grid": grid} if "grid" in known else {"tokens": _tokens_of(method, grid, params)}
-    if str(weights) == "random" and isinstance(queries, int) and queries and "queries" in known:
-        params["queries"] = queries
     order = read_order(
         method, "", preset, "none", weights, "random", (str(queries),) if queries else (), 1, image_size, 0, output,
         "", params, False, "", None, "random", 0, seed,
     )  # fmt: skip
     made = assemble(order)
-    module = made.models[0].compressor.train()
+    module = made.models[-1].compressor.train()
     module.preset = made.preset
     return module
 

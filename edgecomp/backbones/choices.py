@@ -35,6 +35,7 @@ __all__ = [
     "usual_counts",
 ]
 
+_SIZES = ("tokens", "latents")  # parameters that the site and the tensors decide
 _SIZE_STEP, _LARGEST_SIZE = 32, 2048  # pixels: image sizes that a refusal looks through
 
 
@@ -102,20 +103,31 @@ def settle(
         saved: what the weights say of the module that they were saved from.
     """
     preset = _choose_preset(order, cls, state, saved, notes)
-    for name in saved.params.keys() & order.params.keys():
-        if name not in ("tokens", "latents") and saved.params[name] != order.params[name]:
-            raise InvalidSpec(
-                f"params.{name}={order.params[name]} was set, and the weights were saved with {saved.params[name]}; "
-                "drop the --set, or match them"
-            )
-    declared = saved.declared or {}
-    for name in declared.keys() & order.params.keys():
-        if name not in ("tokens", "latents") and declared[name] != order.params[name]:
-            raise InvalidSpec(
-                f"params.{name}={order.params[name]} was set, and config.json beside the weights says "
-                f"{declared[name]}; drop the --set, or match them"
-            )
+    asked = _without(order.params, *_SIZES)
+    _require_agreed(asked, saved.params, "the weights were saved with")
+    _require_agreed(asked, saved.declared or {}, "config.json beside the weights says")
     return preset, _choose_params(order, cls, order.recipe.preset(preset).params, state, saved, notes)
+
+
+def _require_agreed(asked: Mapping[str, Any], told: Mapping[str, Any], who: str, within: str = "params") -> None:
+    """Refuse parameters that were set to something else than was told, one by one where they are a table."""
+    for name in sorted(asked.keys() & told.keys()):
+        one, other = asked[name], told[name]
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            _require_agreed(one, other, who, f"{within}.{name}")
+        elif _as_told(one) != _as_told(other):
+            raise InvalidSpec(f"{within}.{name}={one} was set, and {who} {other}; drop the --set, or match them")
+
+
+def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return what was set but for some names, in tables of it too."""
+    kept = {name: value for name, value in values.items() if name not in names}
+    return {name: _without(value, *names) if isinstance(value, Mapping) else value for name, value in kept.items()}
+
+
+def _as_told(value: Any) -> Any:
+    """Return a value as JSON gives it back: tuples as lists."""
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=repr))
 
 
 def _choose_preset(
@@ -207,6 +219,9 @@ def _choose_params(
     else:
         cls.parse_params(preset, method=f"a preset of the recipe of {method}")
         values = {**preset, **saved.params, **(saved.declared or {}), **order.params}
+        for name in saved.params.keys() & order.params.keys():
+            if isinstance(saved.params[name], Mapping) and isinstance(order.params[name], Mapping):
+                values[name] = {**saved.params[name], **order.params[name]}
     params = cls.parse_params(values, method=method)
     if state is None:
         return params
@@ -246,9 +261,14 @@ def _rule_of(cls: type[Compressor], params: Any, name: str) -> str:
 def decide(cls: type[Compressor], params: Any, found: Mapping[str, Any], order: Order, who: str) -> Any:
     """Let `found` decide parameters, unless the user set one to something else."""
     for name, value in found.items():
-        if name in order.params and getattr(params, name) != value:
+        if name not in order.params:
+            continue
+        asked, within = order.params[name], f"params.{name}"
+        if isinstance(asked, Mapping) and isinstance(value, Mapping):
+            _require_agreed(asked, value, f"{who} say", within)
+        elif _as_told(getattr(params, name)) != _as_told(value):
             raise InvalidSpec(
-                f"params.{name}={getattr(params, name)} was set, and {who} say {value}; drop the --set, or match them"
+                f"{within}={getattr(params, name)} was set, and {who} say {value}; drop the --set, or match them"
             )
     return cls.parse_params({**msgspec.to_builtins(params), **found}, method=order.recipe.method)
 
@@ -399,10 +419,18 @@ def _require_made(
     decided: Sequence[int],
     rule: BudgetRule,
 ) -> None:
-    """Refuse an image size whose tokens the preset does not declare, and name those that it does."""
+    """Refuse a count that nobody asked for and the preset does not declare; of an encoder name image sizes that fit."""
     wrong = [count for count in decided if not rule.allows(count)]
-    if not wrong or site.placement != "encoder":
+    if not wrong:
         return
+    if site.placement != "encoder":
+        known = [name for name in order.recipe.presets if name not in (*order.recipe.smoke_presets, preset)]
+        others = [name for name in known if order.recipe.rule(name).allows(wrong[0])]
+        raise InvalidSpec(
+            f"{order.recipe.method} keeps {wrong[0]} of {cls.count_tokens(params, site)} tokens where nothing is said, "
+            f"and preset {preset} declares {rule}{cls.budget_hint}; say how many to keep with --budget"
+            + (f", or give --preset {' or '.join(others)}" if others else "")
+        )
     fitting = []
     for size in range(_SIZE_STEP, _LARGEST_SIZE + 1, _SIZE_STEP):
         sized = msgspec.structs.replace(site, image_size=size)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from edgecomp.backbones.host import Host, HostRequest, no_classifier
 from edgecomp.backbones.inside import InsideModel
+from edgecomp.backbones.own import require_as_made
 from edgecomp.backbones.placed import PlacedModel, PlainModel
 from edgecomp.backbones.timm import TimmHost, load_host, plain_vit
 from edgecomp.backbones.towers import is_tower, load_tower
@@ -156,6 +157,7 @@ def make_compressors(
                 f"the parameters of the {cls.__name__} given are not those of a {cls.__name__} of its params ({told}); "
                 "merge what was put into it (LoRA, weight norm), and give the module that edgecomp.compressor made"
             ) from None
+        require_as_made(order.compressor)
         origin = WeightsOrigin(kind="module", name=cls.__name__, sha256=state_digest(own))
     elif state is not None:
         layout = first.load_original(state, unread=tuple(order.recipe.unread))

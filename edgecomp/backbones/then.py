@@ -81,8 +81,11 @@ def _follow(
     tokens = first.output_specs()[0]
     kept = first.budget.tokens_out
     if len(tokens.shape) != _TOKENS_RANK:
+        media = [name for name in ("images", "frames") if getattr(first.params, name, 1) > 1]
+        single = " and ".join(f"params.{name}=1" for name in media)
         raise InvalidSpec(
-            f"{names}: {method} gives {tokens}, and {then.method} takes tokens [B, N, D]; choose another form"
+            f"{names}: {method} gives {tokens}, and {then.method} takes tokens [B, N, D]; "
+            + (f"give {method} one image in a request: set {single}" if single else f"choose another form of {method}")
         )
     site = Site(
         "after",

@@ -27,10 +27,11 @@ def find_grid(tokens: int, height: int, *, method: str) -> tuple[int, int]:
     """Return rows and columns of the token grid; height 0: it is square."""
     rows = height or math.isqrt(tokens)
     if tokens % rows or (not height and rows * rows != tokens) or min(rows, tokens // rows) < 2:
-        what = f"no {rows} equal rows of two or more, two or more of them," if height else "no square grid"
+        what = f"no {rows} equal rows on a grid of at least 2 x 2" if height else "no square grid"
+        heights = [str(count) for count in range(2, tokens // 2 + 1) if tokens % count == 0]
+        rule = f"set params.grid_height to {' or '.join(heights)}" if heights else "no number of rows fits; give others"
         raise InvalidSpec(
-            f"{method} compares tokens with their neighbours on a grid, and {tokens} tokens are {what}; set "
-            "params.grid_height to the number of rows"
+            f"{method} compares tokens with their neighbours on a grid, and {tokens} tokens are {what}; {rule}"
         )
     return rows, tokens // rows
 

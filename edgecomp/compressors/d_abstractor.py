@@ -140,6 +140,7 @@ class DAbstractor(Compressor):
 
     Params = DAbstractorParams
     reads_grid = True
+    budget_hint = ", a square and the eos_tokens behind it"
     unstored_params = ("num_heads", "start")
     pool: Tensor
     shrink: Tensor

@@ -114,8 +114,14 @@ class SliceWise(Compressor):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Say what is inside."""
-        return (f"each slice through {self.params.inner}", *self.inner.remarks)
+        """Say what is inside, and whether it would read padding."""
+        told = [f"each slice through {self.params.inner}", *self.inner.remarks]
+        if self.params.fit == "pad" and not any(spec.kind in ("mask", "sizes") for spec in self.inner.input_specs()):
+            told.append(
+                f"params.fit=pad: {self.params.inner} takes no mask here, and reads what fills a square up as image; "
+                "--set params.fit=stretch, or an inner method that takes one, where it was not trained so"
+            )
+        return tuple(told)
 
     # -- what the inner method decides -----------------------------------------------------------------
 

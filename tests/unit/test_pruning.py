@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 import pytest
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
-from edgecomp.backbones.attention import attend, attend_fused  # noqa: E402 - torch first, or skip
+from edgecomp.backbones.assemble import assemble  # noqa: E402 - torch first, or skip
+from edgecomp.backbones.attention import attend, attend_fused  # noqa: E402
 from edgecomp.backbones.inside import InsideModel  # noqa: E402
 from edgecomp.backbones.placed import PlacedModel  # noqa: E402
 from edgecomp.backbones.timm import TimmHost  # noqa: E402
@@ -44,6 +46,7 @@ from edgecomp.compressors.visionzip import VisionZip, VisionZipParams  # noqa: E
 from edgecomp.compressors.vispruner import VisPruner, VisPrunerParams  # noqa: E402
 from edgecomp.errors import InvalidSpec  # noqa: E402
 from edgecomp.specs import Site, TokenBudget, load_recipe  # noqa: E402
+from edgecomp.specs.order import Order  # noqa: E402
 
 # -- selection --------------------------------------------------------------------------------------------------
 
@@ -410,3 +413,33 @@ def test_protected_tokens_stand_in_front_and_the_others_by_score(preset: str) ->
     norms, protected = kept[0].norm(dim=-1), module.protected
     assert index[0, :protected].tolist() == sorted(index[0, :protected].tolist())
     assert norms[protected:].tolist() == sorted(norms[protected:].tolist(), reverse=True)
+
+
+# -- spatial-frequency-protect ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "height", "words"),
+    [
+        (23, 4, "23 tokens are no 4 equal rows on a grid of at least 2 x 2; no number of rows fits; give others"),
+        (20, 0, "20 tokens are no square grid; set params.grid_height to 2 or 4 or 5 or 10"),
+    ],
+)
+def test_a_grid_is_refused_with_what_fits(tokens: int, height: int, words: str) -> None:
+    with pytest.raises(InvalidSpec, match=words):
+        SpatialFrequencyProtect.from_recipe(
+            load_recipe("spatial-frequency-protect"), 9, preset="smoke", tokens=tokens, grid_height=height
+        )
+
+
+def test_a_count_that_nobody_asked_for_is_said_to_be_the_methods() -> None:
+    """A preset for 20 tokens, and a host that hands over 16 of another grid: no budget was typed."""
+    recipe = load_recipe("spatial-frequency-protect")
+    rule = msgspec.structs.replace(recipe.rule("smoke"), default=(9,), maximum=10)
+    preset = msgspec.structs.replace(recipe.presets["smoke"], budgets=rule)
+    recipe = msgspec.structs.replace(recipe, presets={**recipe.presets, "smoke": preset})
+    words = (
+        r"keeps 11 of 16 tokens where nothing is said, and preset smoke declares from 6 to 10; .* --budget, or give "
+    )
+    with pytest.raises(InvalidSpec, match=words + "--preset norm or class-attention$"):
+        assemble(Order(recipe=recipe, preset="smoke", backbone="test_vit", image_size=64))

@@ -32,6 +32,9 @@ from edgecomp.specs.order import Order  # noqa: E402
         ("lookupvit", {"preset": "smoke-table"}),
         ("deepseek-ocr", {"preset": "smoke-compressor"}),
         ("slice-wise", {"preset": "smoke"}),
+        ("slice-wise", {"grid": 4, "queries": 4, "context_dim": 16, "inner_params": {"embed_dim": 16, "num_heads": 2}}),
+        ("fastvlm", {"preset": "smoke", "depths": (1, 1, 1, 1, 1)}),
+        ("d-abstractor", {"grid": 5, "queries": 17, "eos_tokens": 1, "embed_dim": 8, "hidden_dim": 16, "depth": 1}),
         ("perceiver", {"preset": "smoke", "tokens": 8, "queries": 5}),
     ],
 )
@@ -46,6 +49,44 @@ def test_a_saved_module_comes_back_as_it_was(method: str, words: dict[str, Any],
     assert fit.tokens_in == module.budget.tokens_in
     asked = edgecomp.compressor(method, weights=path, queries=module.budget.tokens_out)
     assert asked.budget == module.budget
+    alike = edgecomp.compressor(method, weights=path, **words)
+    assert (alike.budget, alike.params) == (module.budget, again.params)
+
+
+def test_an_inner_method_is_held_to_what_was_saved(tmp_path: Path) -> None:
+    """One parameter of those in the table may be said again; another value, or one that no tensor allows, may not."""
+    words: dict[str, Any] = {"preset": "smoke-mask", "inner_params": {"latents": 8}, "queries": 5}
+    path = edgecomp.compressor("slice-wise", **words).save(tmp_path / "saved.safetensors")
+    assert edgecomp.compressor("slice-wise", weights=path, inner_params={"num_heads": 2}).budget.tokens_out == 5
+    for params, told in (
+        ({"num_heads": 4}, r"params\.inner_params\.num_heads=4 was set, and the weights were saved with 2"),
+        ({"latents": 7}, r"params\.inner_params\.latents=7 was set, and the weights say 8"),
+        ({"heads": 4}, "no parameter of perceiver:smoke-cross-only"),
+    ):
+        with pytest.raises(EdgecompError, match=told):
+            edgecomp.compressor("slice-wise", weights=path, inner_params=params)
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "kept"),
+    [
+        ("dual-path", {"preset": "smoke"}, 7),
+        ("perceiver", {"preset": "smoke"}, 6),
+        ("matryoshka", {"preset": "smoke"}, 36),
+        ("perceiver", {"preset": "smoke", "queries": 4}, 4),
+    ],
+)
+def test_of_several_budgets_the_largest_is_made(method: str, words: dict[str, Any], kept: int) -> None:
+    module = edgecomp.compressor(method, **words)
+    assert module.budget.tokens_out == kept
+
+
+def test_queries_count_the_tokens_of_the_end() -> None:
+    words: dict[str, Any] = {"grid": 5, "eos_tokens": 1, "embed_dim": 8, "hidden_dim": 16, "depth": 1, "output_dim": 8}
+    module = edgecomp.compressor("d-abstractor", queries=17, **words)
+    assert (module.params.queries, module(torch.randn(1, 25, 8))[0].shape) == (16, (1, 17, 8))
+    with pytest.raises(EdgecompError, match=r"budget 16 .* one of 2, 5, 10, 17, a square and the eos_tokens behind it"):
+        edgecomp.compressor("d-abstractor", queries=16, **words)
 
 
 def test_what_differs_from_the_saved_module_is_told(tmp_path: Path) -> None:

@@ -308,6 +308,21 @@ def test_methods_that_cannot_be_inside_are_refused(params: dict[str, Any], words
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("preset", "fit", "is_said"), [("smoke", "pad", True), ("smoke", "stretch", False), ("smoke-mask", "pad", False)]
+)
+def test_padding_that_would_be_read_is_said(preset: str, fit: str, is_said: bool) -> None:
+    pytest.importorskip("torch")
+    from edgecomp.compressors import compressor_class
+
+    recipe = load_recipe("slice-wise")
+    sizes = {"tokens": 16, "context_dim": 32} if preset == "smoke" else {}
+    module = compressor_class("slice-wise").from_recipe(
+        recipe, recipe.rule(preset).default[-1], preset=preset, fit=fit, **sizes
+    )
+    assert any("takes no mask here, and reads what fills a square up" in note for note in module.remarks) == is_said
+
+
 _PACKER = {"hidden_dim": 32, "num_heads": 2, "output_dim": 16, "levels": [-3, -2]}
 _FORMER = {"embed_dim": 32, "num_heads": 2, "depth": 1}
 

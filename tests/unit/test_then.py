@@ -274,7 +274,8 @@ def test_a_recipe_names_the_second_method(tmp_path):
     ("first", "options", "words"),
     [
         ("perceiver", {"preset": "smoke", "then": "tome", "between": 4},
-         r"perceiver then tome: perceiver gives latents float32\[1, 2, 4, 32\], and tome takes tokens \[B, N, D\]"),
+         r"perceiver gives latents float32\[1, 2, 4, 32\], and tome takes tokens \[B, N, D\]; .* set params.images=1"),
+        ("llava-uhd", {"preset": "smoke", "then": "tome"}, "give llava-uhd one image in a request: set params"),
         (FIRST, {"preset": "smoke", "then": "attention-pruning", "between": 9, "budget": 4},
          r"spatial-frequency-protect then attention-pruning: attention-pruning reads class_attention of an encoder"),
         (FIRST, {"preset": "smoke", "then": "lookupvit", "then_preset": "smoke", "between": 9},
