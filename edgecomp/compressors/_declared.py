@@ -40,18 +40,19 @@ def read_declared(path: Path, match: Match, *, method: str) -> dict[str, tuple[A
         raise WeightsError(f"{path}, beside the weights, is no JSON ({error}); copy it again, or remove it") from None
     is_alone = not match.prefix and not match.foreign
     for key, fixed in match.layout.fixed.items():
-        given = _look_up(told, key, is_alone=is_alone)
-        if given is not None and not _is_equal(given, fixed):
+        value = _look_up(told, key, is_alone=is_alone)
+        if value is not None and not _is_equal(value, fixed):
             raise WeightsError(
-                f"{path} says {key}={given!r}, and {method} computes with {fixed!r} in the layout "
+                f"{path} says {key}={value!r}, and {method} computes with {fixed!r} in the layout "
                 f"{match.layout.name}: its numbers would be others. Give another checkpoint, or remove {path.name} if "
                 "it is not of these weights"
             )
     found = {}
-    for name, form in match.layout.config.items():
-        value = _compute(told, form, path, is_alone=is_alone)
-        if value is not None:
-            found[name] = (value, form)
+    for name, forms in match.layout.config.items():
+        values = ((_compute(told, form, path, is_alone=is_alone), form) for form in forms)
+        given = next(((value, form) for value, form in values if value is not None), None)
+        if given is not None:
+            found[name] = given
     return found
 
 

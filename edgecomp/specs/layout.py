@@ -28,6 +28,7 @@ __all__ = [
     "number_keys",
 ]
 
+_PLACE = r"^([^/()\s]+|1/[^/()\s]+|\([^/()\s]+/[^/()\s]+\)\^2)$"
 Patterns = tuple[Annotated[str, Meta(pattern=r"^\S+$")], ...]
 
 
@@ -42,8 +43,9 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         keys: what each checkpoint in it holds, at least once.
         optional: what some hold.
         foreign: what stands under the same prefix in a whole model and belongs to another part of it.
-        config: parameters that no tensor stores -> where the original's config.json has them: a dotted key,
-            `1/key` for its inverse, or `(key/key)^2` for the tokens of a square.
+        config: parameters that no tensor stores -> the places where an original's config.json has them, of which the
+            first that is there counts: a dotted key, `1/key` for its inverse, or `(key/key)^2` for the tokens of a
+            square.
         fixed: keys of that file -> the only value that the method computes with.
     """
 
@@ -51,7 +53,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keys: Annotated[Patterns, Meta(min_length=1)]
     optional: Patterns = ()
     foreign: Patterns = ()
-    config: dict[str, Annotated[str, Meta(pattern=r"^([^/()\s]+|1/[^/()\s]+|\([^/()\s]+/[^/()\s]+\)\^2)$")]] = {}
+    config: dict[str, tuple[Annotated[str, Meta(pattern=_PLACE)], ...]] = {}
     fixed: dict[str, str | float] = {}
 
 

@@ -5,6 +5,7 @@ And back: what is saved in the layout has the very names and shapes of transform
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -244,6 +245,39 @@ def test_a_whole_model_of_transformers(name: str, tmp_path: Path) -> None:
 
 #: Of every class: what stands in front of or behind all parts.
 OTHERS = ("lm_head.", "model.text_model.")
+
+
+@pytest.mark.parametrize(("name", "key"), [("llava", ""), ("fast-vlm", ""), ("unlimited-ocr", "encoder_config")])
+@pytest.mark.filterwarnings("ignore")
+def test_what_transformers_computes_otherwise_is_refused(name: str, key: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    if not hasattr(transformers, case.model):
+        pytest.skip(f"transformers {transformers.__version__} has no {case.model}")
+    values: dict[str, Any] = copy.deepcopy(case.values)
+    if key:
+        values["vision_config"][key] |= {"hidden_act": "relu", "num_attention_heads": 4}
+    else:
+        values["projector_hidden_act"] = "relu"
+    _make(case._replace(values=values), 0).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"config\.json says [\w.]+_act='relu', and .* computes with '\w*gelu'"):
+        edgecomp.compressor(case.method, weights=tmp_path, **_budget(case), **case.words)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_heads_of_a_folder_of_transformers(tmp_path: Path) -> None:
+    """Another count than the preset's; the names of the file are DeepSeek's, its config.json is transformers'."""
+    case = CASES["unlimited-ocr"]
+    if not hasattr(transformers, case.model):
+        pytest.skip(f"transformers {transformers.__version__} has no {case.model}")
+    values: dict[str, Any] = copy.deepcopy(case.values)
+    values["vision_config"]["encoder_config"]["num_attention_heads"] = 4
+    model = _make(case._replace(values=values), 0)
+    model.save_pretrained(tmp_path)
+    module = edgecomp.compressor(case.method, weights=tmp_path, **case.words).eval()
+    assert module.params.clip_heads == 4
+    given = torch.randn(1, *case.given)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(given)[0], case.original(model, given), atol=2e-5, rtol=1e-4)
 
 
 def _make(case: Case, seed: int) -> Any:

@@ -227,6 +227,28 @@ def test_a_config_beside_the_weights_tells_what_no_tensor_stores(tmp_path: Path)
     ("method", "form", "prefix", "config", "told"),
     [
         ("deepseek-ocr", 0, "model.", {"vision_config": {"width": {"clip-l-14-224": {"heads": 8}}}}, {"clip_heads": 8}),
+        (
+            "deepseek-ocr",
+            0,
+            "model.",
+            {"vision_config": {"encoder_config": {"num_attention_heads": 4}}},
+            {"clip_heads": 4},
+        ),
+        (
+            "deepseek-ocr",
+            1,
+            "model.",
+            {"vision_config": {"encoder_config": {"num_attention_heads": 4}, "sam_config": {"patch_size": 8}}},
+            {"clip_heads": 4, "patch_size": 8},
+        ),
+        (
+            "deepseek-ocr",
+            3,
+            "",
+            {"model_type": "unlimited_ocr_vision", "encoder_config": {"num_attention_heads": 4}},
+            {"clip_heads": 4},
+        ),
+        ("pixel-shuffle", 0, "", {"downsample_factor": 3}, {"factor": 3}),
         ("q-former", 2, "", {"model_type": "blip_2_qformer", "num_attention_heads": 3}, {"num_heads": 3}),
         ("q-former", 2, "", {"model_type": "llama", "num_attention_heads": 3}, {}),
         ("q-former", 2, "llm.", {"model_type": "blip_2_qformer", "num_attention_heads": 3}, {}),
@@ -279,6 +301,48 @@ def test_a_config_of_another_activation_is_refused(tmp_path: Path) -> None:
     write_with_config(tmp_path, state, {})
     notes = next(fit.notes for fit in api.inspect(weights=folder).fits if fit.method == "pixel-shuffle")
     assert any("params.factor=2" in note and ", and nothing was read of it in config.json" in note for note in notes)
+
+
+#: Keys of config.json, of original and method: the value that is computed with, and another.
+SWITCHES = [
+    ("deepseek-ocr", "vision_config.encoder_config.hidden_act", "quick_gelu", "gelu"),
+    ("deepseek-ocr", "vision_config.encoder_config.layer_norm_eps", 1e-5, 1e-2),
+    ("deepseek-ocr", "vision_config.sam_config.hidden_act", "gelu", "relu"),
+    ("deepseek-ocr", "vision_config.sam_config.layer_norm_eps", 1e-6, 1e-2),
+    ("fastvlm", "projector_hidden_act", "gelu", "relu"),
+    ("fastvlm", "mm_projector_type", "mlp2x_gelu", "mlp2x_relu"),
+    ("matryoshka", "projector_hidden_act", "gelu", "quick_gelu"),
+    ("matryoshka", "mm_projector_type", "mlp2x_gelu", "identity"),
+    ("perceiver", "perceiver_config.hidden_act", "silu", "gelu"),
+    ("perceiver", "text_config.hidden_act", "silu", "gelu"),
+    ("pixel-shuffle", "projector_hidden_act", "gelu", "silu"),
+    ("pixel-shuffle", "ps_version", "v2", "v1"),
+    ("q-former", "qformer_config.layer_norm_eps", 1e-12, 1e-5),
+]
+
+
+@pytest.mark.parametrize(("method", "key", "computed", "other"), SWITCHES)
+def test_what_a_method_computes_with_is_held_against_the_config(
+    method: str, key: str, computed: float | str, other: float | str, tmp_path: Path
+) -> None:
+    recipe, path = load_recipe(method), tmp_path / "config.json"
+    layouts = [layout for layout in recipe.layouts if key in layout.fixed]
+    assert layouts
+    for layout in layouts:
+        match = best_match([f"model.{name}" for name in keys_of(layout)], recipe.layouts)
+        assert match is not None
+        assert match.layout.name == layout.name
+        for value in (computed, other):
+            told: Any = value
+            for word in reversed(key.split(".")):
+                told = {word: told}
+            path.write_text(json.dumps(told))
+            if value == computed:
+                assert read_declared(path, match, method=method) == {}
+            else:
+                with pytest.raises(WeightsError) as caught:
+                    read_declared(path, match, method=method)
+                assert f"config.json says {key}={other!r}, and {method} computes with {computed!r}" in str(caught.value)
 
 
 # -- inspect offers nothing that export refuses -------------------------------------------------------------------
