@@ -68,7 +68,7 @@ def _candidate(checkpoint: Checkpoint, method: str, match: Match, given: Mapping
 def _settled(checkpoint: Checkpoint, method: str, match: Match, asked: Mapping[str, Any]) -> Candidate:
     recipe, cls = load_recipe(method), compressor_class(method)
     state, _ = cls.split_checkpoint(checkpoint.outline(match.names))
-    notes: list[str] = []
+    notes = list(checkpoint.notes)
     inside = "inside" in recipe.placements and recipe.preset(recipe.defaults.preset).placement == "inside"
     backbone = "" if inside or match.layout.name == OWN else "none" if "after" in recipe.placements else ""
     order = Order(recipe=recipe, weights=str(checkpoint.path), backbone=backbone, params=asked)

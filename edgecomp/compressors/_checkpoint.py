@@ -79,15 +79,19 @@ class Checkpoint:
 
     Args:
         path: a file, an index, or a folder with one checkpoint; see `edgecomp.checkpoint.locate`.
+
+    Attributes:
+        notes: what was passed over in opening it.
     """
 
     def __init__(self, path: Path) -> None:
         located = locate(path)
         self._pickled: dict[str, Tensor] = {}
+        self.notes: list[str] = []
         if not located.is_pickled:
             self.stored = read_headers(located)
             return
-        found = {file: _read_pickle(file) for file in located.files}
+        found = {file: _read_pickle(file, self.notes) for file in located.files}
         entries = {}
         for file, tensors in found.items():
             self._pickled |= tensors
@@ -114,7 +118,7 @@ class Checkpoint:
 
         Args:
             names: what each is to be called -> its name in the checkpoint; all, by their own names, where left out.
-            say: is told when values were stored in another floating type than fp32.
+            say: is told what was passed over, and when values were stored in another floating type than fp32.
 
         Raises:
             WeightsError: a tensor lies in a shard that is absent, holds no plain values, or NaN or Inf.
@@ -128,6 +132,8 @@ class Checkpoint:
         for file, wanted in files.items():
             tensors = self._tensors(file, wanted)
             read |= {name: _plain(tensors[name], file, key) for name, key in wanted.items()}
+        for note in self.notes:
+            say(note)
         self._say_types(chosen.values(), say)
         return {name: read[name] for name in chosen}
 
@@ -271,7 +277,7 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path, notes: list[str]) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice to whoever wrote the file
@@ -289,6 +295,13 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         is_told = isinstance(error, (RuntimeError, OSError)) and str(error)  # what else is raised says little
         raise _damaged(path, str(error) if is_told else "bytes that no checkpoint has") from None
     while isinstance(content, dict) and (inner := [w for w in _WRAPPERS if isinstance(content.get(w), dict)]):
+        beside = [name for name, part in content.items() if name != inner[0] and _holds_tensors(part)]
+        if beside:
+            left = ", ".join(map(str, beside))
+            notes.append(
+                f"{path.name} holds several sets of tensors: {inner[0]} was read, and not {left}; save that one in a "
+                "file of its own if it is meant"
+            )
         content = content[inner[0]]
     if not isinstance(content, dict):
         raise WeightsError(
@@ -299,6 +312,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         keys = ", ".join(map(str, list(content)[:5]))
         raise WeightsError(f"weights file {path} holds no tensor, only {keys}; save a state_dict alone")
     return state
+
+
+def _holds_tensors(part: object) -> bool:
+    return isinstance(part, dict) and any(isinstance(value, Tensor) for value in part.values())
 
 
 def _damaged(path: Path, problem: str) -> WeightsError:

@@ -147,6 +147,15 @@ def test_what_blip2_keeps_for_retrieval_is_another_models(tmp_path: Path) -> Non
     assert sorted(match.foreign) == sorted(more)
 
 
+def test_towers_of_video_llava_are_another_models(tmp_path: Path) -> None:
+    recipe = load_recipe("matryoshka")
+    towers = ["image_tower.encoder.layers.0.mlp.fc1.weight", "video_tower.encoder.layers.0.mlp.fc1.weight"]
+    path = write(tmp_path / "x.safetensors", [*keys_of(recipe.layouts[1]), *towers])
+    match = recognise(recipe, compressor_class("matryoshka"), Checkpoint(path).stored)
+    assert match is not None
+    assert sorted(match.foreign) == towers
+
+
 @pytest.mark.parametrize(
     ("method", "keys", "texts"),
     [
@@ -411,6 +420,24 @@ def test_inspect_says_that_a_layout_is_there_twice(tmp_path: Path) -> None:
     save_file(state, tmp_path / "x.safetensors")
     (fit,) = api.inspect(weights=tmp_path / "x.safetensors", params={"head_dim": 16}).fits
     assert "holds the layout idefics1 2 times" in fit.problem
+
+
+# -- pickles --------------------------------------------------------------------------------------------------
+
+
+def test_a_second_set_of_tensors_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    state = idefics1()
+    sets = {"model": state, "model_ema": {key: value + 1 for key, value in state.items()}, "optimizer": {"state": {}}}
+    torch.save({**sets, "epoch": 3}, tmp_path / "x.pt")
+    notes: list[str] = []
+    read = Checkpoint(tmp_path / "x.pt").read(say=notes.append)
+    assert torch.equal(read["latents"], state["latents"])
+    (note,) = notes
+    assert note.startswith("x.pt holds several sets of tensors: model was read, and not model_ema; save that one in a ")
+    (fit,) = api.inspect(weights=tmp_path / "x.pt", params={"head_dim": 16}).fits
+    assert note in fit.notes
+    torch.save({"model": state, "optimizer": {"state": {}}}, tmp_path / "y.pt")
+    assert not Checkpoint(tmp_path / "y.pt").notes
 
 
 # -- headers --------------------------------------------------------------------------------------------------
