@@ -100,11 +100,10 @@ def require_inputs(tensors: Mapping[str, Array], specs: Sequence[TensorSpec], wh
             f"{where}: inputs missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(unexpected) or 'none'}. "
             f"Give exactly: {', '.join(map(str, specs))}"
         )
-    tokens = next((spec.shape[-2] for spec in specs if spec.kind == "tokens" and len(spec.shape) > 1), 0)
     for spec in specs:
         _require_input(tensors[spec.name], spec, where)
         if spec.kind == "sizes":
-            _require_sizes(tensors[spec.name], spec, tokens, where)
+            _require_sizes(tensors[spec.name], spec, where)
         elif spec.kind == "ids":
             _require_ids(tensors[spec.name], spec, where)
 
@@ -130,8 +129,9 @@ def _require_input(tensor: Array, spec: TensorSpec, where: str) -> None:
         )
 
 
-def _require_sizes(tensor: Array, spec: TensorSpec, tokens: int, where: str) -> None:
+def _require_sizes(tensor: Array, spec: TensorSpec, where: str) -> None:
     """Refuse sizes that no grid has: a graph would clamp the places and give finite numbers all the same."""
+    tokens = spec.tokens
     most = spec.limit or tokens or np.iinfo(tensor.dtype).max
     for sizes in tensor.reshape(-1, 2).tolist():
         rows, columns = sizes

@@ -207,6 +207,7 @@ def _build(config: Any, state: Mapping[str, Tensor] | None, title: str) -> nn.Mo
             return made
         with _quiet_transformers():
             words: dict[str, Any] = {"config": copy.deepcopy(config), "output_loading_info": True}
+            words["ignore_mismatched_sizes"] = True  # they are listed below
             words["torch_dtype" if Version(transformers.__version__) < _NAMES_DTYPE else "dtype"] = torch.float32
             model, told = cls.from_pretrained(None, state_dict=dict(state), **words)
     except Exception as error:  # noqa: BLE001 - likewise, of a wrong tensor too

@@ -91,7 +91,8 @@ class Resampler2d(GridResampler):
         if not self.params.target_sizes:
             return specs
         most = min(self.params.most_side, self.site.tokens_in)
-        return (*specs, TensorSpec("target_sizes", (batch, *self.media_shape, 2), "int32", "sizes", most))
+        shape = (batch, *self.media_shape, 2)
+        return (*specs, TensorSpec("target_sizes", shape, "int32", "sizes", most, self.site.tokens_in))
 
     def forward(self, tokens: Tensor, target_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return what the queries read."""

@@ -239,7 +239,7 @@ def golden_inputs(
             cases["seeded"][spec.name] = _noise(generator, spec)
             cases["photo"][spec.name] = _projected_patches(rows, generator, spec)
         elif spec.kind == "sizes":
-            cases["seeded"][spec.name], cases["photo"][spec.name] = _sizes(spec, specs[0].shape[-2])
+            cases["seeded"][spec.name], cases["photo"][spec.name] = _sizes(spec)
         elif spec.kind == "ids":
             for case in cases.values():
                 case[spec.name] = generator.integers(0, _IDS, spec.shape).astype(spec.dtype)
@@ -289,14 +289,17 @@ def _ragged_mask(spec: TensorSpec) -> Array:
     return (np.arange(count) < np.array(lengths)[rows % 5, None]).reshape(spec.shape)
 
 
-def _sizes(spec: TensorSpec, tokens: int) -> tuple[Array, Array]:
-    """Return sizes that fill three quarters of the most square grid, a half, all, one token, none; and full ones."""
-    down = max(size for size in range(1, math.isqrt(tokens) + 1) if tokens % size == 0)
-    across = tokens // down
+def _sizes(spec: TensorSpec) -> tuple[Array, Array]:
+    """Return sizes that fill three quarters of the largest, most square grid, a half, all, one token, none; and all."""
+    most = spec.limit or spec.tokens
+    downs = range(1, min(most, math.isqrt(spec.tokens)) + 1)
+    down, across = max(
+        ((down, min(most, spec.tokens // down)) for down in downs), key=lambda at: (at[0] * at[1], at[0])
+    )
     ragged = [(max(1, down * 3 // 4), across), (down, max(1, across // 2)), (down, across), (1, 1), (0, 0)]
     rows = np.arange(math.prod(spec.shape[:-1]))
     seeded = np.array(ragged, spec.dtype)[rows % 5].reshape(spec.shape)
-    return seeded, np.broadcast_to(np.array((down, across), spec.dtype), spec.shape)
+    return seeded, np.broadcast_to(np.array((down, across), spec.dtype), spec.shape).copy()
 
 
 def _turned(pixels: npt.NDArray[np.uint8], row: int) -> npt.NDArray[np.uint8]:

@@ -122,7 +122,7 @@ def _why_no_map(bucket: Bucket, composed: Composed, *, is_known: bool) -> str:
         return f"no patch map: the graph gives {names} alone, and its choices are not known"
     if any(spec.kind == "tokens" for spec in bucket.outputs):
         return (
-            f"no patch map: nothing is chosen, each of the {budget.tokens_out} output tokens reads all "
+            f"no patch map: nothing is chosen, and the {budget.tokens_out} output tokens are made of all "
             f"{budget.tokens_in} patches"
         )
     return f"no patch map: the graph gives {names} alone, and chooses nothing"

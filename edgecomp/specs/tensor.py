@@ -26,6 +26,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
             in raster order; 0 and 0 of a row that only fills the batch), `ids` (entries of a table, as a tokenizer
             gives them), `features` (anything else).
         limit: of `sizes` the most rows or columns, of `ids` how many entries there are; 0: not said.
+        tokens: of `sizes` how many tokens there are, which rows times columns cannot exceed; 0: not said.
     """
 
     name: str
@@ -33,6 +34,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
     dtype: DType
     kind: TensorKind
     limit: int = 0
+    tokens: int = 0
 
     def with_batch(self, batch: int) -> TensorSpec:
         """Return the same tensor with another batch size."""

@@ -281,7 +281,7 @@ def test_mismatched_inputs(tensors: dict[str, Array], text: str) -> None:
 def test_sizes_that_no_grid_has(sizes: list[list[int]], text: str) -> None:
     specs = [
         TensorSpec("tokens", (2, 20, 3), "float32", "tokens"),
-        TensorSpec("target_sizes", (2, 2), "int32", "sizes", 9),
+        TensorSpec("target_sizes", (2, 2), "int32", "sizes", 9, 20),
     ]
     tokens = np.zeros((2, 20, 3), np.float32)
     require_inputs({"tokens": tokens, "target_sizes": np.array([[4, 5], [0, 0]], np.int32)}, specs, "x.npz")

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402 - torch first, or skip
 
 from edgecomp import api  # noqa: E402
+from edgecomp.bundle import open_bundle  # noqa: E402
 from edgecomp.compressors import compressor_class  # noqa: E402
 from edgecomp.errors import InvalidSpec, WeightsError  # noqa: E402
 from edgecomp.specs import load_recipe  # noqa: E402
@@ -197,3 +198,25 @@ def test_a_torch_decoder_is_read() -> None:
     with torch.inference_mode():
         expected = decoder(state["queries"].expand(2, -1, -1), tokens)
         assert float((module(tokens)[0] - expected).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("pixels", "first"),
+    [(64, ""), (160, ""), (64, "matryoshka")],
+    ids=["fewer than pixels", "more than in 64", "in a row"],
+)
+def test_sizes_count_the_tokens_that_the_method_reads(pixels: int, first: str, tmp_path: Path) -> None:
+    """Behind a host or another method no input is the tokens; the photograph's golden is of all of them."""
+    words: dict[str, Any] = {"backbone": "test_vit", "image_size": pixels, "budget": 1, "out": tmp_path / "bundle"}
+    own = {"embed_dim": 32, "num_heads": 2}
+    if first:
+        words |= {"preset": "pooling", "between": 4, "then": "resampler-2d", "then_preset": "minicpm-v"}
+        api.export(first, **words, then_params=own)
+    else:
+        api.export("resampler-2d", preset="minicpm-v", params=own, **words)
+    (bucket,) = open_bundle(tmp_path / "bundle").manifest.buckets
+    (sizes,) = [spec for spec in bucket.inputs if spec.kind == "sizes"]
+    assert sizes.tokens == (4 if first else (pixels // 16) ** 2)
+    golden = load_file(tmp_path / "bundle" / "golden.safetensors")
+    (full,) = [value for name, value in golden.items() if "photo" in name and name.endswith("target_sizes")]
+    assert int(full.prod()) == sizes.tokens
