@@ -18,7 +18,7 @@ from edgecomp.backbones.choices import (
 from edgecomp.backbones.parts import make_compressors, make_host, make_plain, make_router, place, settle_router
 from edgecomp.backbones.placed import PlacedModel, PlainModel
 from edgecomp.backbones.seam import find_seam
-from edgecomp.backbones.then import follow, without_the_second
+from edgecomp.backbones.then import asking_between, follow, without_the_second
 from edgecomp.compressors import compressor_class
 from edgecomp.errors import InvalidSpec
 from edgecomp.routers import Router
@@ -73,11 +73,11 @@ def assemble(order: Order) -> Assembly:
     host, host_origin = make_host(order, preset, image_size, keep_head, host_state, cls.levels_of(params), notes)
     site, params = find_site(order, cls, preset.placement, params, host, image_size or recipe.defaults.image_size)
     alone = without_the_second(order, preset.placement, output)
-    budgets = choose_budgets(alone, cls, preset_name, params, site, saved, notes)
-    params = cls.for_budgets(params, [budget.tokens_out for budget in budgets])
     preprocess = find_preprocess(recipe, host, site)
-
-    compressors, origin = make_compressors(order, cls, params, site, budgets, output, state)
+    with asking_between(order):
+        budgets = choose_budgets(alone, cls, preset_name, params, site, saved, notes)
+        params = cls.for_budgets(params, [budget.tokens_out for budget in budgets])
+        compressors, origin = make_compressors(order, cls, params, site, budgets, output, state)
     then = None
     if recipe.then is not None:
         compressors, then = follow(order, recipe.then, compressors, notes)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import msgspec
 
-from edgecomp.backbones.choices import choose_budgets, decide, read_weights, settle
+from edgecomp.backbones.choices import choose_budgets, decide, learned_rows, read_weights, settle
 from edgecomp.backbones.parts import make_compressors
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor
 from edgecomp.compressors._chain import Chain
+from edgecomp.compressors._resampler import GridResampler
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Output, Placement, Site, load_recipe
 from edgecomp.specs.manifest import ThenRecord
 from edgecomp.specs.order import Order
 from edgecomp.specs.recipe import Then
 
-__all__ = ["follow", "without_the_second"]
+__all__ = ["asking_between", "follow", "without_the_second"]
 
 _TOKENS_RANK = 3
+_PARAMS = re.compile(r"\bparams\.")
 
 
 def without_the_second(order: Order, placement: Placement, output: Output) -> Order:
@@ -38,15 +42,30 @@ def without_the_second(order: Order, placement: Placement, output: Output) -> Or
     return msgspec.structs.replace(order, budgets=(str(then.between),) if then.between else (), align=1)
 
 
+@contextmanager
+def asking_between(order: Order) -> Iterator[None]:
+    """Say of the first of two methods in a row what it refuses: its budget is what --between asks for."""
+    then = order.recipe.then
+    try:
+        yield
+    except InvalidSpec as error:
+        if then is None:
+            raise
+        asked = f" --between {then.between}:" if then.between else ""
+        text = str(error).replace("--budget", "--between")
+        raise InvalidSpec(f"{order.recipe.method} then {then.method}:{asked} {text}") from error
+
+
 def follow(
     order: Order, then: Then, compressors: Sequence[Compressor], notes: list[str]
 ) -> tuple[list[Compressor], ThenRecord]:
     """Put the recipe's second method behind the first, once for each budget; what it refuses names both."""
     names = f"{order.recipe.method} then {then.method}"
+    _require_tokens(compressors[0], then, names)
     try:
         return _follow(order, then, compressors, notes)
     except InvalidSpec as error:
-        text = str(error).replace("--set params.", "--set then.")
+        text = _PARAMS.sub("then.", str(error))
         raise InvalidSpec(text if text.startswith(names) else f"{names}: {text}") from error
 
 
@@ -80,13 +99,6 @@ def _follow(
         )
     tokens = first.output_specs()[0]
     kept = first.budget.tokens_out
-    if len(tokens.shape) != _TOKENS_RANK:
-        media = [name for name in ("images", "frames") if getattr(first.params, name, 1) > 1]
-        single = " and ".join(f"params.{name}=1" for name in media)
-        raise InvalidSpec(
-            f"{names}: {method} gives {tokens}, and {then.method} takes tokens [B, N, D]; "
-            + (f"give {method} one image in a request: set {single}" if single else f"choose another form of {method}")
-        )
     site = Site(
         "after",
         tokens_in=kept,
@@ -100,6 +112,11 @@ def _follow(
     seconds, origin = make_compressors(asked, cls, params, site, budgets, "tokens", state)
     notes.append(f"{method} hands {kept} tokens to {then.method}")
     moved = {"index", "source_map"} & {spec.name for spec in first.output_specs()}
+    if seconds[0].reads_grid and not moved and _is_unplaced(first):
+        notes.append(
+            f"{then.method} reads the {kept} tokens as a grid in raster order, and those of {method} are learned "
+            "queries, which stand for no places in the image"
+        )
     if seconds[0].reads_grid and moved:
         notes.append(
             f"{then.method} reads the {kept} tokens as a grid in raster order, and {method} chooses or merges tokens: "
@@ -107,3 +124,23 @@ def _follow(
         )
     record = ThenRecord(then.method, preset, msgspec.to_builtins(params), kept, origin, recipe.source)
     return [Chain(first, second, methods=(method, then.method)) for second in seconds], record
+
+
+def _require_tokens(first: Compressor, then: Then, names: str) -> None:
+    """Refuse a first method that gives several images, or no rows of tokens, in a request."""
+    tokens, method = first.output_specs()[0], first.method_name
+    if len(tokens.shape) == _TOKENS_RANK:
+        return
+    media = [name for name in ("images", "frames") if getattr(first.params, name, 1) > 1]
+    single = " ".join(f"--set params.{name}=1" for name in media)
+    raise InvalidSpec(
+        f"{names}: {method} gives {tokens}, and {then.method} takes tokens [B, N, D]; "
+        + (f"give {method} one image in a request with {single}" if single else f"choose another form of {method}")
+    )
+
+
+def _is_unplaced(first: Compressor) -> bool:
+    """Say whether what comes out are learned queries; those of a grid resampler have a region each."""
+    part = getattr(first, "inner", first)
+    is_named = first.output_specs()[0].name == "latents"
+    return bool(learned_rows(part.params)) or (is_named and not isinstance(part, GridResampler))

@@ -274,8 +274,8 @@ def test_a_recipe_names_the_second_method(tmp_path):
     ("first", "options", "words"),
     [
         ("perceiver", {"preset": "smoke", "then": "tome", "between": 4},
-         r"perceiver gives latents float32\[1, 2, 4, 32\], and tome takes tokens \[B, N, D\]; .* set params.images=1"),
-        ("llava-uhd", {"preset": "smoke", "then": "tome"}, "give llava-uhd one image in a request: set params"),
+         r"perceiver gives latents float32\[1, 2, 4, 32\], and tome takes tokens \[B, N, D\]; .* params.images=1"),
+        ("llava-uhd", {"preset": "smoke", "then": "tome"}, "one image in a request with --set params.images=1"),
         (FIRST, {"preset": "smoke", "then": "attention-pruning", "between": 9, "budget": 4},
          r"spatial-frequency-protect then attention-pruning: attention-pruning reads class_attention of an encoder"),
         (FIRST, {"preset": "smoke", "then": "lookupvit", "then_preset": "smoke", "between": 9},
@@ -287,12 +287,14 @@ def test_a_recipe_names_the_second_method(tmp_path):
          r"tome then tome: tome has the budgets 5, 12 where nothing is said, and hands .* example --between 5"),
         (FIRST, {"preset": "smoke", "then": "tome", "between": 9, "budget": 10}, r"protect then tome: budget 10 .* 9"),
         (FIRST, {"preset": "smoke", "then": "tome", "between": 5},
-         "budget 5 is not possible for spatial-frequency-protect; it must be from 6 to 20"),
+         "then tome: --between 5: budget 5 is not possible for spatial-frequency-protect; it must be from 6 to 20"),
+        (FIRST, {"preset": "smoke", "then": "tome", "between": 25}, "--between 25: budget 25 is above the 20 tokens"),
+        ("tome", {"preset": "smoke-given", "then": FIRST, "between": 12}, r"no square grid; set then.grid_height to 2"),
         ("tome", {"preset": "smoke-threshold", "then": "attention-pruning", "budget": 4,
           "then_params": {"score": "norm"}},
          r"tome then attention-pruning: tome fills rows up .* attention-pruning takes no mask \[1, 20\]"),
         (FIRST, {"preset": "smoke", "then": "tome", "between": 9, "then_params": {"embed_dim": 8}},
-         r"params.embed_dim=8 was set, and the tokens of spatial-frequency-protect say 16"),
+         r"then.embed_dim=8 was set, and the tokens of spatial-frequency-protect say 16"),
         (FIRST, {"preset": "smoke", "then": "slow-fast", "between": 9,
                  "then_params": {"words": 7}, "then_preset": "smoke"}, "9 tokens are no 4 equal rows"),
         ("deepseek-ocr", {"preset": "smoke", "then": "c-abstractor"},
@@ -416,3 +418,19 @@ def test_a_grid_of_chosen_tokens_is_told(second, told):
         "c-abstractor reads the 9 tokens as a grid" in note and f"{FIRST} chooses or merges" in note
         for note in made.notes
     )
+
+
+@pytest.mark.parametrize(
+    ("first", "preset", "params", "between", "is_said"),
+    [
+        ("perceiver", "smoke-idefics1", {}, 4, True),
+        ("query-decoder", "smoke", {}, 4, True),
+        ("query-aware", "smoke-latents", {"latents": 4}, 4, True),
+        ("resampler-2d", "smoke", {}, 9, False),
+        ("matryoshka", "smoke", {}, 9, False),
+    ],
+)
+def test_learned_queries_read_as_a_grid_are_said(first, preset, params, between, is_said):
+    recipe = followed_by(load_recipe(first), Then("matryoshka", "smoke", {}, between))
+    made = assemble(Order(recipe=recipe, preset=preset, params=params, budgets=("1",)))
+    assert any("learned queries, which stand for no places in the image" in note for note in made.notes) == is_said
