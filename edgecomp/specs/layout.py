@@ -157,7 +157,7 @@ def match_layout(keys: Sequence[str], layout: Layout) -> list[Match]:
     for pattern in required:
         by_end.setdefault(pattern[-2:], []).append(pattern)
     for words in parts.values():
-        for pattern in (found for end in _ends(words) for found in by_end.get(end, ())):
+        for pattern in (found for end in _ends(words[-2:]) for found in by_end.get(end, ())):
             if len(words) >= len(pattern) and _answers(words[len(words) - len(pattern) :], pattern):
                 prefix = ".".join(words[: len(words) - len(pattern)])
                 held.setdefault(f"{prefix}." if prefix else "", set()).add(pattern)
@@ -172,11 +172,12 @@ def match_layout(keys: Sequence[str], layout: Layout) -> list[Match]:
     ]
 
 
-def _ends(words: tuple[str, ...]) -> set[tuple[str, ...]]:
-    """Return the last two words, and the last, of the patterns that a key may answer to."""
+@lru_cache(maxsize=4096)
+def _ends(words: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Return the last two words, and the last, of the patterns that a key with these last two may answer to."""
     last = (words[-1], "*") if words[-1].isdigit() else (words[-1],)
     before = (words[-2], "*") if len(words) > 1 and words[-2].isdigit() else words[-2:-1]
-    return {(word,) for word in last} | {(one, word) for one in before for word in last}
+    return (*((word,) for word in last), *((one, word) for one in before for word in last))
 
 
 def _match_under(
