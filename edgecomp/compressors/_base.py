@@ -207,12 +207,18 @@ class Compressor(nn.Module):
         return None
 
     def load_original(self, state: Mapping[str, Tensor], *, unread: Sequence[str] = ()) -> str:
-        """Load a checkpoint in a layout of the original, and return that layout's name.
+        """Load a checkpoint in a layout of the original or in edgecomp's own, and return that layout's name.
 
         Args:
             unread: keys (shell patterns) that the recipe lets stand unread.
+
+        Raises:
+            WeightsError: what does not fit, in the file's own names.
         """
-        raise InvalidSpec(f"{type(self).__name__} has no checkpoint layout but its own; save it with edgecomp first")
+        from edgecomp.compressors._checkpoint import load_exactly
+
+        load_exactly(self, state, layout="edgecomp", unread=unread)
+        return "edgecomp"
 
     @property
     def key_maps(self) -> Mapping[str, KeyMap]:

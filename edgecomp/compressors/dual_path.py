@@ -7,7 +7,6 @@ light tower and the fusion open: both are ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._attention import attend_packed
 from edgecomp.compressors._base import Compressor, Params, Positive
-from edgecomp.compressors._checkpoint import load_exactly
 from edgecomp.compressors._eager import cosine, norm_rows
 from edgecomp.compressors._norms import ChannelLayerNorm
 from edgecomp.compressors._pruning import select
@@ -207,11 +205,6 @@ class DualPath(Compressor):
             "num_heads": params.num_heads,
             "mlp_ratio": params.mlp_ratio,
         }
-
-    def load_original(self, state: Mapping[str, Tensor], *, unread: Sequence[str] = ()) -> str:
-        """Load edgecomp's own layout; the notes have no checkpoints."""
-        load_exactly(self, state, layout="edgecomp", unread=unread)
-        return "edgecomp"
 
 
 def _count_global(params: DualPathParams, site: Site) -> int:

@@ -5,7 +5,7 @@ The project's founding notes call it the learned compressor of their chapter on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgecomp.compressors._base import Compressor, Natural, Params, Positive
-from edgecomp.compressors._checkpoint import load_exactly
 from edgecomp.compressors._eager import cosine
 from edgecomp.compressors._pruning import select
 from edgecomp.compressors._tokens import take, unit_rows
@@ -151,11 +150,6 @@ class LearnedMerger(Compressor):
         if "merge_fc1.weight" in state:
             found["merge_dim"] = len(state["merge_fc1.weight"])
         return found
-
-    def load_original(self, state: Mapping[str, Tensor], *, unread: Sequence[str] = ()) -> str:
-        """Load edgecomp's own layout; the notes have no checkpoints."""
-        load_exactly(self, state, layout="edgecomp", unread=unread)
-        return "edgecomp"
 
 
 class LearnedMergerOriginal(nn.Module):

@@ -6,7 +6,7 @@ hierarchy. No code of this form is known: the reference is ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from edgecomp.compressors._attention import merge_heads, split_heads
 from edgecomp.compressors._base import Compressor, Params, Positive, constant
-from edgecomp.compressors._checkpoint import load_exactly
 from edgecomp.compressors._eager import norm_rows
 from edgecomp.compressors._grid import adaptive_line, grid_sides, resample_grid
 from edgecomp.errors import InvalidSpec
@@ -161,11 +160,6 @@ class MultiScale(Compressor):
             return {}
         readers = sorted({int(key.split(".")[1]) for key in state if key.startswith("readers.")})
         return {"embed_dim": state["marks"].shape[1], "resampled": tuple(readers)}
-
-    def load_original(self, state: Mapping[str, Tensor], *, unread: Sequence[str] = ()) -> str:
-        """Load edgecomp's own layout."""
-        load_exactly(self, state, layout="edgecomp", unread=unread)
-        return "edgecomp"
 
 
 def _tell(params: MultiScaleParams) -> str:

@@ -14,7 +14,6 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from edgecomp.compressors._base import Compressor, Natural, Params, Positive
-from edgecomp.compressors._checkpoint import load_exactly
 from edgecomp.compressors.perceiver import Perceiver, PerceiverParams
 from edgecomp.errors import InvalidSpec
 from edgecomp.specs import Output, Site, TensorSpec, TokenBudget
@@ -123,11 +122,6 @@ class Vist(Compressor):
         found = Perceiver.infer_params(own, PerceiverParams(head_dim=params.head_dim))
         names = VistParams.__struct_fields__
         return {name: found[name] for name in names if name in found} | {"table_rows": found["latents"]}
-
-    def load_original(self, state: Mapping[str, Tensor], *, unread: Sequence[str] = ()) -> str:
-        """Load edgecomp's own layout; the authors have published no weights."""
-        load_exactly(self, state, layout="edgecomp", unread=unread)
-        return "edgecomp"
 
 
 class VistOriginal(nn.Module):

@@ -252,7 +252,7 @@ def test_choices_that_are_not_the_map_are_not_drawn(fake):
 def test_no_map_is_said_and_none_invented(fake):
     manifest, bucket = fake(4)
     assert join_layers(manifest, bucket, {}, chosen={}).notes == (
-        "no patch map: nothing is chosen, each of the 4 output tokens reads all 16 patches",
+        "no patch map: nothing is chosen, and the 4 output tokens are made of all 16 patches",
     )
     node, made = top_k(0, list(range(16)), 16)
     odd = join_layers(manifest, bucket, {}, nodes=[node], chosen={0: made})

@@ -32,6 +32,7 @@ from edgecomp.specs.order import Order  # noqa: E402
         ("lookupvit", {"preset": "smoke-table"}),
         ("deepseek-ocr", {"preset": "smoke-compressor"}),
         ("slice-wise", {"preset": "smoke"}),
+        ("query-aware", {"preset": "smoke-latents"}),
         ("slice-wise", {"grid": 4, "queries": 4, "context_dim": 16, "inner_params": {"embed_dim": 16, "num_heads": 2}}),
         ("fastvlm", {"preset": "smoke", "depths": (1, 1, 1, 1, 1)}),
         ("d-abstractor", {"grid": 5, "queries": 17, "eos_tokens": 1, "embed_dim": 8, "hidden_dim": 16, "depth": 1}),
