@@ -135,7 +135,7 @@ class TimmHost(Host):
         return super().forward(image)
 
     def require_open_blocks(self, *, tokens_move: bool) -> None:  # noqa: ARG002 - none of these blocks is rotary
-        """Refuse blocks that are not pre-norm ones with plain attention."""
+        """Refuse blocks that are not pre-norm ones with plain attention, or whose own forward would be passed by."""
         from timm.layers import Attention
         from timm.models.vision_transformer import Block
 
@@ -146,6 +146,19 @@ class TimmHost(Host):
                     f"block {index} of {self.name} is a {kinds}; compressors that look into a host know pre-norm "
                     f"blocks with plain attention (Block with Attention). Hosts that work: {_OPEN_FAMILIES}"
                 )
+            _require_run(block, f"block {index} of {self.name}")
+            _require_run(block.attn, f"the attention of block {index} of {self.name}")
+
+
+def _require_run(part: nn.Module, where: str) -> None:
+    """Refuse what only a call of the part itself would run."""
+    if not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)):
+        return
+    what = "a forward of its own" if "forward" in vars(part) else "a forward hook"
+    raise InvalidSpec(
+        f"{where} has {what}, which would not run: compressors that look into a host run its blocks part by part; "
+        "take it off, or choose a method that stands behind the host"
+    )
 
 
 def _require_vit(model: nn.Module, name: str) -> None:

@@ -14,8 +14,11 @@ from torch import nn  # noqa: E402 - torch first, or skip
 
 import edgecomp  # noqa: E402
 from edgecomp import api  # noqa: E402
+from edgecomp.backbones.assemble import assemble  # noqa: E402
 from edgecomp.backbones.own import require_as_made  # noqa: E402
 from edgecomp.errors import InvalidSpec  # noqa: E402
+from edgecomp.specs import load_recipe  # noqa: E402
+from edgecomp.specs.order import Order  # noqa: E402
 
 
 def make(**words: Any) -> Any:
@@ -104,3 +107,26 @@ def test_export_refuses_it_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(InvalidSpec, match="the Resampler2d given gives another latents"):
         api.export(module, out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda block: block.register_forward_hook(lambda part, given, out: out), "block 1 of .* has a forward hook"),
+        (
+            lambda block: block.attn.register_forward_pre_hook(lambda part, given: None),
+            "attention of block 1 of .* hook",
+        ),
+        (lambda block: setattr(block, "forward", lambda x: x), "block 1 of .* has a forward of its own, which would"),
+    ],
+    ids=["block", "attention", "forward"],
+)
+@pytest.mark.parametrize(("method", "preset"), [("tome", "smoke"), ("visionzip", "smoke-host")])
+def test_what_a_host_would_not_run_is_refused(
+    method: str, preset: str, change: Callable[[Any], object], words: str
+) -> None:
+    vit = pytest.importorskip("timm").create_model("test_vit", pretrained=False)
+    change(vit.blocks[1])
+    with pytest.raises(InvalidSpec, match=words):
+        assemble(Order(recipe=load_recipe(method), preset=preset, backbone=vit))
+    assert assemble(Order(recipe=load_recipe("perceiver"), preset="smoke-host", backbone=vit)).models
