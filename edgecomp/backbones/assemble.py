@@ -71,6 +71,11 @@ def assemble(order: Order) -> Assembly:
         notes.append(f"the weights were saved at an image size of {saved.image_size}, and {image_size} was asked for")
     keep_head = preset.placement == "inside" and output == "logits"
     host, host_origin = make_host(order, preset, image_size, keep_head, host_state, cls.levels_of(params), notes)
+    if host is not None and saved.layer and (saved.layer != host.feature_layer or saved.layer == -1):
+        notes.append(
+            f"config.json beside the weights says: the model read hidden state {saved.layer} of its tower (-1 is "
+            f"in front of the last norm), and layer {host.feature_layer} of {host.name} is read here (--feature-layer)"
+        )
     site, params = find_site(order, cls, preset.placement, params, host, image_size or recipe.defaults.image_size)
     alone = without_the_second(order, preset.placement, output)
     preprocess = find_preprocess(recipe, host, site)

@@ -13,7 +13,7 @@ from edgecomp.backbones.host import Host, host_part
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor
 from edgecomp.compressors._checkpoint import Checkpoint, Saved
-from edgecomp.compressors._declared import read_declared
+from edgecomp.compressors._declared import read_declared, read_layer
 from edgecomp.compressors._recognise import OWN, recognise, tell
 from edgecomp.errors import InvalidSpec, UnknownName, WeightsError
 from edgecomp.specs import BudgetRule, Output, Placement, Preprocess, Recipe, Site, TokenBudget, parse_budget
@@ -87,7 +87,7 @@ def read_saved(checkpoint: Checkpoint, match: Match | None, method: str, notes: 
         told = ", ".join(f"params.{name}={value} ({place})" for name, (value, place) in declared.items())
         notes.append(f"config.json beside the weights says {told}")
     values = {name: value for name, (value, _) in declared.items()} if declared is not None else None
-    return msgspec.structs.replace(saved, declared=values)
+    return msgspec.structs.replace(saved, declared=values, layer=read_layer(checkpoint.stored.located.config))
 
 
 def settle(

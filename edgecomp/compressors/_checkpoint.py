@@ -59,6 +59,7 @@ class Saved(msgspec.Struct, frozen=True):
         declared: parameters as a config.json beside the weights gives them; None where there is no such file.
         tokens_in, tokens_out: tokens that went in, and that it kept; 0 where the file does not say.
         image_size: of an encoder, in pixels; 0 of others.
+        layer: of the hidden states of its tower the one that a whole model reads, from the end; 0: not said.
     """
 
     params: dict[str, Any] = {}
@@ -67,6 +68,7 @@ class Saved(msgspec.Struct, frozen=True):
     tokens_in: int = 0
     tokens_out: int = 0
     image_size: int = 0
+    layer: int = 0
 
     def renamed(self, names: Mapping[str, str]) -> Saved:
         """Return the same with parameters by their names of today, which `names` gives for those of before."""

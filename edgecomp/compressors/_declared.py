@@ -14,9 +14,10 @@ from edgecomp.errors import WeightsError
 from edgecomp.files import JSON_ERRORS, read_content
 from edgecomp.specs.layout import Match
 
-__all__ = ["read_declared"]
+__all__ = ["read_declared", "read_layer"]
 
 _LARGEST = 16 << 20
+_LAYERS = ("vision_feature_layer", "mm_vision_select_layer")  # of transformers, of LLaVA's own release
 _FORMS = re.compile(r"(?:(?P<key>[^/()]+)|1/(?P<part>[^/()]+)|\((?P<whole>[^/()]+)/(?P<side>[^/()]+)\)\^2)")
 
 
@@ -34,10 +35,7 @@ def read_declared(path: Path, match: Match, *, method: str) -> dict[str, tuple[A
     """
     if not path.is_file():
         return None
-    try:
-        told: Any = msgspec.json.decode(read_content(path, noun="configuration", largest=_LARGEST))
-    except JSON_ERRORS as error:
-        raise WeightsError(f"{path}, beside the weights, is no JSON ({error}); copy it again, or remove it") from None
+    told = _read(path)
     is_alone = not match.prefix and not match.foreign
     for key, fixed in match.layout.fixed.items():
         value = _look_up(told, key, is_alone=is_alone)
@@ -54,6 +52,20 @@ def read_declared(path: Path, match: Match, *, method: str) -> dict[str, tuple[A
         if given is not None:
             found[name] = given
     return found
+
+
+def read_layer(path: Path) -> int:
+    """Return which hidden state of its tower a whole model reads, as its config.json says; 0 where it does not."""
+    told = _read(path) if path.is_file() else None
+    layers = [told.get(key) for key in _LAYERS] if isinstance(told, dict) else []
+    return next((layer for layer in layers if isinstance(layer, int)), 0)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return msgspec.json.decode(read_content(path, noun="configuration", largest=_LARGEST))
+    except JSON_ERRORS as error:
+        raise WeightsError(f"{path}, beside the weights, is no JSON ({error}); copy it again, or remove it") from None
 
 
 def _look_up(told: Any, key: str, *, is_alone: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from safetensors.torch import load_file
 
 import edgecomp
 from edgecomp import api
+from edgecomp.backbones.assemble import assemble
 from edgecomp.compressors import compressor_class
 from edgecomp.compressors._base import Compressor, initialise
 from edgecomp.errors import InvalidSpec, WeightsError
 from edgecomp.specs import load_recipe, method_names
+from edgecomp.specs.order import Order
 
 #: Layout -> the preset whose form has it, and what else that takes.
 CASES: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {
@@ -131,3 +134,20 @@ def test_heads_that_no_file_stores_are_asked_for_by_their_parameter(
     path = make(method, preset, params, 1).save(tmp_path / "x.safetensors", layout=layout)
     with pytest.raises(WeightsError, match=rf"give (it with )?--set params\.{param}=N"):
         edgecomp.compressor(method, weights=path)
+
+
+@pytest.mark.parametrize(
+    ("told", "is_said"), [({"vision_feature_layer": -3}, True), ({"mm_vision_select_layer": -2}, False)]
+)
+def test_a_model_that_read_another_layer_of_its_tower_is_noted(
+    told: dict[str, int], is_said: bool, tmp_path: Path
+) -> None:
+    module = edgecomp.compressor("matryoshka", grid=4, embed_dim=64, output_dim=20)
+    module.save(tmp_path / "model.safetensors", layout="llava-hf")
+    (tmp_path / "config.json").write_text(json.dumps(told), encoding="utf-8")
+    order = Order(
+        recipe=load_recipe("matryoshka"), weights=str(tmp_path), backbone="test_vit", image_size=64, budgets=("4",)
+    )
+    said = [note for note in assemble(order).notes if "hidden state" in note]
+    assert bool(said) == is_said
+    assert not said or ("read hidden state -3 of its tower" in said[0] and "layer -2 of test_vit is read" in said[0])
