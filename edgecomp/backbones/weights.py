@@ -87,6 +87,7 @@ def _settled(checkpoint: Checkpoint, method: str, match: Match, asked: Mapping[s
     budgets = choose_budgets(order, cls, preset, params, site, saved, notes)
     with torch.device("meta"):  # what loading would refuse, by keys and shapes alone
         module = cls(cls.for_budgets(params, [b.tokens_out for b in budgets]), site, budgets[-1], choose_output(order))
+        module.to("meta")  # what transformers lets torch make on the CPU in spite of it
         module.load_original(state, unread=tuple(recipe.unread))
     return msgspec.structs.replace(
         made,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,14 @@ def test_a_saved_module_comes_back_as_it_was(method: str, words: dict[str, Any],
     assert asked.budget == module.budget
     alike = edgecomp.compressor(method, weights=path, **words)
     assert (alike.budget, alike.params) == (module.budget, again.params)
+
+
+def test_inspect_where_a_constant_stays_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers has torch make ranges on the CPU, whatever device is asked for, once it has loaded a model."""
+    path = edgecomp.compressor("d-abstractor", preset="smoke").save(tmp_path / "saved.safetensors")
+    monkeypatch.setattr(torch, "linspace", functools.partial(torch.linspace, device="cpu"))
+    contents: Any = api.inspect(weights=path)
+    assert [fit.problem for fit in contents.fits] == [""]
 
 
 def test_an_inner_method_is_held_to_what_was_saved(tmp_path: Path) -> None:
